@@ -1,0 +1,46 @@
+# `make help` lists the commands. They need Python 3.10 or newer, git and make; all else goes into
+# .venv, once. Who has an environment with PyTorch and Detectron2 needs none of this.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format pretrain venv clean
+
+help: ## list the commands
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(READY) ## fine-tune the shipped detector on new classes, evaluate, draw
+	$(BIN)/python tools/quickstart.py
+
+test: $(READY) lint ## formatting, lint and the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## formatting and lint alone
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## apply formatting and the lint's safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+pretrain: $(READY) ## train the shipped detector from scratch; goes on where it was stopped
+	$(BIN)/python tools/make_scenes.py
+	$(BIN)/python train_net.py --config-file configs/quickstart/pretrain.yaml --resume
+
+venv: $(READY) ## set up .venv and no more
+
+# The stamp is written last: a set-up that was interrupted is done again.
+$(READY): setup.py pyproject.toml $(wildcard packaging/detectron2/*.toml packaging/detectron2/*/*.py)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "error: $(PYTHON) is not Python 3.10 or newer; name one: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable '.[test]'
+	$(BIN)/python -c 'import detectron2' 2>/dev/null || $(PIP) install --quiet ./packaging/detectron2
+	touch $@
+
+clean: ## remove .venv and what the commands wrote
+	rm -rf $(VENV) output datasets build *.egg-info .pytest_cache .ruff_cache .hypothesis

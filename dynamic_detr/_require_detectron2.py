@@ -1,0 +1,9 @@
+"""Imported first: without Detectron2 nothing here works, and one line says what to do."""
+
+import importlib.util
+
+if importlib.util.find_spec("detectron2") is None:
+    raise ImportError(
+        "dynamic_detr needs Detectron2, which is not installed: build it from its source "
+        "(see its INSTALL.md) or run `pip install ./packaging/detectron2` in this project's folder"
+    )

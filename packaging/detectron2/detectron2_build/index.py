@@ -1,0 +1,191 @@
+"""Fetches one file from the package index that pip is configured for (Simple API, PEP 503 / 691).
+
+pip itself cannot do it: newer versions refuse the archive's metadata, and all of them execute the
+archive to read it. pip is asked for its configuration instead (``pip config list``), so that its
+files, ``PIP_*`` variables and virtual environments count here as they do there.
+"""
+
+from __future__ import annotations
+
+import ast
+import base64
+import http.client
+import json
+import os
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html.parser import HTMLParser
+
+from .errors import PackagingError
+
+DEFAULT_INDEX = "https://pypi.org/simple"
+ACCEPT = (
+    "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, "
+    "text/html;q=0.1"
+)
+ATTEMPTS = 3
+TIMEOUT = 60.0  # seconds without an answer
+
+
+@dataclass(frozen=True)
+class PipSettings:
+    """The part of pip's configuration that a download needs; ``cert`` is a file or a folder."""
+
+    indexes: tuple[str, ...] = (DEFAULT_INDEX,)
+    cert: str | None = None
+    proxy: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sent: the body, its content type, and the address it came from."""
+
+    body: bytes
+    content_type: str
+    url: str
+
+
+def download(project: str, filename: str) -> tuple[bytes, str]:
+    """Fetch ``filename`` of ``project`` from the first index that lists it.
+
+    Returns:
+        its bytes, not verified yet, and the address they came from.
+    """
+    settings = pip_settings()
+    opener = build_opener(settings)
+    failures = []
+    for index in settings.indexes:
+        address = f"{index.rstrip('/')}/{project}/"
+        try:
+            url = find_file(fetch(opener, address), filename)
+            if url is not None:
+                return fetch(opener, url).body, _without_login(url)
+            failures.append(f"{_without_login(address)}: not listed")
+        except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or error
+            failures.append(f"{_without_login(address)}: {reason}")
+    raise PackagingError(f"{filename} cannot be downloaded ({'; '.join(failures)})")
+
+
+def pip_settings() -> PipSettings:
+    """What pip is configured for; environment variables and defaults where there is no pip."""
+    # -I: within a build, PYTHONPATH hides the environment's own pip.
+    pip = [sys.executable, "-I", "-m", "pip", "config", "list"]
+    result = subprocess.run(pip, capture_output=True, text=True, check=False)
+    return parse_settings(result.stdout if result.returncode == 0 else "", os.environ)
+
+
+def parse_settings(listing: str, environ: Mapping[str, str]) -> PipSettings:
+    """Settings from the output of ``pip config list`` and, before it, from the environment."""
+    options: dict[str, str] = {}
+    for section in ("global.", "download.", "install."):
+        for line in listing.splitlines():
+            key, separator, value = line.partition("=")
+            if separator and key.startswith(section):
+                options[key.removeprefix(section)] = str(ast.literal_eval(value))
+    for option in ("index-url", "extra-index-url", "cert", "proxy"):
+        value = environ.get("PIP_" + option.upper().replace("-", "_"))
+        if value:
+            options[option] = value
+    bundle = environ.get("REQUESTS_CA_BUNDLE") or environ.get("CURL_CA_BUNDLE")
+    indexes = [options.get("index-url", DEFAULT_INDEX), *options.get("extra-index-url", "").split()]
+    return PipSettings(tuple(indexes), options.get("cert", bundle), options.get("proxy"))
+
+
+def build_opener(settings: PipSettings) -> urllib.request.OpenerDirector:
+    """An opener that trusts the certificates of pip's settings and goes through its proxy."""
+    context = ssl.create_default_context()
+    if settings.cert:
+        kind = "capath" if os.path.isdir(settings.cert) else "cafile"
+        try:
+            context.load_verify_locations(**{kind: settings.cert})
+        except OSError as error:
+            raise PackagingError(
+                f"the certificates that pip is configured for, {settings.cert}, "
+                f"cannot be read ({error}); correct PIP_CERT or pip's `cert`"
+            ) from error
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
+    if settings.proxy:
+        proxies = {"http": settings.proxy, "https": settings.proxy}
+        handlers.append(urllib.request.ProxyHandler(proxies))
+    return urllib.request.build_opener(*handlers)
+
+
+def fetch(opener: urllib.request.OpenerDirector, url: str) -> Answer:
+    """Get ``url``; a server's or the network's failure is tried again."""
+    if url.startswith("file:") and url.endswith("/"):
+        url += "index.html"  # as pip reads an index that is a folder
+    headers = {"Accept": ACCEPT, "User-Agent": "detectron2-build"}
+    user, separator, _ = urllib.parse.urlsplit(url).netloc.rpartition("@")
+    if separator:
+        login = urllib.parse.unquote(user).encode("utf-8")
+        headers["Authorization"] = "Basic " + base64.b64encode(login).decode("ascii")
+    request = urllib.request.Request(_without_login(url), headers=headers)
+    attempt = 0
+    while True:
+        attempt += 1
+        try:
+            with opener.open(request, timeout=TIMEOUT) as answer:
+                content_type = answer.headers.get("Content-Type") or "text/html"
+                return Answer(answer.read(), content_type, answer.geturl())
+        except (OSError, http.client.HTTPException) as error:
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if attempt == ATTEMPTS or refused or url.startswith("file:"):
+                raise
+        time.sleep(attempt)
+
+
+def find_file(page: Answer, filename: str) -> str | None:
+    """The address of ``filename`` on a project's page of the Simple API, in JSON or in HTML."""
+    base = page.url
+    if page.content_type.partition(";")[0].strip().lower().endswith("json"):
+        links = [(entry["filename"], entry["url"]) for entry in json.loads(page.body)["files"]]
+    else:
+        parser = _Links()
+        parser.feed(page.body.decode("utf-8", errors="replace"))
+        base = urllib.parse.urljoin(base, parser.base)
+        links = parser.links
+    for text, href in links:
+        if text.strip() == filename:
+            return urllib.parse.urljoin(base, href).partition("#")[0]
+    return None
+
+
+class _Links(HTMLParser):
+    """Collects (text, href) of every anchor, and the page's ``<base href>``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = ""
+        self.links: list[tuple[str, str]] = []
+        self._inside = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        href = dict(attrs).get("href")
+        if tag == "base" and href:
+            self.base = href
+        elif tag == "a" and href:
+            self.links.append(("", href))
+            self._inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "a":
+            self._inside = False
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            text, href = self.links[-1]
+            self.links[-1] = (text + data, href)
+
+
+def _without_login(url: str) -> str:
+    """``url`` without a user name and password."""
+    parts = urllib.parse.urlsplit(url)
+    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

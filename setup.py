@@ -1,0 +1,40 @@
+"""Installs the package ``dynamic_detr``: ``pip install -e .``.
+
+Detectron2 is not among the requirements: the package index holds no project of that name, so
+requiring it would install whatever somebody uploads under it. The README says how to get it.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+INIT = (ROOT / "dynamic_detr" / "__init__.py").read_text(encoding="utf-8")
+
+DRAWING = ["matplotlib", "opencv-python-headless"]
+
+setup(
+    name="dynamic-detr",
+    version=re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1),
+    description="Dynamic DETR (ICCV 2021) as a Detectron2 project",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dynamic_detr", "dynamic_detr.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "fvcore>=0.1.5",
+        "numpy",
+        "pillow",
+        "pycocotools>=2.0.2",
+        "scipy",
+        "tqdm",
+    ],
+    extras_require={
+        "demo": DRAWING,
+        "test": ["pytest", "hypothesis", "ruff", *DRAWING],
+    },
+)
