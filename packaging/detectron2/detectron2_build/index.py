@@ -143,7 +143,10 @@ def fetch(opener: urllib.request.OpenerDirector, url: str) -> Answer:
 
 
 def find_file(page: Answer, filename: str) -> str | None:
-    """The address of ``filename`` on a project's page of the Simple API, in JSON or in HTML."""
+    """The address of ``filename`` on a project's page of the Simple API, in JSON or in HTML.
+
+    Indexes write the separators of a project's name as they like: ``-`` and ``_`` are one here.
+    """
     base = page.url
     if page.content_type.partition(";")[0].strip().lower().endswith("json"):
         links = [(entry["filename"], entry["url"]) for entry in json.loads(page.body)["files"]]
@@ -153,7 +156,7 @@ def find_file(page: Answer, filename: str) -> str | None:
         base = urllib.parse.urljoin(base, parser.base)
         links = parser.links
     for text, href in links:
-        if text.strip() == filename:
+        if text.strip().replace("-", "_") == filename.replace("-", "_"):
             return urllib.parse.urljoin(base, href).partition("#")[0]
     return None
 

@@ -18,7 +18,7 @@ from .errors import PackagingError
 from .index import download
 
 PROJECT = "detectron2-cdo"
-FILENAME = "detectron2-cdo-0.5.tar.gz"
+FILENAME = "detectron2_cdo-0.5.tar.gz"
 SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
 SDIST_VARIABLE = "DETECTRON2_SDIST"
 
