@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_VARIABLE = "DYNAMIC_DETR_SHARED"
@@ -22,6 +23,9 @@ THREADS = 2  # the tests' tensors are small: more threads cost more than they br
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    # Same examples in every run, and no verdict that depends on how busy the machine is.
+    settings.register_profile("project", derandomize=True, deadline=None, max_examples=25)
+    settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)
