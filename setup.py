@@ -4,11 +4,7 @@ Detectron2 is not among the requirements: the package index holds no project of 
 requiring it would install whatever somebody uploads under it. The README says how to get it.
 """
 
-from pathlib import Path
-
 from setuptools import find_packages, setup
-
-ROOT = Path(__file__).resolve().parent
 
 DRAWING = ["matplotlib", "opencv-python-headless"]
 
@@ -16,8 +12,6 @@ setup(
     name="dynamic-detr",
     version="0.1.0",
     description="Dynamic DETR (ICCV 2021) as a Detectron2 project",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dynamic_detr", "dynamic_detr.*"]),
     python_requires=">=3.10",
