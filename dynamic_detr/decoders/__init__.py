@@ -1,0 +1,6 @@
+"""Decoders: one file each, Pyramid in, one Prediction per stage out."""
+
+from .build import DECODER_REGISTRY, build_decoder
+from .dynamic import DynamicDecoder
+
+__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "build_decoder"]

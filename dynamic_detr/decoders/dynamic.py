@@ -1,0 +1,107 @@
+"""The dynamic decoder (equations 8 to 14): learned queries and boxes, refined stage by stage
+from the whole image down to the object."""
+
+import torch
+from detectron2.config import CfgNode, configurable
+from torch import nn
+
+from ..structures import Prediction, Pyramid
+from .build import DECODER_REGISTRY
+from .dynamic_stage import DynamicDecoderStage
+
+__all__ = ["DynamicDecoder"]
+
+
+@DECODER_REGISTRY.register()
+class DynamicDecoder(nn.Module):
+    """A stack of decoder stages with weights of their own.
+
+    Every stage predicts and is supervised; its boxes go to the next stage without gradient.
+
+    Args:
+        channels: C, of the queries and of the pyramid.
+        num_classes: K.
+        num_queries: Q.
+        num_stages: S.
+        class_head: "focal" for K independent sigmoid logits, "softmax" for K + 1 with "no object".
+        learn_initial_boxes: whether the first boxes, which start as the whole image, are
+            parameters; otherwise they stay the whole image.
+        num_heads, ffn_dim, dropout, pooling_size, sampling_ratio, canonical_size, dynamic_dim,
+            dynamic_filter: see `DynamicDecoderStage`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        channels: int = 256,
+        num_classes: int = 80,
+        *,
+        num_queries: int = 300,
+        num_stages: int = 6,
+        class_head: str = "focal",
+        learn_initial_boxes: bool = True,
+        num_heads: int = 4,
+        ffn_dim: int = 2048,
+        dropout: float = 0.0,
+        pooling_size: int = 7,
+        sampling_ratio: int = 2,
+        canonical_size: float = 224,
+        dynamic_dim: int = 64,
+        dynamic_filter: str = "bottleneck",
+    ) -> None:
+        super().__init__()
+        self.query_embed = nn.Embedding(num_queries, channels)
+        whole_image = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(num_queries, 1)
+        if learn_initial_boxes:
+            self.initial_boxes = nn.Parameter(whole_image)
+        else:
+            self.register_buffer("initial_boxes", whole_image)
+        self.stages = nn.ModuleList(
+            DynamicDecoderStage(
+                channels,
+                num_logits=num_classes + (class_head == "softmax"),
+                prior=0.01 if class_head == "focal" else None,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                dropout=dropout,
+                pooling_size=pooling_size,
+                sampling_ratio=sampling_ratio,
+                canonical_size=canonical_size,
+                dynamic_dim=dynamic_dim,
+                dynamic_filter=dynamic_filter,
+            )
+            for _ in range(num_stages)
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        node = cfg.MODEL.DYNAMIC_DETR
+        decoder = node.DECODER
+        return {
+            "channels": node.HIDDEN_DIM,
+            "num_classes": node.NUM_CLASSES,
+            "num_queries": node.NUM_QUERIES,
+            "num_stages": decoder.NUM_STAGES,
+            "class_head": node.CLASS_HEAD,
+            "learn_initial_boxes": decoder.LEARN_INITIAL_BOXES,
+            "num_heads": decoder.NUM_HEADS,
+            "ffn_dim": decoder.FFN_DIM,
+            "dropout": decoder.DROPOUT,
+            "pooling_size": decoder.POOLING_SIZE,
+            "sampling_ratio": decoder.SAMPLING_RATIO,
+            "canonical_size": decoder.CANONICAL_SIZE,
+            "dynamic_dim": decoder.DYNAMIC_DIM,
+            "dynamic_filter": decoder.DYNAMIC_FILTER,
+        }
+
+    def forward(self, pyramid: Pyramid) -> list[Prediction]:
+        """One prediction per stage, the last one final."""
+        batch = pyramid.image_sizes.shape[0]
+        queries = self.query_embed.weight.expand(batch, -1, -1)
+        boxes = self.initial_boxes.float().expand(batch, -1, -1)
+        predictions = []
+        for stage in self.stages:
+            queries, logits, boxes = stage(pyramid, queries, boxes)
+            predictions.append(Prediction(logits, boxes))
+            boxes = boxes.detach()
+        return predictions

@@ -1,0 +1,71 @@
+"""Cross-attention by dynamic filters (equations 10 and 11): a query generates the weights of 1×1
+convolutions, which are applied to the region of its own box."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import dynamic_conv
+
+__all__ = ["DYNAMIC_FILTERS", "BottleneckInteraction", "SingleInteraction"]
+
+
+class _Readout(nn.Module):
+    """Filtered regions (B, Q, P, C) to one vector per query (B, Q, C)."""
+
+    def __init__(self, channels: int, positions: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(positions * channels, channels)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, regions: Tensor) -> Tensor:
+        return F.relu(self.norm(self.linear(regions.flatten(2))))
+
+
+class BottleneckInteraction(nn.Module):
+    """Two dynamic filters C → D → C, each followed by LayerNorm and ReLU.
+
+    Args:
+        channels: C.
+        positions: P, bins of a region.
+        dynamic_dim: D.
+    """
+
+    def __init__(self, channels: int, positions: int, dynamic_dim: int) -> None:
+        super().__init__()
+        self.filters = nn.Linear(channels, 2 * channels * dynamic_dim)
+        self.norm_reduce = nn.LayerNorm(dynamic_dim)
+        self.norm_expand = nn.LayerNorm(channels)
+        self.readout = _Readout(channels, positions)
+
+    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """(B, Q, C) queries and (B, Q, P, C) regions to (B, Q, C)."""
+        reduce, expand = self.filters(queries).chunk(2, dim=-1)
+        channels = queries.shape[-1]
+        regions = dynamic_conv(regions, reduce.unflatten(-1, (channels, -1)))
+        regions = F.relu(self.norm_reduce(regions))
+        regions = dynamic_conv(regions, expand.unflatten(-1, (-1, channels)))
+        return self.readout(F.relu(self.norm_expand(regions)))
+
+
+class SingleInteraction(nn.Module):
+    """One dynamic filter C → C, followed by LayerNorm and ReLU, as equation 11 prints it.
+
+    Args:
+        channels: C.
+        positions: P, bins of a region.
+        dynamic_dim: not used; there is no bottleneck.
+    """
+
+    def __init__(self, channels: int, positions: int, dynamic_dim: int = 0) -> None:
+        super().__init__()
+        self.filters = nn.Linear(channels, channels * channels)
+        self.norm = nn.LayerNorm(channels)
+        self.readout = _Readout(channels, positions)
+
+    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """(B, Q, C) queries and (B, Q, P, C) regions to (B, Q, C)."""
+        filters = self.filters(queries).unflatten(-1, (queries.shape[-1], -1))
+        return self.readout(F.relu(self.norm(dynamic_conv(regions, filters))))
+
+
+DYNAMIC_FILTERS = {"bottleneck": BottleneckInteraction, "single": SingleInteraction}

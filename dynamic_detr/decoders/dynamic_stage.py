@@ -1,0 +1,156 @@
+"""One stage of the dynamic decoder: queries look at each other (equation 9), then each at its own
+region through a filter of its own making (equations 8, 10, 11); what comes out classifies and
+moves its box (equations 12 to 14)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import pyramid_roi_align
+from ..structures import Pyramid, box_cxcywh_to_xyxy
+from .dynamic_interaction import DYNAMIC_FILTERS
+
+__all__ = ["DynamicDecoderStage", "apply_box_deltas"]
+
+DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+MAX_LOG_SCALE = math.log(1e5 / 16)  # a box grows at most this much in one stage
+
+
+def apply_box_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
+    """Moves and scales boxes, relative to their own size, without clipping to the image.
+
+    Args:
+        boxes: (..., 4) cx, cy, w, h in any unit.
+        deltas: (..., 4) dx, dy, dw, dh.
+
+    Returns:
+        (..., 4) cx, cy, w, h in the unit of the boxes.
+    """
+    deltas = deltas / deltas.new_tensor(DELTA_WEIGHTS)
+    center = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    size = boxes[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([center, size], dim=-1)
+
+
+class DynamicDecoderStage(nn.Module):
+    """Queries and boxes in; better queries, logits and better boxes out.
+
+    Args:
+        channels: C.
+        num_logits: entries of the class branch.
+        prior: probability that the sigmoid logits start with; None leaves their bias at zero.
+        num_heads: heads of the self-attention.
+        ffn_dim: hidden units of the feed-forward network.
+        dropout: after attention, dynamic convolution and both layers of the FFN.
+        pooling_size: R, bins on each side of the pooled region.
+        sampling_ratio: samples on each side of a bin.
+        canonical_size: box size in pixels that is pooled from stride 16.
+        dynamic_dim: width of the bottleneck between the two dynamic filters.
+        dynamic_filter: "bottleneck", two dynamic 1×1 convolutions C → dynamic_dim → C; or
+            "single", one C → C as equation 11 prints it.
+
+    Raises:
+        ValueError: the heads do not divide the channels, or dynamic_filter is unknown.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_logits: int,
+        prior: float | None,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        pooling_size: int,
+        sampling_ratio: int,
+        canonical_size: float,
+        dynamic_dim: int,
+        dynamic_filter: str,
+    ) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(
+                f"MODEL.DYNAMIC_DETR.DECODER.NUM_HEADS is {num_heads}; it must divide "
+                f"MODEL.DYNAMIC_DETR.HIDDEN_DIM, which is {channels}."
+            )
+        if dynamic_filter not in DYNAMIC_FILTERS:
+            raise ValueError(
+                f"MODEL.DYNAMIC_DETR.DECODER.DYNAMIC_FILTER is {dynamic_filter!r}; "
+                f"wants one of {sorted(DYNAMIC_FILTERS)}."
+            )
+        self.pooling_size = pooling_size
+        self.sampling_ratio = sampling_ratio
+        self.canonical_size = canonical_size
+
+        self.self_attention = nn.MultiheadAttention(
+            channels, num_heads, dropout=dropout, batch_first=True
+        )
+        self.norm_attention = nn.LayerNorm(channels)
+        self.interaction = DYNAMIC_FILTERS[dynamic_filter](channels, pooling_size**2, dynamic_dim)
+        self.norm_interaction = nn.LayerNorm(channels)
+        self.ffn = nn.Sequential(
+            nn.Linear(channels, ffn_dim),
+            nn.ReLU(inplace=True),
+            nn.Dropout(dropout),
+            nn.Linear(ffn_dim, channels),
+        )
+        self.norm_ffn = nn.LayerNorm(channels)
+        self.dropout = nn.Dropout(dropout)
+        self.class_branch = _branch(channels, 1)
+        self.class_logits = nn.Linear(channels, num_logits)
+        self.box_branch = _branch(channels, 3)
+        self.box_deltas = nn.Linear(channels, 4)
+
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        nn.init.zeros_(self.class_logits.bias)
+        if prior is not None:
+            nn.init.constant_(self.class_logits.bias, -math.log((1 - prior) / prior))
+
+    def forward(
+        self, pyramid: Pyramid, queries: Tensor, boxes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One refinement.
+
+        Args:
+            pyramid: what the encoder said.
+            queries: (B, Q, C).
+            boxes: (B, Q, 4) float32 cx, cy, w, h, normalised by the unpadded image.
+
+        Returns:
+            queries (B, Q, C), logits (B, Q, K), boxes (B, Q, 4) as they came; logits and boxes
+            in float32.
+        """
+        height, width = pyramid.image_sizes.to(boxes.dtype).unbind(dim=1)
+        scale = torch.stack([width, height, width, height], dim=1)[:, None]
+        regions = pyramid_roi_align(
+            pyramid,
+            box_cxcywh_to_xyxy(boxes) * scale,
+            self.pooling_size,
+            self.sampling_ratio,
+            self.canonical_size,
+        )
+        attended = self.self_attention(queries, queries, queries, need_weights=False)[0]
+        queries = self.norm_attention(queries + self.dropout(attended))
+        seen = self.interaction(queries, regions)
+        queries = self.norm_interaction(queries + self.dropout(seen))
+        queries = self.norm_ffn(queries + self.dropout(self.ffn(queries)))
+        logits = self.class_logits(self.class_branch(queries)).float()
+        deltas = self.box_deltas(self.box_branch(queries)).to(boxes.dtype)
+        return queries, logits, apply_box_deltas(boxes, deltas)
+
+
+def _branch(channels: int, layers: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(
+            module
+            for _ in range(layers)
+            for module in (
+                nn.Linear(channels, channels, bias=False),
+                nn.LayerNorm(channels),
+                nn.ReLU(inplace=True),
+            )
+        )
+    )

@@ -1,0 +1,7 @@
+"""Encoders: one file each, Pyramid in, Pyramid out."""
+
+from .build import ENCODER_REGISTRY, build_encoder
+from .dynamic import DynamicEncoder
+from .identity import IdentityEncoder
+
+__all__ = ["ENCODER_REGISTRY", "DynamicEncoder", "IdentityEncoder", "build_encoder"]

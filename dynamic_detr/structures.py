@@ -1,0 +1,155 @@
+"""What flows between the rooms of the detector: `Pyramid` in, `Prediction` out.
+
+Shape letters, used in the comments of every file: B images, L levels, Q queries, C channels,
+K classes, S stages, R the side of the pooled region.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh"]
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Feature maps of one batch at several strides, and the true size of every image.
+
+    Images of a batch are padded at the right and the bottom to a common size, so that a level may
+    hold positions that belong to no image. The true size of a level is ceil(image size / stride).
+
+    Args:
+        features: (B, C, H, W) for each level, fine to coarse, in channels-last memory.
+        strides: the stride of each level in pixels of the image.
+        image_sizes: (B, 2) integers, true (height, width) of each image in pixels, on the device
+            of the features.
+
+    Raises:
+        ValueError: levels, strides and sizes do not fit together.
+    """
+
+    features: tuple[Tensor, ...]
+    strides: tuple[int, ...]
+    image_sizes: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "features", tuple(self.features))
+        object.__setattr__(self, "strides", tuple(self.strides))
+        if len(self.features) != len(self.strides) or not self.features:
+            raise ValueError(
+                f"Pyramid: got {len(self.features)} levels and {len(self.strides)} strides; "
+                "wants one stride for each level, and at least one level."
+            )
+        batch, channels = self.features[0].shape[:2]
+        for level, feature in enumerate(self.features):
+            if feature.dim() != 4 or feature.shape[:2] != (batch, channels):
+                raise ValueError(
+                    f"Pyramid: level {level} has shape {tuple(feature.shape)}; "
+                    f"wants ({batch}, {channels}, H, W) as level 0."
+                )
+        if self.image_sizes.shape != (batch, 2) or self.image_sizes.is_floating_point():
+            raise ValueError(
+                f"Pyramid: image_sizes is {self.image_sizes.dtype} "
+                f"{tuple(self.image_sizes.shape)}; wants integers of shape ({batch}, 2)."
+            )
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    @property
+    def channels(self) -> int:
+        return self.features[0].shape[1]
+
+    def sizes(self, level: int) -> Tensor:
+        """True (height, width) of a level for each image: (B, 2) integers, at least 1."""
+        return (self.image_sizes + self.strides[level] - 1).div(
+            self.strides[level], rounding_mode="floor"
+        )
+
+    @cached_property
+    def _valid(self) -> tuple[Tensor, ...]:
+        masks = []
+        for level, feature in enumerate(self.features):
+            height, width = feature.shape[-2:]
+            sizes = self.sizes(level)
+            rows = torch.arange(height, device=feature.device) < sizes[:, :1]  # (B, H)
+            columns = torch.arange(width, device=feature.device) < sizes[:, 1:]  # (B, W)
+            masks.append((rows[:, :, None] & columns[:, None, :])[:, None])
+        return tuple(masks)
+
+    def valid(self, level: int) -> Tensor:
+        """True where a position of the level belongs to the image: (B, 1, H, W) bool."""
+        return self._valid[level]
+
+    @cached_property
+    def _filled(self) -> tuple[bool, ...]:
+        if self.image_sizes.device.type != "cpu":  # reading it would stall the device
+            return (False,) * len(self)
+        return tuple(
+            bool((self.sizes(level) >= torch.tensor(feature.shape[-2:])).all())
+            for level, feature in enumerate(self.features)
+        )
+
+    def filled(self, level: int) -> bool:
+        """Whether the level is known to hold no padding; False where asking would cost a stall."""
+        return self._filled[level]
+
+    def with_features(self, features: list[Tensor] | tuple[Tensor, ...]) -> "Pyramid":
+        """The same pyramid with other features of the same spatial sizes."""
+        pyramid = replace(self, features=tuple(features))
+        for name in ("_valid", "_filled"):  # they depend on the sizes only
+            if name in self.__dict__:
+                pyramid.__dict__[name] = self.__dict__[name]
+        return pyramid
+
+    def masked(self) -> "Pyramid":
+        """The same pyramid with zeros beyond the true sizes."""
+        if all(self._filled):
+            return self
+        return self.with_features(
+            [
+                feature if self.filled(level) else feature * self.valid(level).to(feature.dtype)
+                for level, feature in enumerate(self.features)
+            ]
+        )
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.cat([f.permute(0, 2, 3, 1).flatten(1, 2) for f in self.features], dim=1)
+
+    def table(self) -> Tensor:
+        """All levels as one table of positions, fine to coarse, row by row: (B, ΣHW, C).
+
+        It is built once; later calls return the same tensor.
+        """
+        return self._table
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one decoder stage says of a batch.
+
+    Args:
+        pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, whose last entry is
+            "no object".
+        pred_boxes: (B, Q, 4) as cx, cy, w, h, normalised by the size of the unpadded image.
+        is_proposal: whether these are the proposals of a two-stage decoder.
+    """
+
+    pred_logits: Tensor
+    pred_boxes: Tensor
+    is_proposal: bool = False
+
+
+def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) from centre and size to corners."""
+    center, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([center - 0.5 * size, center + 0.5 * size], dim=-1)
+
+
+def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) from corners to centre and size."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([0.5 * (low + high), high - low], dim=-1)
