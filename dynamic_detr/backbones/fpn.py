@@ -1,0 +1,30 @@
+"""Level builders: from the stages of a bottom-up network to the levels of the pyramid.
+
+P2 to P6, strides 4 to 64, of a feature pyramid network; P6 is P5, max-pooled.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BACKBONE_REGISTRY
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+
+from .resnet import build_resnet_deform_backbone
+
+__all__ = ["build_resnet_deform_fpn_backbone"]
+
+
+@BACKBONE_REGISTRY.register()
+def build_resnet_deform_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Detectron2's FPN, as `MODEL.FPN` describes it, over `build_resnet_deform_backbone`.
+
+    Its `size_divisibility` is that of P5 (32), as in Detectron2; P6 needs 64 to be exact.
+    """
+    fpn = cfg.MODEL.FPN
+    return FPN(
+        bottom_up=build_resnet_deform_backbone(cfg, input_shape),
+        in_features=fpn.IN_FEATURES,
+        out_channels=fpn.OUT_CHANNELS,
+        norm=fpn.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=fpn.FUSE_TYPE,
+    )
