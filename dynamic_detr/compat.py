@@ -1,0 +1,138 @@
+"""What differs between Detectron2 versions, from 0.5 to the newest; nothing else in the project
+asks for a version.
+
+The pure-Python build of 0.5 counts as a version here: it has no compiled operators.
+"""
+
+import importlib.machinery
+import importlib.util
+from pathlib import Path
+
+import detectron2
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+# Keys of newer versions, with their defaults. A configuration that a newer version dumped names
+# all of them, so 0.5 must know them; other values than these it cannot act upon.
+_NEWER_KEYS = {
+    "FLOAT32_PRECISION": "",
+    "SOLVER.BASE_LR_END": 0.0,
+    "SOLVER.NUM_DECAYS": 3,
+    "SOLVER.RESCALE_INTERVAL": False,
+    "DATALOADER.REPEAT_SQRT": True,
+}
+
+
+def _node_and_key(cfg: CfgNode, name: str) -> tuple[CfgNode, str]:
+    *parents, key = name.split(".")
+    for parent in parents:
+        cfg = cfg[parent]
+    return cfg, key
+
+
+def add_newer_keys(cfg: CfgNode) -> list[str]:
+    """Give 0.5 the keys that newer versions have.
+
+    Args:
+        cfg: Detectron2's defaults; changed in place.
+
+    Returns:
+        The keys that were added: this Detectron2 does nothing with them.
+    """
+    added = []
+    for name, default in _NEWER_KEYS.items():
+        node, key = _node_and_key(cfg, name)
+        if key not in node:
+            node[key] = default
+            added.append(name)
+    return added
+
+
+def unsupported_keys(cfg: CfgNode) -> list[str]:
+    """Keys that are set to something that this Detectron2 has no notion of."""
+    from detectron2.config import get_cfg
+
+    return [
+        name
+        for name in add_newer_keys(get_cfg())
+        if _value(cfg, name) not in (None, _NEWER_KEYS[name])
+    ]
+
+
+def _value(cfg: CfgNode, name: str):
+    node, key = _node_and_key(cfg, name)
+    return node.get(key)
+
+
+def has_compiled_ops() -> bool:
+    """Whether this Detectron2 has its C++ extension (the pure-Python build does not)."""
+    spec = importlib.util.find_spec("detectron2._C")
+    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    return spec is not None and (spec.origin or "").endswith(suffixes)
+
+
+def coco_evaluator(dataset_name: str, output_dir: str):
+    """Detectron2's COCO evaluator; its fast C++ implementation only where that was compiled."""
+    from detectron2.evaluation import COCOEvaluator
+
+    return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=has_compiled_ops())
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """Wrap a model for data-parallel training if there are several processes.
+
+    Detectron2's ``create_ddp_model`` names a GPU even where the model is on the CPU.
+
+    Args:
+        model: on the device where it is trained.
+    """
+    if comm.get_world_size() == 1:
+        return model
+    on_gpu = next(model.parameters()).is_cuda
+    device_ids = [torch.cuda.current_device()] if on_gpu else None
+    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+
+def set_local_process_group(ranks_per_machine: int, machine_rank: int) -> None:
+    """Tell Detectron2 which processes share this machine; called once, by every process.
+
+    0.5 keeps the group in a module attribute; newer versions have a function that makes it.
+    """
+    create = getattr(comm, "create_local_process_group", None)
+    if create is not None:
+        create(ranks_per_machine)
+        return
+    for machine in range(comm.get_world_size() // ranks_per_machine):
+        first = machine * ranks_per_machine
+        group = torch.distributed.new_group(list(range(first, first + ranks_per_machine)))
+        if machine == machine_rank:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def build_writers(output_dir: str, max_iter: int) -> list:
+    """Writers of metrics: terminal, ``metrics.json``, and TensorBoard where it is installed.
+
+    Detectron2's ``default_writers`` fails without TensorBoard.
+    """
+    from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
+
+    writers = [CommonMetricPrinter(max_iter), JSONWriter(str(Path(output_dir) / "metrics.json"))]
+    if importlib.util.find_spec("tensorboard") is not None:
+        writers.append(TensorboardXWriter(output_dir))
+    return writers
+
+
+def zoo_config(name: str) -> Path | None:
+    """The file of a model-zoo configuration such as ``COCO-Detection/retinanet_R_50_FPN_1x.yaml``.
+
+    Read from the installed package directly: ``model_zoo`` imports ``pkg_resources`` in 0.5.
+
+    Returns:
+        None if this Detectron2 has no configuration of that name.
+    """
+    folder = Path(detectron2.__file__).parent / "model_zoo" / "configs"
+    path = folder / name
+    return path if name and path.is_file() else None

@@ -1,0 +1,1 @@
+"""Training: the trainer, its optimiser and step, checkpoints, launching, evaluation."""

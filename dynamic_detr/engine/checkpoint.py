@@ -1,0 +1,258 @@
+"""Checkpoints that survive being killed: written aside, synced, renamed; the newest few are kept.
+
+A file holds tensors and plain types only (``torch.load(weights_only=True)`` reads it):
+
+| key | what |
+| --- | --- |
+| ``model`` | the weights that a user wants: the moving average where there is one |
+| ``model_training`` | with a moving average: the weights that training goes on from |
+| ``trainer`` | iteration, optimiser, schedule, loss scale, seed (see ``trainer.py``) |
+| ``iteration`` | the last finished iteration, from 0 |
+
+So whatever loads a Detectron2 checkpoint (``MODEL.WEIGHTS``, the demo, Detectron2's predictor)
+gets the averaged weights, and only ``--resume`` reads the rest.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from .ema import ModelEMA
+from .errors import UserError, one_line
+
+_PERIODIC = re.compile(r"model_\d{7}\.pth")
+_LAST = "last_checkpoint"
+# Detectron2's class layers are called cls_score, and with class-wise boxes or masks also bbox_pred
+# and predictor.
+_CLASS_LAYER = re.compile("class|cls|pred|logits")
+
+
+class BrokenCheckpoint(UserError):
+    """A file that is not a whole checkpoint: truncated, or something else altogether."""
+
+
+def write_atomically(path: Path, write) -> None:
+    """Let ``write(file)`` fill a temporary file beside ``path``, sync it and rename it.
+
+    After a crash at any moment ``path`` holds either its old content or its new one, whole.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer with atomic files, a fall-back, and short reports of misfits.
+
+    Args:
+        model: the model, wrapped for data parallelism or not.
+        save_dir: local directory of the run; empty to save nothing.
+        keep: how many periodic checkpoints stay; 0 keeps all.
+        ema: average to save as the model's weights.
+        strict_classes: class layers that do not fit are an error (evaluation) rather than
+            initialised anew (fine-tuning).
+        checkpointables: as Detectron2's.
+
+    Raises:
+        UserError: ``keep`` is 1 or negative.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        keep: int = 0,
+        ema: ModelEMA | None = None,
+        strict_classes: bool = False,
+        **checkpointables: Any,
+    ):
+        super().__init__(model, save_dir, **checkpointables)
+        if keep < 0 or keep == 1:
+            raise UserError(
+                f"SOLVER.KEEP_CHECKPOINTS is {keep}; it must be 2 or more (the one before the last "
+                "is what a broken last one falls back to), or 0 to keep all"
+            )
+        self.keep = keep
+        self.ema = ema
+        self.strict_classes = strict_classes
+        self.last_iteration = -1  # of the file that `--resume` would take
+
+    def save(self, name: str, **extra: Any) -> None:
+        """Write ``<save_dir>/<name>.pth`` and make it the one that ``--resume`` takes."""
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data: dict[str, Any] = {}
+        if self.ema is None:
+            data["model"] = self.model.state_dict()
+        else:
+            data["model"] = self.ema.state_dict()
+            data["model_training"] = self.model.state_dict()
+            data["ema_updates"] = self.ema.updates
+        for key, value in self.checkpointables.items():
+            data[key] = value.state_dict()
+        data.update(extra)
+        path = Path(self.save_dir) / f"{name}.pth"
+        self.logger.info(f"Saving checkpoint to {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save(data, file))
+        self.tag_last_checkpoint(path.name)
+        self.last_iteration = extra.get("iteration", -1)
+        self._prune()
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the file that ``--resume`` takes first."""
+        tag = Path(self.save_dir) / _LAST
+        write_atomically(tag, lambda file: file.write(last_filename_basename.encode()))
+
+    def _periodic_files(self) -> list[Path]:
+        """Periodic checkpoints, the newest first."""
+        files = [p for p in Path(self.save_dir).glob("model_*.pth") if _PERIODIC.fullmatch(p.name)]
+        return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+
+    def _prune(self) -> None:
+        if self.keep:
+            for path in self._periodic_files()[self.keep :]:
+                path.unlink(missing_ok=True)
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the last whole checkpoint with everything in it.
+
+        Returns:
+            What was in it beyond the model and the checkpointables; None if the directory has no
+            checkpoint.
+
+        Raises:
+            BrokenCheckpoint: there are checkpoints, and none of them is whole.
+        """
+        if not self.has_checkpoint():
+            return None
+        last = Path(self.get_checkpoint_file())
+        candidates = [last, *(path for path in self._periodic_files() if path.name != last.name)]
+        for path in candidates:
+            try:
+                return self._load_for_resuming(str(path))
+            except BrokenCheckpoint as error:
+                self.logger.warning(f"{one_line(error)}; falling back to the checkpoint before it")
+        raise BrokenCheckpoint(
+            f"none of the {len(candidates)} checkpoints in {self.save_dir} can be read; "
+            "start again without --resume"
+        )
+
+    def _load_for_resuming(self, path: str) -> dict[str, Any]:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch, pickle and zip each have their own errors
+            raise BrokenCheckpoint(_broken(path, error)) from error
+        average = None
+        if "model_training" in checkpoint:
+            average = checkpoint["model"]
+            checkpoint["model"] = checkpoint.pop("model_training")
+        self.logger.info(f"Resuming from {path}")
+        misfits = self._load_model(checkpoint)
+        if misfits.incorrect_shapes or misfits.missing_keys:
+            names = [entry[0] for entry in misfits.incorrect_shapes] + misfits.missing_keys
+            raise UserError(
+                f"{path} was saved by another model than this configuration's ({_some(names)}); "
+                "resume with the configuration of that run, or train in another OUTPUT_DIR"
+            )
+        for key, target in self.checkpointables.items():
+            if key in checkpoint:
+                target.load_state_dict(checkpoint.pop(key))
+        if self.ema is not None:
+            if average is None:
+                self.ema.restart()
+            else:
+                self.ema.load(average, checkpoint.pop("ema_updates"))
+        self.last_iteration = checkpoint.get("iteration", -1)
+        return checkpoint
+
+    def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
+        """Load weights, by default also the checkpointables, from a path or an address.
+
+        Raises:
+            UserError: the file is missing, cannot be fetched, or is no checkpoint; or its classes
+                are not the model's and ``strict_classes`` is set.
+        """
+        if path:
+            self._require(path)
+        try:
+            rest = super().load(path, checkpointables)
+        except ValueError as error:  # a file of something else than tensors by name
+            raise BrokenCheckpoint(_broken(path, error)) from error
+        if self.ema is not None:
+            self.ema.restart()
+        return rest
+
+    def _require(self, path: str) -> None:
+        """Fetch an address such as ``detectron2://...``, or see that a local file is there."""
+        try:
+            local = self.path_manager.get_local_path(path.partition("?")[0])
+        except Exception as error:  # whatever a network stack may raise
+            raise UserError(
+                f"could not fetch the weights {path} ({one_line(error)[:120]}); without a network, "
+                "copy the file here and set MODEL.WEIGHTS to its path"
+            ) from error
+        if not os.path.isfile(local):
+            raise UserError(f"the weights {path} do not exist; check MODEL.WEIGHTS")
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except Exception as error:  # torch, pickle and zip each have their own errors
+            raise BrokenCheckpoint(_broken(filename, error)) from error
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        """One line for class layers of another size, one for anything else that does not fit."""
+        misfits = list(incompatible.incorrect_shapes)
+        classes = [entry for entry in misfits if _is_class_layer(*entry)]
+        if classes and self.strict_classes:
+            name, saved, built = classes[0]
+            raise UserError(
+                f"the weights were trained with another number of classes: {name} has "
+                f"{saved[0]} rows there and {built[0]} here; set the class count of the "
+                "configuration to that of the weights"
+            )
+        if classes:
+            self.logger.warning(
+                "The weights have another number of classes; initialised anew: "
+                + ", ".join(f"{name} {saved} -> {built}" for name, saved, built in classes)
+            )
+        others = [entry[0] for entry in misfits if entry not in classes]
+        if others:
+            self.logger.warning(
+                f"These weights have another shape than the model's and are not used: "
+                f"{_some(others)}"
+            )
+        anew = {entry[0] for entry in misfits}
+        missing = [key for key in incompatible.missing_keys if key not in anew]
+        super()._log_incompatible_keys(
+            incompatible._replace(missing_keys=missing, incorrect_shapes=[])
+        )
+
+
+def _is_class_layer(name: str, saved: tuple[int, ...], built: tuple[int, ...]) -> bool:
+    """Whether a layer that has rows for each class differs in the number of rows alone."""
+    return saved[1:] == built[1:] and _CLASS_LAYER.search(name) is not None
+
+
+def _broken(path: str, error: Exception) -> str:
+    return f"{path} is not a whole checkpoint of tensors ({one_line(error)[:120]})"
+
+
+def _some(names: list[str], limit: int = 3) -> str:
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,33 @@
+"""COCO evaluation of a model, plain or with test-time augmentation."""
+
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+
+from .. import compat
+from .errors import UserError
+
+
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+) -> DatasetEvaluator:
+    """The COCO evaluator of a data set.
+
+    Args:
+        cfg: reads ``OUTPUT_DIR``.
+        dataset_name: as registered with Detectron2.
+        output_folder: where the detections are written; ``OUTPUT_DIR/inference`` by default.
+
+    Raises:
+        UserError: the data set is not of COCO's kind.
+    """
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+    if kind not in ("coco", "coco_panoptic_seg"):
+        raise UserError(
+            f"the data set {dataset_name} in DATASETS.TEST is evaluated by {kind!r} rules; this "
+            "project evaluates COCO boxes only: register it as a COCO data set"
+        )
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    return compat.coco_evaluator(dataset_name, folder)

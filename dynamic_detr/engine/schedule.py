@@ -1,0 +1,69 @@
+"""The effective schedule: scaled to the number of processes, checked, and told in one line."""
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer
+
+from .errors import UserError
+
+
+def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
+    """Scale batch, learning rate and iterations as Detectron2 does for ``REFERENCE_WORLD_SIZE``.
+
+    Args:
+        cfg: left as it is.
+        world_size: processes of this run.
+
+    Raises:
+        UserError: a batch that does not divide among the processes, or an empty schedule.
+    """
+    solver = cfg.SOLVER
+    reference = solver.REFERENCE_WORLD_SIZE
+    if reference and solver.IMS_PER_BATCH % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} does not divide among the "
+            f"SOLVER.REFERENCE_WORLD_SIZE {reference} processes"
+        )
+    cfg = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % world_size:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} does not divide among {world_size} "
+            "processes"
+        )
+    if solver.MAX_ITER < 1:
+        raise UserError(f"SOLVER.MAX_ITER is {solver.MAX_ITER}; it must be at least 1")
+    if solver.CHECKPOINT_PERIOD < 1:
+        raise UserError(
+            f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 1"
+        )
+    return cfg
+
+
+def describe_schedule(cfg: CfgNode, world_size: int, seed: int, images: int = 0) -> str:
+    """One line: how long, how much at a time, how fast, and with what seed.
+
+    Args:
+        cfg: as :func:`scale_schedule` returned it.
+        world_size: processes of this run.
+        seed: of this run.
+        images: in the training data, for the number of epochs; 0 if not known.
+    """
+    solver = cfg.SOLVER
+    batch = solver.IMS_PER_BATCH
+    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
+    if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        decay = f"x{solver.GAMMA:g} at {', '.join(map(str, steps)) or 'no iteration'}"
+    else:
+        decay = solver.LR_SCHEDULER_NAME
+    clip = solver.CLIP_GRADIENTS
+    epochs = (
+        f" = {solver.MAX_ITER * batch / images:.1f} epochs of {images} images" if images else ""
+    )
+    return (
+        f"Schedule: {solver.MAX_ITER} iterations x {batch} images "
+        f"({batch // world_size} on each of {world_size} processes){epochs} | "
+        f"{solver.OPTIMIZER} lr {solver.BASE_LR:g}, {decay}, warm-up {solver.WARMUP_ITERS} | "
+        f"clip {f'{clip.CLIP_TYPE} {clip.CLIP_VALUE:g}' if clip.ENABLED else 'off'} | "
+        f"AMP {solver.AMP.DTYPE if solver.AMP.ENABLED else 'off'} | "
+        f"EMA {solver.EMA.DECAY if solver.EMA.ENABLED else 'off'} | seed {seed}"
+    )

@@ -1,0 +1,196 @@
+"""From the command line to a checked configuration. Everything that a user can get wrong is told
+here, in one line, before any process or model is started.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+import yaml
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+
+from .. import compat
+from ..config import add_dynamic_detr_config
+from .errors import UserError, did_you_mean, one_line
+
+_EPILOG = """
+examples:
+  train on COCO (under DETECTRON2_DATASETS) with 8 GPUs:
+    train_net.py --num-gpus 8 --config-file configs/COCO-Detection/dynamic_detr_R_50_1x.yaml
+  train on your own COCO-format boxes:
+    train_net.py --config-file ... --train-json A.json --train-images DIR \\
+                 --val-json B.json --val-images DIR
+  go on after a stop:         add --resume
+  evaluate:                   add --eval-only MODEL.WEIGHTS output/model_final.pth
+  change configuration keys:  add SOLVER.BASE_LR 0.0001 MODEL.DEVICE cpu ...
+  a Detectron2 model-zoo configuration: --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml
+
+exit codes: 0 done, or saved and stopped by SIGTERM; 1 unforeseen error; 2 wrong arguments,
+configuration, data or weights; 3 training diverged; 130 saved and stopped by Ctrl-C
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, and those of this project."""
+    parser = default_argument_parser(epilog=_EPILOG)
+    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--num-processes",
+        type=int,
+        default=1,
+        help="processes per machine on the CPU (with Gloo between them)",
+    )
+    for split in ("train", "val"):
+        parser.add_argument(
+            f"--{split}-json", metavar="FILE", help=f"COCO-format annotations to use for {split}"
+        )
+        parser.add_argument(
+            f"--{split}-images", metavar="DIR", help=f"folder of the images of --{split}-json"
+        )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of user errors")
+    return parser
+
+
+def find_config(name: str) -> str:
+    """The file of ``--config-file``: a path, or the name of a model-zoo configuration.
+
+    Raises:
+        UserError: there is no such file in either place.
+    """
+    if not name:
+        raise UserError(
+            "--config-file is missing; for example "
+            "--config-file configs/COCO-Detection/dynamic_detr_R_50_1x.yaml"
+        )
+    if os.path.isfile(name):
+        return name
+    zoo = compat.zoo_config(name)
+    if zoo is None:
+        folder = Path(name).parent
+        here = folder.glob("*.yaml") if folder.is_dir() else ()
+        raise UserError(
+            f"the configuration {name} does not exist, neither as a file nor in Detectron2's model "
+            f"zoo{did_you_mean(name, map(str, here))}"
+        )
+    return str(zoo)
+
+
+def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
+    names = []
+    for key, value in cfg.items():
+        names.append(prefix + key)
+        if isinstance(value, CfgNode):
+            names += _keys(value, f"{prefix}{key}.")
+    return names
+
+
+def _merge(cfg: CfgNode, merge, source: str) -> None:
+    """Merge into ``cfg`` and say what was wrong with the source."""
+    try:
+        merge(source)
+    except KeyError as error:
+        text = str(error.args[0]) if error.args else ""
+        key = text.rpartition(" ")[2]
+        raise UserError(f"{text}{did_you_mean(key, _keys(cfg))}") from error
+    except (AssertionError, ValueError, yaml.YAMLError, OSError) as error:
+        raise UserError(f"wrong configuration: {one_line(error)}") from error
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """Merge the configuration file, the command line's keys and its data sets, and check them.
+
+    Every process of a run calls it, as data sets are registered by process.
+
+    Returns:
+        The frozen configuration.
+
+    Raises:
+        UserError: anything that cannot work.
+    """
+    cfg = get_cfg()
+    compat.add_newer_keys(cfg)
+    add_dynamic_detr_config(cfg)
+    args.config_file = find_config(args.config_file)
+    _merge(cfg, cfg.merge_from_file, args.config_file)
+    if len(args.opts or []) % 2:
+        raise UserError(
+            f"configuration keys come in pairs KEY VALUE, and {args.opts[-1]!r} is left over"
+        )
+    _merge(cfg, cfg.merge_from_list, args.opts or [])
+    for name in compat.unsupported_keys(cfg):
+        raise UserError(f"{name} is set, but the installed Detectron2 is too old to know it")
+    _choose_device(cfg, args)
+    _register_data(cfg, args)
+    _check_data(cfg, need_train=not args.eval_only)
+    cfg.freeze()
+    return cfg
+
+
+def _choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
+    available = torch.cuda.device_count()
+    if args.num_gpus > max(available, 1):
+        raise UserError(
+            f"--num-gpus {args.num_gpus}, but this machine has {available} GPUs"
+            + ("" if available else "; --num-processes starts several processes on the CPU")
+        )
+    if args.num_gpus < 0 or args.num_processes < 1 or args.num_machines < 1:
+        raise UserError("--num-gpus, --num-processes and --num-machines count from 0, 1 and 1")
+    if not 0 <= args.machine_rank < args.num_machines:
+        raise UserError(
+            f"--machine-rank {args.machine_rank} is not one of 0 to {args.num_machines - 1}"
+        )
+    if not available or not args.num_gpus or args.num_processes > 1:
+        cfg.MODEL.DEVICE = "cpu"
+
+
+def process_count(cfg: CfgNode, args: argparse.Namespace) -> int:
+    """How many processes this command starts on this machine."""
+    return args.num_gpus if cfg.MODEL.DEVICE.startswith("cuda") else args.num_processes
+
+
+def _register_data(cfg: CfgNode, args: argparse.Namespace) -> None:
+    given = [args.train_json, args.train_images, args.val_json, args.val_images]
+    if not any(given):
+        return
+    from ..data.coco_json import apply_json_datasets
+
+    apply_json_datasets(cfg, args)
+
+
+def class_count(cfg: CfgNode) -> int | None:
+    """The number of classes of the configured detector; None for one that is not known here."""
+    nodes = {
+        "DynamicDETR": cfg.MODEL.DYNAMIC_DETR,
+        "RetinaNet": cfg.MODEL.RETINANET,
+        "GeneralizedRCNN": cfg.MODEL.ROI_HEADS,
+    }
+    node = nodes.get(cfg.MODEL.META_ARCHITECTURE)
+    return None if node is None else node.NUM_CLASSES
+
+
+def _check_data(cfg: CfgNode, need_train: bool) -> None:
+    """See that the data sets exist and have no more classes than the detector."""
+    sets = [("TEST", name) for name in cfg.DATASETS.TEST]
+    if need_train:
+        sets += [("TRAIN", name) for name in cfg.DATASETS.TRAIN]
+        if not cfg.DATASETS.TRAIN:
+            raise UserError("DATASETS.TRAIN is empty; name a data set, or give --train-json")
+    elif not cfg.DATASETS.TEST:
+        raise UserError("DATASETS.TEST is empty; name a data set, or give --val-json")
+    known = list(DatasetCatalog.list())
+    classes = class_count(cfg)
+    for split, name in sets:
+        if name not in known:
+            raise UserError(
+                f"DATASETS.{split} names {name}, which is not registered"
+                f"{did_you_mean(name, known)}; --train-json and --val-json take COCO files"
+            )
+        names = MetadataCatalog.get(name).get("thing_classes")
+        if names is not None and classes is not None and len(names) > classes:
+            raise UserError(
+                f"the data set {name} has {len(names)} classes and the detector {classes}; set "
+                "the NUM_CLASSES of its configuration"
+            )

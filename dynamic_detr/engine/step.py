@@ -1,0 +1,183 @@
+"""One training step: forward, backward, clip, check on every process, and only then update.
+
+The losses, the gradient norm and a wish to stop travel in one small vector: one reduction between
+the processes and one wait for the device in an iteration.
+"""
+
+import contextlib
+import math
+import time
+
+import torch
+import torch.distributed as dist
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .clipping import GradientClipper
+from .ema import ModelEMA
+from .errors import UserError
+
+AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class NonFiniteStep(Exception):
+    """A loss or the gradient is not finite; the weights are those from before the step.
+
+    Args:
+        losses: mean over the processes of each loss.
+        skipped: how many steps in a row float16's scaler has skipped.
+    """
+
+    def __init__(self, losses: dict[str, float], skipped: int):
+        super().__init__("a loss or the gradient is not finite")
+        self.losses = losses
+        self.skipped = skipped
+
+
+def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
+    """The dtype of mixed precision, None for none.
+
+    Raises:
+        UserError: an unknown name, or float16 without a GPU.
+    """
+    if not enabled:
+        return None
+    if name not in AMP_DTYPES:
+        raise UserError(f"SOLVER.AMP.DTYPE is {name!r}; it must be 'float16' or 'bfloat16'")
+    if name == "float16" and not device.startswith("cuda"):
+        raise UserError(
+            f"SOLVER.AMP.DTYPE float16 needs a GPU and MODEL.DEVICE is {device!r}; set "
+            "SOLVER.AMP.DTYPE bfloat16, or SOLVER.AMP.ENABLED False"
+        )
+    return AMP_DTYPES[name]
+
+
+def seed_step(seed: int, iteration: int, rank: int) -> None:
+    """Make what the model draws at random (dropout, sampled anchors) a function of the step."""
+    torch.manual_seed((seed * 1_000_003 + iteration) * 4_099 + rank)
+
+
+class TrainStep(SimpleTrainer):
+    """Detectron2's single-step trainer with mixed precision, clipping, averaging and checks.
+
+    Args:
+        model: maps a batch to a dict of losses; may be wrapped for data parallelism.
+        data_loader: yields this process's part of each batch.
+        optimizer: without clipping of its own.
+        clip: clips gradients in place and returns their total norm (see ``clipping.py``).
+        seed: of the run; with the iteration and the rank it seeds each step.
+        dtype: of mixed precision, or None.
+        max_skipped_steps: so many overflowing float16 steps in a row are an error.
+        ema: is updated after each step that was taken.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader,
+        optimizer: torch.optim.Optimizer,
+        clip: GradientClipper,
+        seed: int,
+        dtype: torch.dtype | None = None,
+        max_skipped_steps: int = 20,
+        ema: ModelEMA | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.clip = clip
+        self.seed = seed
+        self.dtype = dtype
+        self.max_skipped_steps = max_skipped_steps
+        self.ema = ema
+        self.scaler = torch.amp.GradScaler("cuda") if dtype is torch.float16 else None
+        self.skipped = 0
+        self.batch: list[dict] = []
+        self.stop_requested = False  # by this process's signal handler
+        self.stop_agreed = False  # by all processes
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._device = self._parameters[0].device
+
+    def run_step(self) -> None:
+        """Train on the next batch.
+
+        Raises:
+            NonFiniteStep: on every process at once; nothing was changed by this step.
+        """
+        started = time.perf_counter()
+        self.batch = next(self._data_loader_iter)
+        data_time = time.perf_counter() - started
+
+        seed_step(self.seed, self.iter, comm.get_rank())
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self._forward(self.batch)
+        total = sum(losses.values())
+        norm = self._backward(total)
+        means, norm, self.stop_agreed = self._reduce(losses, total, norm, data_time)
+        if math.isfinite(norm) and all(math.isfinite(value) for value in means.values()):
+            self.optimizer.step()
+            self.skipped = 0
+            if self.ema is not None:
+                self.ema.update()
+        else:
+            self.skipped += 1
+            if self.scaler is None or self.skipped >= self.max_skipped_steps:
+                means.pop("total_loss")
+                raise NonFiniteStep(means, self.skipped)
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def _forward(self, batch: list[dict]) -> dict[str, Tensor]:
+        if self.dtype is None:
+            context = contextlib.nullcontext()
+        else:
+            context = torch.autocast(self._device.type, dtype=self.dtype)
+        with context:
+            losses = self.model(batch)
+        return {"loss": losses} if isinstance(losses, Tensor) else losses
+
+    def _backward(self, total: Tensor) -> Tensor:
+        """Compute gradients, undo the loss scale, clip; the norm from before the clipping."""
+        if self.scaler is None:
+            total.backward()
+        else:
+            self.scaler.scale(total).backward()
+            # `scaler.step` would wait for the device once more to learn about an overflow, which
+            # shows in the norm anyway; the scaler itself adapts on the device.
+            self.scaler.unscale_(self.optimizer)
+        return self.clip(self._parameters)
+
+    def _reduce(
+        self, losses: dict[str, Tensor], total: Tensor, norm: Tensor, data_time: float
+    ) -> tuple[dict[str, float], float, bool]:
+        """Mean losses and gradient norm over the processes, and whether any wants to stop."""
+        values = [*losses.values(), total, norm]
+        vector = torch.stack([value.detach().float().to(self._device) for value in values])
+        extra = vector.new_tensor([float(self.stop_requested), data_time])
+        vector = torch.cat([vector, extra])
+        world = comm.get_world_size()
+        if world > 1:
+            dist.all_reduce(vector)
+        *means, norm_sum, stop, data_sum = vector.tolist()
+        names = [*losses, "total_loss"]
+        metrics = {name: value / world for name, value in zip(names, means, strict=True)}
+        norm_mean = norm_sum / world
+        if comm.is_main_process() and math.isfinite(norm_mean + metrics["total_loss"]):
+            storage = get_event_storage()
+            storage.put_scalar("data_time", data_sum / world)
+            storage.put_scalars(**metrics, grad_norm=norm_mean)
+        return metrics, norm_mean, stop > 0
+
+    def state_dict(self) -> dict:
+        """The optimiser, the scaler and the run of skipped steps, as tensors and plain types."""
+        state = super().state_dict()
+        state["skipped"] = self.skipped
+        if self.scaler is not None:
+            state["grad_scaler"] = self.scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.skipped = state_dict.get("skipped", 0)
+        if self.scaler is not None and "grad_scaler" in state_dict:
+            self.scaler.load_state_dict(state_dict["grad_scaler"])

@@ -1,0 +1,262 @@
+"""Detectron2's ``DefaultTrainer`` for this project: its hooks, evaluation and events, with the
+project's optimiser, training step, data order and checkpoints.
+"""
+
+import logging
+import os
+import weakref
+from collections import OrderedDict
+
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from torch import nn
+
+from .. import compat
+from .checkpoint import SafeCheckpointer
+from .clipping import build_clipper
+from .ema import ModelEMA
+from .errors import EXIT_DIVERGED, TrainingStopped, UserError, one_line
+from .evaluation import build_evaluator
+from .guard import likely_cause, where
+from .optimizer import build_optimizer
+from .schedule import describe_schedule, scale_schedule
+from .signals import EvaluationInterrupted, StopRequest
+from .step import NonFiniteStep, TrainStep, amp_dtype
+from .tta import DetectorTTA
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Train any Detectron2 detector so that it can be stopped at any time and resumed exactly.
+
+    Args:
+        cfg: frozen or not; scaled to the number of processes if ``SOLVER.REFERENCE_WORLD_SIZE``
+            is set.
+
+    Raises:
+        UserError: the configuration cannot be built.
+    """
+
+    def __init__(self, cfg: CfgNode):
+        TrainerBase.__init__(self)
+        self.cfg = cfg = scale_schedule(cfg, comm.get_world_size())
+        self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
+        self.finished = -1  # the last iteration whose update is in the weights
+        self.stop = StopRequest()
+        # Processes must agree; also what a resumed run takes from its checkpoint.
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+
+        dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE)
+        self.detector = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, self.detector)
+        self.ema = ModelEMA(self.detector, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
+        self._trainer = TrainStep(
+            compat.distribute(self.detector),
+            self._batches(),
+            optimizer,
+            build_clipper(cfg),
+            self.seed,
+            dtype,
+            cfg.SOLVER.MAX_SKIPPED_STEPS,
+            self.ema,
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = SafeCheckpointer(
+            self.detector,
+            cfg.OUTPUT_DIR,
+            keep=cfg.SOLVER.KEEP_CHECKPOINTS,
+            ema=self.ema,
+            trainer=weakref.proxy(self),
+        )
+        self.register_hooks(self.build_hooks())
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Build the model on ``MODEL.DEVICE``."""
+        try:
+            model = build_model(cfg)
+        except (ValueError, KeyError) as error:
+            raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        logger.info(f"Model:\n{model}")
+        logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
+        return model
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module):
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    def _batches(self):
+        """This process's batches from ``start_iter`` on; nothing is loaded before the first."""
+        yield from self.build_train_loader(self.cfg)
+
+    def build_writers(self) -> list:
+        return compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
+    def build_hooks(self) -> list:
+        """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted."""
+        evaluations = [hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)]
+        if self.cfg.TEST.AUG.ENABLED:
+            evaluations.append(hooks.EvalHook(0, self._evaluate_with_tta))
+        result = []
+        for hook in super().build_hooks():
+            result += evaluations if isinstance(hook, hooks.EvalHook) else [hook]
+        return result
+
+    def _evaluate(self) -> dict:
+        self._last_eval_results = self._with_averaged_weights(
+            lambda: self.test(self.cfg, self.detector)
+        )
+        return self._last_eval_results
+
+    def _evaluate_with_tta(self) -> dict:
+        return self._with_averaged_weights(lambda: self.test_with_tta(self.cfg, self.detector))
+
+    def _with_averaged_weights(self, evaluate) -> dict:
+        if self._trainer.stop_agreed:
+            self._save_and_stop()
+        try:
+            with self.stop.evaluating():
+                if self.ema is None:
+                    return evaluate()
+                with self.ema.applied():
+                    return evaluate()
+        except EvaluationInterrupted:
+            self._save_and_stop()
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluate with ``TEST.AUG``; the results' names end in ``_TTA``."""
+        logger.info("Evaluating with test-time augmentation")
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, DetectorTTA.from_config(cfg, model), evaluators)
+        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from the last whole checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""
+        if resume:
+            if self.checkpointer.resume() is not None:
+                self.start_iter = self.finished + 1
+                return
+            logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
+        self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+
+    def train(self):
+        """Train from ``start_iter`` to ``max_iter``.
+
+        Raises:
+            TrainingStopped: after a signal or a non-finite step, with the state saved.
+        """
+        logger.info(describe_schedule(self.cfg, comm.get_world_size(), self.seed))
+        with self.stop.listening():
+            return super().train()
+
+    def before_step(self) -> None:
+        super().before_step()
+        self._trainer.stop_requested = bool(self.stop)
+
+    def run_step(self) -> None:
+        self._trainer.iter = self.iter
+        try:
+            self._trainer.run_step()
+        except NonFiniteStep as error:
+            self._stop_diverged(error)
+        except RuntimeError:
+            # A signal to the whole process group also ends data workers and other processes.
+            if self.stop:
+                self._save_and_stop()
+            raise
+        self.finished = self.iter
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self._trainer.stop_agreed and self.iter + 1 < self.max_iter:
+            self._save_and_stop()
+
+    def _save(self) -> str:
+        """Save the state after the last finished iteration; the name of its file."""
+        if self.checkpointer.last_iteration != self.finished or self.finished < 0:
+            name = f"model_{self.finished:07d}" if self.finished >= 0 else "model_start"
+            self.checkpointer.save(name, iteration=self.finished)
+        return self.checkpointer.get_checkpoint_file()
+
+    def _save_and_stop(self) -> None:
+        path = self._save()
+        name = self.stop.signal.name if self.stop else "a signal to another process"
+        raise TrainingStopped(
+            f"stopped by {name} after {self.finished + 1} of {self.max_iter} iterations; saved "
+            f"{path}, --resume goes on from there",
+            self.stop.exit_code,
+        )
+
+    def _stop_diverged(self, error: NonFiniteStep) -> None:
+        place = where(error.losses) or "the gradient"
+        cause = likely_cause(self.cfg, self.detector, self._trainer.batch, self.iter)
+        path = self._save()
+        skipped = f" for {error.skipped} steps in a row" if error.skipped > 1 else ""
+        raise TrainingStopped(
+            f"training diverged at iteration {self.iter}: {place} is not finite{skipped}; likely "
+            f"cause: {cause}; the weights from before it are in {path}",
+            EXIT_DIVERGED,
+        )
+
+    def state_dict(self) -> dict:
+        """Everything beside the weights that a resumed run needs."""
+        state = TrainerBase.state_dict(self)
+        state["iteration"] = self.finished
+        state["step"] = self._trainer.state_dict()
+        state["optimizer_name"] = type(self.optimizer).__name__
+        state["seed"] = self.seed
+        state["images_per_batch"] = self.cfg.SOLVER.IMS_PER_BATCH
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over a saved state; learning rates and decays stay those of the configuration.
+
+        Raises:
+            UserError: it was saved by another optimiser, or not by this trainer.
+        """
+        name = type(self.optimizer).__name__
+        if state_dict.get("optimizer_name") != name:
+            raise UserError(
+                f"the checkpoint's optimiser is {state_dict.get('optimizer_name')} and the "
+                f"configuration's {name}; resume with the configuration of that run"
+            )
+        wanted = [
+            (group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups
+        ]
+        TrainerBase.load_state_dict(self, state_dict)
+        try:
+            self._trainer.load_state_dict(state_dict["step"])
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint's optimiser has other parameters ({one_line(error)}); resume with "
+                "the configuration of that run"
+            ) from error
+        self._keep_configured_rates(wanted)
+        self.finished = state_dict["iteration"]
+        if self.cfg.SEED >= 0 and state_dict["seed"] != self.cfg.SEED:
+            logger.warning(
+                f"SEED is {self.cfg.SEED}; the resumed run keeps its {state_dict['seed']}"
+            )
+        self.seed = self._trainer.seed = state_dict["seed"]
+        if state_dict["images_per_batch"] != self.cfg.SOLVER.IMS_PER_BATCH:
+            logger.warning(
+                f"SOLVER.IMS_PER_BATCH was {state_dict['images_per_batch']} and is now "
+                f"{self.cfg.SOLVER.IMS_PER_BATCH}; the order of images changes with it"
+            )
+
+    def _keep_configured_rates(self, wanted: list[tuple[float, float]]) -> None:
+        self.scheduler.base_lrs = [lr for lr, _ in wanted]
+        rates = self.scheduler.get_lr()
+        for group, (lr, decay), now in zip(self.optimizer.param_groups, wanted, rates, strict=True):
+            group.update(initial_lr=lr, weight_decay=decay, lr=now)
