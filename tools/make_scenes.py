@@ -20,6 +20,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _whole(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
 def _positive(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
@@ -49,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="WIDTHxHEIGHT",
         help="a scene has one of these sizes (default: 128x128)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other scenes")
+    parser.add_argument("--seed", type=_whole, default=0, help="another seed, other scenes")
     parser.add_argument("--processes", type=_positive, default=os.cpu_count(), help="at once")
     args = parser.parse_args(argv)
     try:

@@ -1,0 +1,267 @@
+"""Checks COCO-format annotations before anything is trained on them, and repairs what is clear."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import one_line
+from .coco_report import Report
+
+__all__ = ["check_coco_json"]
+
+SIZE_CHECKS = 2000  # files whose headers are read to compare sizes, spread over the data set
+TOLERANCE = 1.0  # pixels by which a box may leave its image: rounding, not a mistake
+EXIF_ORIENTATION = 274
+NO = ("none", "false", "no", "0", "0.0", "")
+
+
+def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Report:
+    """Checks and repairs one file of annotations; writes nothing.
+
+    Args:
+        path: JSON in COCO's instances format; boxes are (x, y, width, height) in pixels.
+        image_dir: folder that the images' ``file_name`` are relative to.
+
+    Returns:
+        Every kind of problem with its count and first example, and the repaired content.
+    """
+    report = Report(Path(path))
+    lists = _read(report)
+    if lists is None:
+        return report
+    images, annotations, categories = lists
+    category_ids = _check_categories(report, categories)
+    sizes = _check_images(report, images, Path(image_dir))
+    if report.error():
+        return report
+    annotations = _check_annotations(report, annotations, sizes, category_ids)
+    images = [image for image in images if sizes[image["id"]]]
+    if annotations:
+        _note_unused(report, images, annotations, categories)
+    else:
+        report.add("no usable boxes", str(path))
+    if report.error():
+        return report
+    image_ids = _whole_numbers(report, "image", images)
+    category_ids = _whole_numbers(report, "category", categories)
+    for annotation in annotations:
+        annotation["image_id"] = image_ids[annotation["image_id"]]
+        annotation["category_id"] = category_ids[annotation["category_id"]]
+    report.data.update(images=images, annotations=annotations, categories=categories)
+    return report
+
+
+def _read(report: Report) -> tuple[list, list, list] | None:
+    """Copies of the three lists; None, with the errors reported, where there are none."""
+    try:
+        data = json.loads(report.path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        report.add("unreadable file", one_line(error))
+        return None
+    if not isinstance(data, dict):
+        report.add("unreadable file", f"it holds a {type(data).__name__}, not an object")
+        return None
+    lists = []
+    for key in ("images", "annotations", "categories"):
+        records = data.get(key)
+        if not isinstance(records, list):
+            report.add("missing list", key)
+            continue
+        for record in records:
+            if not isinstance(record, dict):
+                report.add("record that is no object", f"{record!r:.40} in {key}")
+        lists.append([dict(record) for record in records if isinstance(record, dict)])
+        if not records and key != "annotations":
+            report.add(f"no {key}", f"{key} is an empty list")
+    if report.error():
+        return None
+    report.data = {key: data[key] for key in ("info", "licenses") if key in data}
+    images, annotations, categories = lists
+    return images, annotations, categories
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, str | int | float)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_categories(report: Report, categories: list[dict]) -> set:
+    ids, names = set(), set()
+    for category in categories:
+        number, name = category.get("id"), category.get("name")
+        if not _is_id(number) or not isinstance(name, str) or not name:
+            report.add("category without id or name", repr(category))
+            continue
+        if number in ids:
+            report.add("duplicate category id", f"{number} of {name!r}")
+        if name in names:
+            report.add("duplicate category name", repr(name))
+        ids.add(number)
+        names.add(name)
+    return ids
+
+
+def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[Any, tuple | None]:
+    """(width, height) of every image by id; None for one that is left out."""
+    sizes: dict[Any, tuple | None] = {}
+    files = set()
+    every = max(1, math.ceil(len(images) / SIZE_CHECKS))
+    for index, image in enumerate(images):
+        number, name = image.get("id"), image.get("file_name")
+        if not _is_id(number) or not isinstance(name, str) or not name:
+            report.add("image without id or file_name", f"{image!r:.120}")
+            continue
+        if number in sizes:
+            report.add("duplicate image id", f"{number} of {name}")
+            continue
+        if name in files:
+            report.add("image listed under several ids", name)
+        files.add(name)
+        sizes[number] = None
+        file = image_dir / name
+        if not file.is_file():
+            report.add("missing image file", str(file))
+            continue
+        size = tuple(image.get(key) for key in ("width", "height"))
+        known = all(_is_number(n) and n >= 1 and n == int(n) for n in size)
+        if not known or index % every == 0:
+            true_size = _file_size(file)
+            if true_size is None:
+                report.add("image file that is no image", str(file))
+                continue
+            if not known:
+                report.add("image without width or height", name)
+                size = true_size
+            elif size != true_size:
+                wrong, right = (f"{width:g}x{height:g}" for width, height in (size, true_size))
+                report.add("size differs from the file", f"{name}, {wrong} but {right} in the file")
+        sizes[number] = image["width"], image["height"] = int(size[0]), int(size[1])
+    if not any(sizes.values()) and not report.error():
+        unusable = "missing image file", "image file that is no image"
+        example = next(report.examples[kind] for kind in unusable if report.counts[kind])
+        report.add("no image file found", example)
+    return sizes
+
+
+def _file_size(file: Path) -> tuple[int, int] | None:
+    """(width, height) as the image is meant to be looked at, from its header alone."""
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception:  # Pillow's readers raise whatever their format makes them
+        return None
+
+
+def _check_annotations(
+    report: Report, annotations: list[dict], sizes: dict[Any, tuple | None], category_ids: set
+) -> list[dict]:
+    kept, numbers, renumber = [], set(), False
+    for index, annotation in enumerate(annotations):
+        where = f"annotation {annotation.get('id', f'number {index + 1}')}"
+        image_id, category_id = annotation.get("image_id"), annotation.get("category_id")
+        if not _is_id(image_id) or image_id not in sizes:
+            report.add("annotation of an unknown image", f"{where}, image_id {image_id!r}")
+            continue
+        if sizes[image_id] is None:  # goes with its image, and is no problem of its own
+            continue
+        if not _is_id(category_id) or category_id not in category_ids:
+            report.add("unknown category", f"{where}, category_id {category_id!r}")
+            continue
+        box = _check_box(report, annotation.get("bbox"), sizes[image_id], where)
+        if box is None:
+            continue
+        number = annotation.get("id")
+        if not isinstance(number, int) or isinstance(number, bool) or number in numbers:
+            report.add("missing or duplicate annotation id", f"{where} of image {image_id}")
+            renumber = True
+        else:
+            numbers.add(number)
+        annotation["bbox"] = box
+        _check_rest(report, annotation, where)
+        kept.append(annotation)
+    if renumber:
+        for number, annotation in enumerate(kept, start=1):
+            annotation["id"] = number
+    return kept
+
+
+def _check_box(
+    report: Report, box: Any, image_size: tuple[int, int], where: str
+) -> list[float] | None:
+    """The box (x, y, width, height), clipped where it must be; None if it is to be left out."""
+    where = f"{where}, bbox {box!r:.80}"
+    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(n) for n in box):
+        report.add("box that is not 4 numbers", where)
+        return None
+    if not all(math.isfinite(n) for n in box):
+        report.add("box with NaN or infinity", where)
+        return None
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        report.add("box without area", where)
+        return None
+    where = f"{where} in an image of {image_size[0]}x{image_size[1]}"
+    x0, x1 = max(x, 0), min(x + width, image_size[0])
+    y0, y1 = max(y, 0), min(y + height, image_size[1])
+    if x0 >= x1 or y0 >= y1:
+        report.add("box outside the image", where)
+        return None
+    if max(x0 - x, y0 - y, x + width - x1, y + height - y1) > TOLERANCE:
+        report.add("box partly outside the image", where)
+        return [x0, y0, x1 - x0, y1 - y0]
+    return box
+
+
+def _check_rest(report: Report, annotation: dict, where: str) -> None:
+    """Fields beside the box, repaired in place."""
+    box_area = annotation["bbox"][2] * annotation["bbox"][3]
+    area = annotation.get("area")
+    if not _is_number(area) or not math.isfinite(area) or area <= 0:
+        report.add("missing or impossible area", f"{where}, area {area!r}")
+        annotation["area"] = box_area
+    crowd = annotation.get("iscrowd")
+    if crowd not in (0, 1) or isinstance(crowd, bool | float):
+        report.add("missing or odd iscrowd", f"{where}, iscrowd {crowd!r}")
+        annotation["iscrowd"] = int(str(crowd).lower() not in NO)
+    if annotation.pop("ignore", 0):
+        report.add("ignored box", where)
+        annotation["iscrowd"] = 1
+    outline = annotation.get("segmentation")
+    if isinstance(outline, list) and outline:
+        polygons = [p for p in outline if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+        if len(polygons) < len(outline):
+            report.add("outline that is no polygon", where)
+        annotation["segmentation"] = polygons
+
+
+def _note_unused(
+    report: Report, images: list[dict], annotations: list[dict], categories: list[dict]
+) -> None:
+    used_images = {annotation["image_id"] for annotation in annotations}
+    used_categories = {annotation["category_id"] for annotation in annotations}
+    for image in images:
+        if image["id"] not in used_images:
+            report.add("image without boxes", image["file_name"])
+    for category in categories:
+        if category["id"] not in used_categories:
+            report.add("category without boxes", repr(category["name"]))
+
+
+def _whole_numbers(report: Report, what: str, records: list[dict]) -> dict[Any, int]:
+    """New ids by old ones; pycocotools and Detectron2 take whole numbers only."""
+    ids = [record["id"] for record in records]
+    odd = [number for number in ids if not isinstance(number, int) or isinstance(number, bool)]
+    if not odd:
+        return {number: number for number in ids}
+    report.add("id that is no whole number", f"{what} {odd[0]!r}")
+    for number, record in enumerate(records, start=1):
+        record["id"] = number
+    return {old: new for new, old in enumerate(ids, start=1)}

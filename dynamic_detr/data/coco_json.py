@@ -1,0 +1,161 @@
+"""Training on anybody's COCO-format boxes, named on the command line.
+
+``--train-json A.json --train-images DIR --val-json B.json --val-images DIR`` becomes two data sets
+of Detectron2, ``own_train`` and ``own_val``, and the class counts of the configuration. A file that
+needed repairs is not touched: its repaired copy goes to ``OUTPUT_DIR/annotations``, so that
+training and the COCO evaluator read the same thing.
+"""
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from ..errors import UserError, one_line
+from .coco_check import check_coco_json
+from .coco_report import Report
+
+__all__ = ["apply_json_datasets", "check_coco_json", "register_json"]
+
+# Where the detectors that this project trains keep their number of classes; FCOS is in newer
+# Detectron2s only.
+CLASS_COUNTS = ("DYNAMIC_DETR", "ROI_HEADS", "RETINANET", "FCOS")
+
+
+def register_json(
+    name: str, json_file: str | os.PathLike, image_dir: str | os.PathLike, classes: list[str]
+) -> None:
+    """Registers COCO-format boxes with Detectron2, in place of an earlier data set of that name.
+
+    Args:
+        name: in Detectron2's catalogs.
+        json_file: annotations without errors (see ``check_coco_json``).
+        image_dir: folder that the images' ``file_name`` are relative to.
+        classes: names of its categories, by ascending id.
+    """
+    if name in DatasetCatalog.list():
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    register_coco_instances(name, {"thing_classes": classes}, str(json_file), str(image_dir))
+
+
+def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
+    """Points a configuration at the data sets that the command line names.
+
+    Sets ``DATASETS.TRAIN`` and ``TEST`` and the number of classes; keeps images without boxes,
+    as background; takes the schedule for what it says (``SOLVER.REFERENCE_WORLD_SIZE`` 0). Prints
+    what was found in the files, once for all processes.
+
+    Args:
+        cfg: changed in place; not frozen.
+        args: with ``train_json``, ``train_images``, ``val_json``, ``val_images`` (paths or None)
+            and ``eval_only``. Without ``val_json`` nothing is evaluated; with ``eval_only``,
+            ``train_json`` may be left out where its category ids have the order of the other's.
+
+    Returns:
+        The report of each file.
+
+    Raises:
+        UserError: flags are missing, a file has errors, or the two disagree about the categories.
+    """
+    reports = {}
+    for split in ("train", "val"):
+        json_file, image_dir = (getattr(args, f"{split}_{what}") for what in ("json", "images"))
+        if not json_file and not image_dir:
+            continue
+        if not json_file or not image_dir:
+            raise UserError(f"--{split}-json and --{split}-images go together: give both")
+        if not os.path.isdir(image_dir):
+            raise UserError(f"--{split}-images {image_dir} is not a folder")
+        reports[split] = check_coco_json(json_file, image_dir)
+    if "train" not in reports and not getattr(args, "eval_only", False):
+        raise UserError("--val-json alone can only be evaluated: give --train-json or --eval-only")
+    if errors := [report.error() for report in reports.values() if report.error()]:
+        raise UserError("; ".join(errors))
+    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+        print(*reports.values(), sep="\n", flush=True)
+
+    changed = {split: report.repaired for split, report in reports.items()}
+    if len(reports) == 2:
+        changed["val"] |= _share_categories(reports["train"], reports["val"])
+    for split, report in reports.items():
+        name = f"own_{split}"
+        json_file = report.path
+        if changed[split]:
+            json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
+            _write(report.data, json_file)
+            if multiprocessing.parent_process() is None:
+                print(f"repaired copy: {json_file}", flush=True)
+        register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
+        _check_masks_and_keypoints(cfg, report)
+    cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()
+    cfg.DATASETS.TEST = ("own_val",) if "val" in reports else ()
+    for node in CLASS_COUNTS:
+        if node in cfg.MODEL:
+            cfg.MODEL[node].NUM_CLASSES = len(_names(next(iter(reports.values()))))
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    return list(reports.values())
+
+
+def _names(report: Report) -> list[str]:
+    """Class names in Detectron2's order, which is that of the category ids."""
+    return [c["name"] for c in sorted(report.data["categories"], key=lambda c: c["id"])]
+
+
+def _share_categories(train: Report, val: Report) -> bool:
+    """Gives ``val`` the category ids of ``train``, by name; whether that changed anything."""
+    ids = {category["name"]: category["id"] for category in train.data["categories"]}
+    names = {category["id"]: category["name"] for category in val.data["categories"]}
+    only_train = sorted(set(ids) - set(names.values()))
+    only_val = sorted(set(names.values()) - set(ids))
+    if only_train or only_val:
+        differences = [
+            f"{', '.join(map(repr, only[:5]))}{' ...' if len(only) > 5 else ''} only in {path}"
+            for only, path in ((only_train, train.path), (only_val, val.path))
+            if only
+        ]
+        raise UserError(
+            f"the categories of training and validation differ: {'; '.join(differences)}; "
+            "list the same names in both"
+        )
+    if all(ids[name] == number for number, name in names.items()):
+        return False
+    for annotation in val.data["annotations"]:
+        annotation["category_id"] = ids[names[annotation["category_id"]]]
+    val.data["categories"] = train.data["categories"]
+    return True
+
+
+def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:
+    if cfg.MODEL.KEYPOINT_ON:
+        raise UserError(
+            "MODEL.KEYPOINT_ON is set, but --train-json and --val-json take boxes and outlines "
+            "only; register a data set with keypoint_names for that"
+        )
+    if cfg.MODEL.MASK_ON:
+        bare = [a["id"] for a in report.data["annotations"] if not a.get("segmentation")]
+        if bare:
+            raise UserError(
+                f"MODEL.MASK_ON is set, but {len(bare)} annotations of {report.path} have no "
+                f"segmentation (first: id {bare[0]}); set MODEL.MASK_ON False to train on boxes"
+            )
+
+
+def _write(data: dict, path: Path) -> None:
+    """Every process writes the same bytes and renames them, so that none reads half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps(data), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"the repaired annotations cannot be written ({one_line(error)}); set OUTPUT_DIR to a "
+            "folder that can"
+        ) from error

@@ -1,0 +1,222 @@
+"""Batches for training and images for evaluation.
+
+A training batch is a pure function of (seed, iteration): see ``batches.py`` for the order and
+``mapper.py`` for the augmentation. The number of workers and of processes changes nothing.
+"""
+
+import signal
+from collections.abc import Iterator, Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.common import DatasetFromList
+from detectron2.utils import comm
+from torch.utils.data import DataLoader
+
+from ..errors import UserError, one_line
+from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
+from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
+
+__all__ = ["EvalLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
+
+
+class WorkerDied(UserError, RuntimeError):
+    """A data-loading process is gone, killed for its memory or together with this one."""
+
+
+def _one_by_one(loader: DataLoader) -> Iterator[list[dict]]:
+    """The loader's batches; failed images and dead workers become errors of one line."""
+    iterator = iter(loader)
+    while True:
+        try:
+            items = next(iterator)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error) and "is killed by" not in str(error):
+                raise
+            raise WorkerDied(
+                f"a data-loading process was killed ({one_line(error)}); if memory ran out, lower "
+                "DATALOADER.NUM_WORKERS"
+            ) from error
+        yield Failure.check(items)
+
+
+def _leave_interrupts_to_parent(worker_id: int) -> None:
+    """Ctrl-C reaches the whole process group; the parent alone decides what it means."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _as_list(items: list) -> list:
+    return items
+
+
+class TrainLoader:
+    """This process's share of every training batch, from some iteration on, without end.
+
+    Args:
+        records: in Detectron2's format.
+        mapper: makes of a record what the model takes.
+        schedule: which records make up which batch.
+        start_iter: iteration of the first batch.
+        rank, world_size: this process among all, which share each batch in equal slices.
+        num_workers: processes that load; 0 loads in this one.
+
+    Raises:
+        UserError: a batch cannot be divided equally. While iterating: an image cannot be used, or
+            a worker died.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[dict],
+        mapper: Mapper,
+        schedule: BatchSchedule,
+        *,
+        start_iter: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        if schedule.batch_size % world_size:
+            raise UserError(
+                f"SOLVER.IMS_PER_BATCH is {schedule.batch_size} and cannot be divided equally "
+                f"among {world_size} processes; set it to a multiple of {world_size}"
+            )
+        # One serialised block of memory, which workers share instead of copying.
+        records = DatasetFromList(list(records), copy=False)
+        self.dataset = SeededDataset(records, mapper, schedule.seed)
+        self.schedule = schedule
+        self.start_iter, self.rank, self.world_size = start_iter, rank, world_size
+        self.num_workers = num_workers
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=self.schedule.batches(self.start_iter, self.rank, self.world_size),
+            num_workers=self.num_workers,
+            collate_fn=_as_list,
+            worker_init_fn=_leave_interrupts_to_parent,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        return _one_by_one(loader)
+
+
+class EvalLoader:
+    """Detectron2's test loader, with errors of one line.
+
+    Args:
+        loader: from ``build_detection_test_loader``, with a :class:`GuardedMapper`.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return _one_by_one(self.loader)
+
+
+def _records(cfg: CfgNode) -> list[dict]:
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    try:
+        return get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except FileNotFoundError as error:
+        raise _missing(cfg.DATASETS.TRAIN, error) from error
+    except AssertionError as error:
+        raise UserError(
+            f"no image to train on in {', '.join(cfg.DATASETS.TRAIN)}: {one_line(error)}"
+        ) from error
+
+
+def _missing(names: Sequence[str], error: FileNotFoundError) -> UserError:
+    return UserError(
+        f"the data set {', '.join(names)} is not there ({one_line(error)}); the variable "
+        "DETECTRON2_DATASETS names the folder that Detectron2's data sets are looked for in"
+    )
+
+
+def _repeats(cfg: CfgNode, records: list[dict]) -> Sequence[float] | None:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    if name == "TrainingSampler":
+        return None
+    if name == "RepeatFactorTrainingSampler":
+        sqrt = cfg.DATALOADER.get("REPEAT_SQRT", True)
+        return repeat_factors(records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt)
+    raise UserError(
+        f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler' or "
+        "'RepeatFactorTrainingSampler'"
+    )
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    start_iter: int = 0,
+    *,
+    seed: int,
+    rank: int | None = None,
+    world_size: int | None = None,
+    mapper: Mapper | None = None,
+) -> TrainLoader:
+    """Training batches of any Detectron2 detector.
+
+    Args:
+        cfg: reads ``DATASETS.TRAIN``, ``DATALOADER``, ``INPUT`` and ``SOLVER.IMS_PER_BATCH``.
+        start_iter: iteration of the first batch.
+        seed: of order and augmentation; not negative.
+        rank, world_size: this process among all; asked of Detectron2 when None.
+        mapper: in place of Detectron2's ``DatasetMapper``.
+
+    Returns:
+        An endless iterable of lists of dicts, in Detectron2's format for models.
+
+    Raises:
+        UserError: see :class:`TrainLoader`; or the data are missing or empty.
+    """
+    records = _records(cfg)
+    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+        groups = aspect_ratio_groups(records)
+    else:
+        groups = [0] * len(records)
+    return TrainLoader(
+        records,
+        mapper or DatasetMapper(cfg, True),
+        BatchSchedule(groups, cfg.SOLVER.IMS_PER_BATCH, seed, _repeats(cfg, records)),
+        start_iter=start_iter,
+        rank=comm.get_rank() if rank is None else rank,
+        world_size=comm.get_world_size() if world_size is None else world_size,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+
+
+def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None) -> EvalLoader:
+    """Images of a data set for evaluation, one at a time, each on one of the processes.
+
+    Args:
+        cfg: reads ``INPUT`` and ``DATALOADER.NUM_WORKERS``.
+        dataset_name: as registered with Detectron2.
+        mapper: in place of Detectron2's ``DatasetMapper``.
+
+    Raises:
+        UserError: the data are missing. While iterating: an image cannot be used, or a worker
+            died.
+    """
+    guarded = GuardedMapper(mapper or DatasetMapper(cfg, False))
+    try:
+        return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
+    except FileNotFoundError as error:
+        raise _missing([dataset_name], error) from error
+    except AssertionError as error:
+        raise UserError(f"no image to evaluate in {dataset_name}: {one_line(error)}") from error
