@@ -5,7 +5,7 @@ sets with Detectron2; `add_dynamic_detr_config(cfg)` adds their configuration ke
 """
 
 from . import _require_detectron2  # noqa: F401  (first: says what to do without Detectron2)
-from . import backbones, data  # noqa: F401  (registers)
+from . import backbones, data  # noqa: F401  (register)
 from .config import add_dynamic_detr_config
 from .decoders import DECODER_REGISTRY
 from .detector import DynamicDETR

@@ -5,7 +5,6 @@ forward pass; the backward pass makes them again, so that nothing but the inputs
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -113,26 +112,29 @@ class _DeformConv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        features, offset, mask, weight = ctx.saved_tensors
-        saved = (features, offset, mask, weight)
+        *sampled, weight = ctx.saved_tensors
         grads = [
             torch.zeros_like(tensor) if needed else None
-            for tensor, needed in zip(saved, ctx.needs_input_grad)
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         ]
-        for images, rows in _chunks(offset.shape, MEMORY_CHUNK):
-            where = ((images,), (images, rows), (images, rows), ())
+        *sampled_grads, grad_weight = grads
+        for images, rows in _chunks(grad_out.shape, MEMORY_CHUNK):
+            where = ((images,), (images, rows), (images, rows))
             leaves = [
                 None if tensor is None else tensor[index].detach().requires_grad_(grad is not None)
-                for tensor, index, grad in zip(saved, where, grads)
+                for tensor, index, grad in zip(sampled, where, sampled_grads, strict=True)
             ]
-            with torch.enable_grad():
-                part = _sample(
-                    *leaves[:3], weight.shape[2:], ctx.geometry, None, rows
-                )
-                out = _multiply(part, leaves[3], ctx.geometry[-1])
-            wanted = [leaf for leaf, grad in zip(leaves, grads) if grad is not None]
-            found = iter(torch.autograd.grad(out, wanted, grad_out[images, rows].reshape_as(out)))
-            for grad, index in zip(grads, where):
+            wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+            with torch.set_grad_enabled(bool(wanted)):
+                columns = _sample(*leaves, weight.shape[2:], ctx.geometry, None, rows)
+            part = grad_out[images, rows].flatten(0, 2)
+            if grad_weight is not None:
+                grad_weight += _weight_grad(part, columns.detach(), weight, ctx.geometry[-1])
+            if not wanted:
+                continue
+            grad_columns = _column_grad(part, weight, ctx.geometry[-1])
+            found = iter(torch.autograd.grad(columns, wanted, grad_columns))
+            for grad, index in zip(sampled_grads, where, strict=True):
                 if grad is not None:
                     grad[index] += next(found)
         return *grads, None
@@ -184,19 +186,43 @@ def _sample(features, offset, mask, kernel, geometry, images, rows) -> Tensor:
     return columns.view(-1, kh * kw, channels)
 
 
+def _matrices(weight: Tensor, groups: int) -> Tensor:
+    """(C_out, C / groups, kh, kw) to (groups, C_out / groups, taps · C / groups)."""
+    return weight.flatten(2).transpose(1, 2).flatten(1).unflatten(0, (groups, -1))
+
+
+def _grouped(columns: Tensor, groups: int) -> Tensor:
+    """(positions, taps, C) to (groups, positions, taps · C / groups)."""
+    if groups == 1:
+        return columns.flatten(1)[None]
+    return columns.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    if a.dtype == torch.float16 and a.device.type == "cpu":  # emulated there, 90 times slower
+        return torch.bmm(a.float(), b.float()).to(a.dtype)
+    if a.shape[0] == 1:  # one product is faster than a batch of one
+        return torch.mm(a[0], b[0])[None]
+    return torch.bmm(a, b)
+
+
 def _multiply(columns: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """(positions, taps, C) by (C_out, C / groups, kh, kw) to (positions, C_out)."""
-    dtype = columns.dtype
-    if dtype == torch.float16 and columns.device.type == "cpu":  # its product there is emulated
-        columns, weight = columns.float(), weight.float()
-    matrix = weight.flatten(2).transpose(1, 2)  # (C_out, taps, C / groups)
-    if groups > 1:
-        columns = columns.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)
-        matrix = matrix.unflatten(0, (groups, -1)).flatten(2)  # (groups, C_out / groups, taps·C)
-        out = torch.bmm(columns, matrix.transpose(1, 2)).permute(1, 0, 2).flatten(1)
-    elif columns.device.type == "cpu":  # a 1×1 convolution is the faster product here
-        pixels = columns.flatten(1)[None, None].permute(0, 3, 1, 2)  # (1, taps·C, 1, positions)
-        out = F.conv2d(pixels, matrix.flatten(1)[:, :, None, None])[0, :, 0].t()
-    else:
-        out = F.linear(columns.flatten(1), matrix.flatten(1))
-    return out.to(dtype)
+    """Columns (positions, taps, C) to the output (positions, C_out)."""
+    out = _matmul(_grouped(columns, groups), _matrices(weight, groups).transpose(1, 2))
+    return out.transpose(0, 1).flatten(1)
+
+
+def _column_grad(grad_out: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Gradient of the columns (positions, taps, C) from that of the output."""
+    per_group = grad_out.unflatten(1, (groups, -1)).transpose(0, 1)
+    grad = _matmul(per_group, _matrices(weight, groups))  # (groups, positions, taps · C / groups)
+    grad = grad.unflatten(2, (-1, weight.shape[1]))  # (groups, positions, taps, C / groups)
+    return grad[0] if groups == 1 else grad.permute(1, 2, 0, 3).flatten(2)
+
+
+def _weight_grad(grad_out: Tensor, columns: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Gradient of the weight, in its own shape."""
+    per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
+    grad = _matmul(per_group, _grouped(columns, groups))  # (groups, C_out / groups, taps · C / …)
+    out_channels, channels = weight.shape[:2]
+    return grad.view(out_channels, -1, channels).transpose(1, 2).reshape(weight.shape)
