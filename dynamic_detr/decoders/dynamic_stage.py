@@ -105,6 +105,9 @@ class DynamicDecoderStage(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+        # every stage starts by hardly moving the box: large first moves multiply over the stages
+        nn.init.normal_(self.box_deltas.weight, std=0.01)
+        nn.init.zeros_(self.box_deltas.bias)
         nn.init.zeros_(self.class_logits.bias)
         if prior is not None:
             nn.init.constant_(self.class_logits.bias, -math.log((1 - prior) / prior))
