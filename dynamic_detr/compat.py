@@ -6,6 +6,7 @@ The pure-Python build of 0.5 counts as a version here: it has no compiled operat
 
 import importlib.machinery
 import importlib.util
+import warnings
 from pathlib import Path
 
 import detectron2
@@ -136,3 +137,12 @@ def zoo_config(name: str) -> Path | None:
     folder = Path(detectron2.__file__).parent / "model_zoo" / "configs"
     path = folder / name
     return path if name and path.is_file() else None
+
+
+def ignore_known_warnings() -> None:
+    """Silence, in this process, warnings about harmless habits of 0.5.
+
+    Its boxes are made from lists of arrays, about which a current PyTorch warns once a process;
+    newer versions stack them first.
+    """
+    warnings.filterwarnings("ignore", message="Creating a tensor from a list of numpy.ndarrays")

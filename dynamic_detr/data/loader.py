@@ -18,6 +18,7 @@ from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
+from .. import compat
 from ..errors import UserError, one_line
 from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
 from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
@@ -32,24 +33,24 @@ class WorkerDied(UserError, RuntimeError):
 def _one_by_one(loader: DataLoader) -> Iterator[list[dict]]:
     """The loader's batches; failed images and dead workers become errors of one line."""
     iterator = iter(loader)
-    while True:
-        try:
-            items = next(iterator)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "is killed by" not in str(error):
-                raise
-            raise WorkerDied(
-                f"a data-loading process was killed ({one_line(error)}); if memory ran out, lower "
-                "DATALOADER.NUM_WORKERS"
-            ) from error
-        yield Failure.check(items)
+    try:
+        for items in iterator:
+            yield Failure.check(items)
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error) and "is killed by" not in str(error):
+            raise
+        raise WorkerDied(
+            f"a data-loading process was killed ({one_line(error)}); if memory ran out, lower "
+            "DATALOADER.NUM_WORKERS"
+        ) from error
+    finally:
+        del iterator  # ends the workers now, although a traceback may keep this frame
 
 
-def _leave_interrupts_to_parent(worker_id: int) -> None:
+def _prepare_worker(worker_id: int) -> None:
     """Ctrl-C reaches the whole process group; the parent alone decides what it means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    compat.ignore_known_warnings()
 
 
 def _as_list(items: list) -> list:
@@ -96,12 +97,13 @@ class TrainLoader:
         self.num_workers = num_workers
 
     def __iter__(self) -> Iterator[list[dict]]:
+        compat.ignore_known_warnings()
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.schedule.batches(self.start_iter, self.rank, self.world_size),
             num_workers=self.num_workers,
             collate_fn=_as_list,
-            worker_init_fn=_leave_interrupts_to_parent,
+            worker_init_fn=_prepare_worker,
             generator=torch.Generator(),  # else it would draw from the global one
         )
         return _one_by_one(loader)
