@@ -39,6 +39,7 @@ GOOD = {
 def folder(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "b.png")
+    Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
     return tmp_path
 
 
@@ -95,6 +96,7 @@ CASES = {
         _changed(lambda d: [i.update(file_name=f"no/{i['file_name']}") for i in d["images"]])
     ],
     "size differs from the file": [_set("images", 0, width=30, height=40)],
+    "image of more than 8 bits": [_set("images", 0, file_name="deep.png")],
     "missing image file": [_set("images", 0, file_name="no.png")],
     "image file that is no image": [_set("images", 0, file_name="labels.json")],
     "image without width or height": [_without("images", 0, "width"), _set("images", 0, height=0)],

@@ -132,10 +132,13 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
         size = tuple(image.get(key) for key in ("width", "height"))
         known = all(_is_number(n) and n >= 1 and n == int(n) for n in size)
         if not known or index % every == 0:
-            true_size = _file_size(file)
-            if true_size is None:
+            header = _header(file)
+            if header is None:
                 report.add("image file that is no image", str(file))
                 continue
+            true_size, mode = header
+            if mode == "F" or mode.startswith("I"):
+                report.add("image of more than 8 bits", f"{name}, {mode} in Pillow's terms")
             if not known:
                 report.add("image without width or height", name)
                 size = true_size
@@ -150,12 +153,12 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
     return sizes
 
 
-def _file_size(file: Path) -> tuple[int, int] | None:
-    """(width, height) as the image is meant to be looked at, from its header alone."""
+def _header(file: Path) -> tuple[tuple[int, int], str] | None:
+    """(width, height) as the image is meant to be looked at, and its mode; nothing is decoded."""
     try:
         with Image.open(file) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+            return (image.size[::-1] if turned else image.size), image.mode
     except Exception:  # Pillow's readers raise whatever their format makes them
         return None
 

@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "duplicate image id": (_E, "give every image its own id"),
     "no image file found": (_E, "check the images folder"),
     "size differs from the file": (_E, "correct width and height (after EXIF rotation)"),
+    "image of more than 8 bits": (_E, "convert it: Detectron2 would read nearly all as white"),
     "missing image file": (_R, "left out"),
     "image file that is no image": (_R, "left out"),
     "image without width or height": (_R, "read from the file"),
