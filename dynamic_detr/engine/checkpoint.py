@@ -22,8 +22,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from ..errors import UserError, one_line
 from .ema import ModelEMA
-from .errors import UserError, one_line
 
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
 _LAST = "last_checkpoint"
@@ -128,6 +128,32 @@ class SafeCheckpointer(DetectionCheckpointer):
             for path in self._periodic_files()[self.keep :]:
                 path.unlink(missing_ok=True)
 
+    def last_whole_file(self) -> str:
+        """The checkpoint that ``--resume`` would take.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.has_checkpoint():
+            raise UserError(f"there is no checkpoint in OUTPUT_DIR {self.save_dir} to resume")
+        return self._last_whole()[0]
+
+    def _last_whole(self) -> tuple[str, dict[str, Any]]:
+        """The last checkpoint that can be read, and what is in it."""
+        last = Path(self.get_checkpoint_file())
+        candidates = [last, *(path for path in self._periodic_files() if path.name != last.name)]
+        for path in candidates:
+            try:
+                return str(path), torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:  # torch, pickle and zip each have their own errors
+                self.logger.warning(
+                    f"{_broken(str(path), error)}; falling back to the checkpoint before it"
+                )
+        raise BrokenCheckpoint(
+            f"none of the {len(candidates)} checkpoints in {self.save_dir} can be read; "
+            "start again without --resume"
+        )
+
     def resume(self) -> dict[str, Any] | None:
         """Load the last whole checkpoint with everything in it.
 
@@ -140,23 +166,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """
         if not self.has_checkpoint():
             return None
-        last = Path(self.get_checkpoint_file())
-        candidates = [last, *(path for path in self._periodic_files() if path.name != last.name)]
-        for path in candidates:
-            try:
-                return self._load_for_resuming(str(path))
-            except BrokenCheckpoint as error:
-                self.logger.warning(f"{one_line(error)}; falling back to the checkpoint before it")
-        raise BrokenCheckpoint(
-            f"none of the {len(candidates)} checkpoints in {self.save_dir} can be read; "
-            "start again without --resume"
-        )
-
-    def _load_for_resuming(self, path: str) -> dict[str, Any]:
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch, pickle and zip each have their own errors
-            raise BrokenCheckpoint(_broken(path, error)) from error
+        path, checkpoint = self._last_whole()
         average = None
         if "model_training" in checkpoint:
             average = checkpoint["model"]
@@ -250,7 +260,8 @@ def _is_class_layer(name: str, saved: tuple[int, ...], built: tuple[int, ...]) -
 
 
 def _broken(path: str, error: Exception) -> str:
-    return f"{path} is not a whole checkpoint of tensors ({one_line(error)[:120]})"
+    reason = one_line(error).partition(". ")[0][:120]
+    return f"{path} is not a whole checkpoint of tensors ({reason})"
 
 
 def _some(names: list[str], limit: int = 3) -> str:

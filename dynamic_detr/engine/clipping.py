@@ -6,7 +6,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from .errors import UserError
+from ..errors import UserError
 
 GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 

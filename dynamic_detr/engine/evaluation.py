@@ -7,7 +7,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 
 from .. import compat
-from .errors import UserError
+from ..errors import UserError
 
 
 def build_evaluator(

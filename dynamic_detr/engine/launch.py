@@ -18,7 +18,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from .. import compat
-from .errors import UserError
+from ..errors import UserError
 
 _TIMEOUT = timedelta(minutes=30)
 _GRACE_SECONDS = 30  # for the other processes, once one has ended with an error

@@ -11,7 +11,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from .errors import UserError
+from ..errors import UserError
 
 # Modules, by their own name, that predict where to sample: the dynamic encoder's `offset`
 # convolutions, `sampling_offsets` and `reference_points` of deformable attention, and

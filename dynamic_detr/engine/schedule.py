@@ -3,7 +3,7 @@
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -57,7 +57,7 @@ def describe_schedule(cfg: CfgNode, world_size: int, seed: int, images: int = 0)
         decay = solver.LR_SCHEDULER_NAME
     clip = solver.CLIP_GRADIENTS
     epochs = (
-        f" = {solver.MAX_ITER * batch / images:.1f} epochs of {images} images" if images else ""
+        f" = {solver.MAX_ITER * batch / images:.3g} epochs of {images} images" if images else ""
     )
     return (
         f"Schedule: {solver.MAX_ITER} iterations x {batch} images "

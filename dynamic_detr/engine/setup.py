@@ -14,7 +14,7 @@ from detectron2.engine import default_argument_parser
 
 from .. import compat
 from ..config import add_dynamic_detr_config
-from .errors import UserError, did_you_mean, one_line
+from ..errors import UserError, did_you_mean, one_line
 
 _EPILOG = """
 examples:
@@ -91,12 +91,38 @@ def _merge(cfg: CfgNode, merge, source: str) -> None:
     """Merge into ``cfg`` and say what was wrong with the source."""
     try:
         merge(source)
-    except KeyError as error:
-        text = str(error.args[0]) if error.args else ""
+    except (KeyError, AssertionError, ValueError, yaml.YAMLError, OSError) as error:
+        text = str(error.args[0]) if isinstance(error, KeyError) else one_line(error)
         key = text.rpartition(" ")[2]
-        raise UserError(f"{text}{did_you_mean(key, _keys(cfg))}") from error
-    except (AssertionError, ValueError, yaml.YAMLError, OSError) as error:
-        raise UserError(f"wrong configuration: {one_line(error)}") from error
+        hint = did_you_mean(key, _keys(cfg)) if "existent" in text else ""
+        raise UserError(f"wrong configuration: {text}{hint}") from error
+
+
+def read_config(config_file: str, opts: list[str]) -> CfgNode:
+    """Merge a configuration file and the command line's keys.
+
+    Args:
+        config_file: path of a file.
+        opts: keys and values in turn.
+
+    Returns:
+        The configuration, not frozen.
+
+    Raises:
+        UserError: no such file, or a key or value that cannot work.
+    """
+    cfg = get_cfg()
+    compat.add_newer_keys(cfg)
+    add_dynamic_detr_config(cfg)
+    _merge(cfg, cfg.merge_from_file, config_file)
+    if len(opts) % 2:
+        raise UserError(
+            f"configuration keys come in pairs KEY VALUE, and {opts[-1]!r} is left over"
+        )
+    _merge(cfg, cfg.merge_from_list, opts)
+    for name in compat.unsupported_keys(cfg):
+        raise UserError(f"{name} is set, but the installed Detectron2 is too old to know it")
+    return cfg
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
@@ -110,18 +136,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: anything that cannot work.
     """
-    cfg = get_cfg()
-    compat.add_newer_keys(cfg)
-    add_dynamic_detr_config(cfg)
     args.config_file = find_config(args.config_file)
-    _merge(cfg, cfg.merge_from_file, args.config_file)
-    if len(args.opts or []) % 2:
-        raise UserError(
-            f"configuration keys come in pairs KEY VALUE, and {args.opts[-1]!r} is left over"
-        )
-    _merge(cfg, cfg.merge_from_list, args.opts or [])
-    for name in compat.unsupported_keys(cfg):
-        raise UserError(f"{name} is set, but the installed Detectron2 is too old to know it")
+    cfg = read_config(args.config_file, args.opts or [])
     _choose_device(cfg, args)
     _register_data(cfg, args)
     _check_data(cfg, need_train=not args.eval_only)

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 
-from .errors import EXIT_INTERRUPTED
+from .exits import EXIT_INTERRUPTED
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -15,9 +15,9 @@ from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .clipping import GradientClipper
 from .ema import ModelEMA
-from .errors import UserError
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 

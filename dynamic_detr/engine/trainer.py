@@ -15,11 +15,13 @@ from detectron2.utils import comm
 from torch import nn
 
 from .. import compat
+from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_train_loader
+from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .clipping import build_clipper
 from .ema import ModelEMA
-from .errors import EXIT_DIVERGED, TrainingStopped, UserError, one_line
 from .evaluation import build_evaluator
+from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
 from .guard import likely_cause, where
 from .optimizer import build_optimizer
 from .schedule import describe_schedule, scale_schedule
@@ -94,9 +96,20 @@ class Trainer(DefaultTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         return build_evaluator(cfg, dataset_name, output_folder)
 
+    @classmethod
+    def build_train_loader(
+        cls, cfg: CfgNode, start_iter: int = 0, seed: int | None = None
+    ) -> TrainLoader:
+        """Batches from iteration ``start_iter`` on, a function of the seed (``SEED`` if None)."""
+        return build_train_loader(cfg, start_iter, seed=max(cfg.SEED, 0) if seed is None else seed)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvalLoader:
+        return build_test_loader(cfg, dataset_name)
+
     def _batches(self):
-        """This process's batches from ``start_iter`` on; nothing is loaded before the first."""
-        yield from self.build_train_loader(self.cfg)
+        """What :meth:`train` built; the first iteration is not known before resuming."""
+        yield from self._train_loader
 
     def build_writers(self) -> list:
         return compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
@@ -131,6 +144,8 @@ class Trainer(DefaultTrainer):
                     return evaluate()
         except EvaluationInterrupted:
             self._save_and_stop()
+        except UserError as error:
+            self._stop_for(error)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
@@ -156,7 +171,9 @@ class Trainer(DefaultTrainer):
         Raises:
             TrainingStopped: after a signal or a non-finite step, with the state saved.
         """
-        logger.info(describe_schedule(self.cfg, comm.get_world_size(), self.seed))
+        self._train_loader = self.build_train_loader(self.cfg, self.start_iter, self.seed)
+        images = len(self._train_loader.dataset)
+        logger.info(describe_schedule(self.cfg, comm.get_world_size(), self.seed, images))
         with self.stop.listening():
             return super().train()
 
@@ -170,11 +187,15 @@ class Trainer(DefaultTrainer):
             self._trainer.run_step()
         except NonFiniteStep as error:
             self._stop_diverged(error)
-        except RuntimeError:
+        except RuntimeError as error:
             # A signal to the whole process group also ends data workers and other processes.
             if self.stop:
                 self._save_and_stop()
+            if isinstance(error, UserError):
+                self._stop_for(error)
             raise
+        except UserError as error:
+            self._stop_for(error)
         self.finished = self.iter
 
     def after_step(self) -> None:
@@ -196,6 +217,15 @@ class Trainer(DefaultTrainer):
             f"stopped by {name} after {self.finished + 1} of {self.max_iter} iterations; saved "
             f"{path}, --resume goes on from there",
             self.stop.exit_code,
+        )
+
+    def _stop_for(self, error: UserError) -> None:
+        """Stop for an image that cannot be read, for instance; only one process may know of it."""
+        path = self._save()
+        raise TrainingStopped(
+            f"error: {one_line(error)}; stopped after {self.finished + 1} iterations, saved {path}",
+            EXIT_USER_ERROR,
+            on_every_process=False,
         )
 
     def _stop_diverged(self, error: NonFiniteStep) -> None:

@@ -1,4 +1,5 @@
-"""Errors that a user can mend: one line on stderr and an exit code, never a traceback.
+"""How the command ends: one line on stderr and an exit code, never a traceback for what a user can
+mend.
 
 | exit code | meaning |
 | --- | --- |
@@ -13,18 +14,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from ..errors import UserError, did_you_mean, one_line
-
-__all__ = [
-    "EXIT_DIVERGED",
-    "EXIT_INTERRUPTED",
-    "EXIT_USER_ERROR",
-    "TrainingStopped",
-    "UserError",
-    "did_you_mean",
-    "one_line",
-    "report_user_errors",
-]
+from ..errors import UserError, one_line
 
 EXIT_USER_ERROR = 2
 EXIT_DIVERGED = 3
@@ -40,11 +30,13 @@ class TrainingStopped(SystemExit):
     Args:
         message: one line for stderr.
         code: exit code of the process (see the module's table).
+        on_every_process: whether every process of the run stops with this message.
     """
 
-    def __init__(self, message: str, code: int):
+    def __init__(self, message: str, code: int, on_every_process: bool = True):
         super().__init__(code)
         self.message = message
+        self.on_every_process = on_every_process
 
 
 @contextlib.contextmanager
@@ -68,7 +60,7 @@ def report_user_errors(program: str, debug: bool = False, quiet: bool = False) -
             print(f"{program}: error: {one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_USER_ERROR)
     except TrainingStopped as stop:
-        if not quiet:
+        if not (quiet and stop.on_every_process):
             print(f"{program}: {stop.message}", file=sys.stderr, flush=True)
         sys.exit(stop.code)
     except KeyboardInterrupt:
