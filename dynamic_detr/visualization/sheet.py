@@ -1,0 +1,77 @@
+"""Several pictures side by side on white, each under its title."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+__all__ = ["contact_sheet"]
+
+GAP = 8  # pixels between pictures
+INK = (32, 32, 32)
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib  # has the one font file that is there on every system
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size)
+
+
+def _write_title(draw: ImageDraw.ImageDraw, text: str, center: tuple[float, float], box) -> None:
+    """Writes the text centred, as large as the box (width, height) allows."""
+    width, height = box
+    for size in range(max(round(height * 0.6), 6), 5, -1):
+        font = _font(size)
+        if draw.textlength(text, font) <= width:
+            break
+    draw.text(center, text, INK, font, anchor="mm")
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray], columns: int, titles: Sequence[str] | None = None
+) -> np.ndarray:
+    """Puts pictures on one sheet, row by row; each in the middle of a cell of the largest's size.
+
+    Draw first: the pictures are not scaled here, so that lines and letters stay sharp
+    (`draw_detections` enlarges small pictures by itself).
+
+    Args:
+        images: (H, W, 3) uint8 each, RGB.
+        columns: pictures in a row, at least 1.
+        titles: one for each picture, written above it.
+
+    Returns:
+        (H', W', 3) uint8, RGB.
+
+    Raises:
+        ValueError: no pictures, no columns, or another number of titles.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"a sheet of {len(images)} pictures in {columns} columns is empty")
+    if titles is not None and len(titles) != len(images):
+        raise ValueError(f"{len(images)} pictures and {len(titles)} titles")
+    cell_height = max(image.shape[0] for image in images)
+    cell_width = max(image.shape[1] for image in images)
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    title_height = 0 if titles is None else min(max(cell_width // 12, 24), 48)
+    step_x, step_y = cell_width + GAP, cell_height + title_height + GAP
+    size = (columns * step_x + GAP, rows * step_y + GAP)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        left = GAP + index % columns * step_x
+        top = GAP + index // columns * step_y
+        if titles is not None:
+            center = (left + cell_width / 2, top + title_height / 2)
+            _write_title(draw, titles[index], center, (cell_width, title_height))
+        height, width = image.shape[:2]
+        corner = (
+            left + (cell_width - width) // 2,
+            top + title_height + (cell_height - height) // 2,
+        )
+        sheet.paste(Image.fromarray(image), corner)
+    return np.asarray(sheet)

@@ -1,0 +1,125 @@
+"""Videos and cameras, through OpenCV: frames in, frames out."""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from ..errors import UserError, one_line
+
+__all__ = ["VideoReader", "VideoWriter", "open_camera", "require_cv2"]
+
+# MPEG-4 is in every build of OpenCV that has FFmpeg; MJPG in AVI in every build at all.
+_CODECS = ("mp4v", "MJPG")
+_LAST_RESORT = ".avi"
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".m4v")
+_DEFAULT_RATE = 25.0  # frames a second, where the file does not say
+
+
+def require_cv2(purpose: str) -> ModuleType:
+    """OpenCV's module.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("cv2")
+    except ImportError as error:
+        raise UserError(
+            f"{purpose} needs OpenCV ({one_line(error)}): pip install opencv-python"
+        ) from error
+
+
+class VideoReader:
+    """The frames of a video as (H, W, 3) uint8, RGB.
+
+    Args:
+        source: OpenCV's name of it.
+        name: for messages.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+
+    def __init__(self, source: str | int, name: str) -> None:
+        cv2 = require_cv2("video")
+        self._to_rgb = lambda frame: cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+        self.capture = cv2.VideoCapture(source)
+        if not self.capture.isOpened():
+            raise UserError(f"{name} cannot be opened")
+        rate = self.capture.get(cv2.CAP_PROP_FPS)
+        self.rate = rate if 0 < rate < 1000 else _DEFAULT_RATE
+        # What the file says of itself: an estimate in some formats, nothing for a camera.
+        self.expected = max(int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
+        self.read = 0
+
+    @classmethod
+    def open_file(cls, path: str) -> "VideoReader":
+        """A file's frames.
+
+        Raises:
+            UserError: there is no such file, or it is no video.
+        """
+        if not Path(path).is_file():
+            raise UserError(f"--video-input {path} does not exist")
+        return cls(path, f"{path} is broken or not a video: it")
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        try:
+            while True:
+                good, frame = self.capture.read()
+                if not good:
+                    return
+                self.read += 1
+                yield self._to_rgb(frame)
+        finally:
+            self.capture.release()
+
+    @property
+    def is_cut_short(self) -> bool:
+        """After the last frame: whether clearly fewer came than the file promised."""
+        return self.read == 0 or self.read < 0.9 * self.expected
+
+
+def open_camera(number: int = 0) -> VideoReader:
+    """The frames of a camera.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    return VideoReader(number, f"the camera {number}")
+
+
+class VideoWriter:
+    """Writes frames with the first codec that this OpenCV has.
+
+    Args:
+        path: where to; `path` of the object is where it really goes, an AVI if no codec fits.
+        rate: frames a second.
+        size: (height, width) of the frames in pixels.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+
+    def __init__(self, path: Path, rate: float, size: tuple[int, int]) -> None:
+        self.cv2 = cv2 = require_cv2("video")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        height, width = size
+        attempts = [(path, codec) for codec in _CODECS]
+        attempts.append((path.with_suffix(_LAST_RESORT), _CODECS[-1]))
+        for self.path, codec in attempts:
+            fourcc = cv2.VideoWriter_fourcc(*codec)
+            self.writer = cv2.VideoWriter(str(self.path), fourcc, rate, (width, height))
+            if self.writer.isOpened():
+                return
+        raise UserError(f"this OpenCV has no codec to write {path}; see --output")
+
+    def write(self, frame: np.ndarray) -> None:
+        """Adds a frame, (H, W, 3) uint8, RGB."""
+        self.writer.write(self.cv2.cvtColor(frame, self.cv2.COLOR_RGB2BGR))
+
+    def close(self) -> None:
+        self.writer.release()
