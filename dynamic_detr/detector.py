@@ -1,4 +1,6 @@
-"""The meta-architecture: backbone, encoder, decoder and set loss, wired as Figure 2 of the paper."""
+"""The meta-architecture: backbone, encoder, decoder and set loss, as Figure 2 of the paper."""
+
+from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -31,7 +33,7 @@ class DynamicDETR(nn.Module):
         max_detections: boxes returned for each image.
 
     Raises:
-        ValueError: the backbone has no such outputs, or the channels do not fit.
+        ValueError: the backbone has no such outputs, or their channels or strides do not fit.
     """
 
     @configurable
@@ -66,6 +68,11 @@ class DynamicDETR(nn.Module):
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.in_features = tuple(in_features)
         self.strides = tuple(shapes[name].stride for name in in_features)
+        if any(coarse != 2 * fine for fine, coarse in pairwise(self.strides)):
+            raise ValueError(
+                f"MODEL.DYNAMIC_DETR.IN_FEATURES {list(in_features)} have strides "
+                f"{list(self.strides)}; list neighbouring levels, fine to coarse."
+            )
         self.encoder = encoder
         self.decoder = decoder
         self.criterion = criterion
@@ -121,13 +128,11 @@ class DynamicDETR(nn.Module):
                     inputs.get("width", result.image_size[1]),
                 )
             }
-            for result, inputs in zip(results, batched_inputs)
+            for result, inputs in zip(results, batched_inputs, strict=True)
         ]
 
     @torch.no_grad()
-    def predict(
-        self, batched_inputs: list[dict]
-    ) -> tuple[list[tuple[int, int]], list[Prediction]]:
+    def predict(self, batched_inputs: list[dict]) -> tuple[list[tuple[int, int]], list[Prediction]]:
         """What every stage says: sizes (height, width) of the images as the network saw them, and
         one prediction per stage, the last one final."""
         images, predictions = self._predict(batched_inputs)
@@ -156,8 +161,16 @@ class DynamicDETR(nn.Module):
 
     def _targets(self, batched_inputs: list[dict], images: ImageList) -> list[Target]:
         targets = []
-        for inputs, (height, width) in zip(batched_inputs, images.image_sizes):
-            instances = inputs["instances"].to(self.device)
+        for inputs, (height, width) in zip(batched_inputs, images.image_sizes, strict=True):
+            instances = inputs["instances"]
+            # asked before they move: a wrong index on a GPU kills the process
+            if len(instances) and int(instances.gt_classes.max()) >= self.num_classes:
+                raise ValueError(
+                    f"{inputs.get('file_name', 'an image')} has an object of class "
+                    f"{int(instances.gt_classes.max())}, counted from 0, but "
+                    f"MODEL.DYNAMIC_DETR.NUM_CLASSES is {self.num_classes}."
+                )
+            instances = instances.to(self.device)
             size = torch.tensor([width, height, width, height], device=self.device)
             boxes = box_xyxy_to_cxcywh(instances.gt_boxes.tensor / size)
             targets.append((instances.gt_classes, boxes))
@@ -175,26 +188,28 @@ class DynamicDETR(nn.Module):
         Returns:
             For each image at most `max_detections` boxes (corners in pixels of the image), best
             first. A query may answer for several classes, as in Deformable DETR, with the focal
-            head.
+            head. What is not finite is left out.
         """
         logits = prediction.pred_logits.float()
         scores = logits.sigmoid() if self.class_head == "focal" else logits.softmax(-1)[..., :-1]
         num_classes = scores.shape[-1]
-        scores = scores.flatten(1)  # (B, Q·K)
+        sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], device=logits.device)
+        corners = box_cxcywh_to_xyxy(prediction.pred_boxes.float()) * sizes[:, None]
+        finite = corners.isfinite().all(dim=-1) & scores.isfinite().all(dim=-1)  # (B, Q)
+        scores = scores.masked_fill(~finite[..., None], -1).flatten(1)  # (B, Q·K)
         scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        corners = box_cxcywh_to_xyxy(prediction.pred_boxes.float())
         results = []
-        for image, (height, width) in enumerate(image_sizes):
-            query = index[image] // num_classes
-            size = corners.new_tensor([width, height, width, height])
-            boxes = Boxes(corners[image, query] * size)
-            boxes.clip((height, width))
+        for image, size in enumerate(image_sizes):
+            kept = scores[image] >= 0
+            best = index[image][kept]
+            boxes = Boxes(corners[image, best // num_classes])
+            boxes.clip(size)
             results.append(
                 Instances(
-                    (height, width),
+                    size,
                     pred_boxes=boxes,
-                    scores=scores[image],
-                    pred_classes=index[image] % num_classes,
+                    scores=scores[image][kept],
+                    pred_classes=best % num_classes,
                 )
             )
         return results

@@ -98,7 +98,8 @@ class DynamicDecoder(nn.Module):
         """One prediction per stage, the last one final."""
         batch = pyramid.image_sizes.shape[0]
         queries = self.query_embed.weight.expand(batch, -1, -1)
-        boxes = self.initial_boxes.float().expand(batch, -1, -1)
+        dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
+        boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
         predictions = []
         for stage in self.stages:
             queries, logits, boxes = stage(pyramid, queries, boxes)

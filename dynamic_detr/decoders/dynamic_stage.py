@@ -120,11 +120,11 @@ class DynamicDecoderStage(nn.Module):
         Args:
             pyramid: what the encoder said.
             queries: (B, Q, C).
-            boxes: (B, Q, 4) float32 cx, cy, w, h, normalised by the unpadded image.
+            boxes: (B, Q, 4) float32 or wider, cx, cy, w, h, normalised by the unpadded image.
 
         Returns:
             queries (B, Q, C), logits (B, Q, K), boxes (B, Q, 4) as they came; logits and boxes
-            in float32.
+            in the dtype of the boxes.
         """
         height, width = pyramid.image_sizes.to(boxes.dtype).unbind(dim=1)
         scale = torch.stack([width, height, width, height], dim=1)[:, None]
@@ -140,7 +140,7 @@ class DynamicDecoderStage(nn.Module):
         seen = self.interaction(queries, regions)
         queries = self.norm_interaction(queries + self.dropout(seen))
         queries = self.norm_ffn(queries + self.dropout(self.ffn(queries)))
-        logits = self.class_logits(self.class_branch(queries)).float()
+        logits = self.class_logits(self.class_branch(queries)).to(boxes.dtype)
         deltas = self.box_deltas(self.box_branch(queries)).to(boxes.dtype)
         return queries, logits, apply_box_deltas(boxes, deltas)
 

@@ -50,6 +50,7 @@ class DynamicEncoder(nn.Module):
             )
         block = BLOCKS[offsets]
         self.blocks = nn.ModuleList(block(channels, num_groups) for _ in range(num_blocks))
+        self.masks_padding = offsets != "legacy"
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -62,8 +63,9 @@ class DynamicEncoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Pyramid to pyramid of the same shape, with zeros beyond the true sizes."""
-        pyramid = pyramid.masked()
+        """Pyramid to pyramid of the same shape; with zeros beyond the true sizes unless legacy."""
+        if self.masks_padding:
+            pyramid = pyramid.masked()
         for block in self.blocks:
             pyramid = block(pyramid)
         return pyramid

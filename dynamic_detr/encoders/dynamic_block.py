@@ -70,7 +70,8 @@ class DynamicEncoderBlock(nn.Module):
 
     def _level(self, pyramid: Pyramid, level: int) -> Tensor:
         features = pyramid.features
-        steering = self.offset(features[level]).float()
+        steering = self.offset(features[level])
+        steering = steering.to(torch.promote_types(steering.dtype, torch.float32))
         offset, mask = steering[:, : 2 * TAPS], steering[:, 2 * TAPS :].sigmoid()
         maps = [self.same(features[level], offset, mask, pyramid, level)]
         if level > 0:
@@ -79,8 +80,9 @@ class DynamicEncoderBlock(nn.Module):
             maps.append(self._from_coarser(pyramid, level, offset, mask))
         pooled = [masked_mean(m, pyramid, level) for m in maps]
         weights = [hard_sigmoid(F.relu(self.scale(p))) / len(maps) for p in pooled]  # (B, 1)
-        fused = sum(m * w.to(m.dtype)[:, :, None, None] for m, w in zip(maps, weights))
-        return self.dyrelu(fused, sum(p * w for p, w in zip(pooled, weights)))
+        weighted = [m * w.to(m.dtype)[:, :, None, None] for m, w in zip(maps, weights, strict=True)]
+        mean = sum(p * w for p, w in zip(pooled, weights, strict=True))  # of the sum below
+        return self.dyrelu(sum(weighted), mean)
 
     def _from_finer(self, pyramid: Pyramid, level: int, offset: Tensor, mask: Tensor) -> Tensor:
         ratio = pyramid.strides[level] / pyramid.strides[level - 1]

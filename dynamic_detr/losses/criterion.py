@@ -80,7 +80,7 @@ class SetCriterion(nn.Module):
         )
         normalizer = _mean_over_processes(objects)
         losses = {}
-        for stage, (prediction, pairs) in enumerate(zip(predictions, matches)):
+        for stage, (prediction, pairs) in enumerate(zip(predictions, matches, strict=True)):
             suffix = "" if stage == len(predictions) - 1 else f"_{stage}"
             stage_losses = self._stage(prediction, pairs, labels, boxes, normalizer)
             losses.update({f"loss_{name}{suffix}": loss for name, loss in stage_losses.items()})
@@ -95,12 +95,10 @@ class SetCriterion(nn.Module):
         normalizer: Tensor,
     ) -> dict[str, Tensor]:
         device = prediction.pred_boxes.device
-        image = torch.cat(
-            [torch.full_like(query, index) for index, (query, _) in enumerate(pairs)]
-        )
+        image = torch.cat([torch.full_like(query, index) for index, (query, _) in enumerate(pairs)])
         query = torch.cat([query for query, _ in pairs])
-        matched_labels = torch.cat([label[i] for label, (_, i) in zip(labels, pairs)])
-        matched_boxes = torch.cat([box[i] for box, (_, i) in zip(boxes, pairs)])
+        matched_labels = torch.cat([label[i] for label, (_, i) in zip(labels, pairs, strict=True)])
+        matched_boxes = torch.cat([box[i] for box, (_, i) in zip(boxes, pairs, strict=True)])
 
         logits = prediction.pred_logits.float()
         classes = torch.full(logits.shape[:2], self.num_classes, device=device)

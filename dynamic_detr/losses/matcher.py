@@ -68,12 +68,9 @@ class HungarianMatcher(nn.Module):
             self._cost(logits[:, image], pred_boxes[:, image], labels[image], boxes[image])
             for image in range(logits.shape[1])
         ]
-        shapes = [cost.shape for cost in costs]
         flat = torch.cat([cost.flatten() for cost in costs]).cpu()  # one transfer
-        costs = [
-            part.view(shape).numpy()
-            for part, shape in zip(flat.split([shape.numel() for shape in shapes]), shapes)
-        ]
+        parts = flat.split([cost.numel() for cost in costs])
+        costs = [part.view(c.shape).numpy() for part, c in zip(parts, costs, strict=True)]
         device = logits.device
         return [
             [

@@ -71,6 +71,14 @@ def _check_shapes(input, offset, mask, weight, bias, stride, padding, dilation, 
             f"deform_conv2d: input {tuple(input.shape)} and weight {tuple(weight.shape)} "
             "must be (B, C, H, W) and (C_out, C / groups, kh, kw)."
         )
+    for name, number, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+        ("groups", groups, 1),
+    ):
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"deform_conv2d: {name} is {number!r}; wants an integer >= {least}.")
     out_channels, channels, kh, kw = weight.shape
     if input.shape[1] != channels * groups or out_channels % groups:
         raise ValueError(
@@ -80,7 +88,7 @@ def _check_shapes(input, offset, mask, weight, bias, stride, padding, dilation, 
         )
     size = [
         (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-        for n, k in zip(input.shape[2:], (kh, kw))
+        for n, k in zip(input.shape[2:], (kh, kw), strict=True)
     ]
     for name, tensor, wanted in (("offset", offset, 2 * kh * kw), ("mask", mask, kh * kw)):
         if tensor is not None and tuple(tensor.shape) != (input.shape[0], wanted, *size):

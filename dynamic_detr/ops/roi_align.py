@@ -30,7 +30,7 @@ def assign_levels(
     Returns:
         (...) int64 in [0, L). Boxes without area, inverted or not finite go to the finest level.
     """
-    boxes = boxes.float()
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     sizes = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0)
     scale = sizes.prod(dim=-1).sqrt() / canonical_size * (CANONICAL_STRIDE / strides[0])
     level = torch.floor(torch.log2(scale + 1e-8))
@@ -69,7 +69,7 @@ def pyramid_roi_align(
         raise ValueError(
             f"pyramid_roi_align: boxes has shape {tuple(boxes.shape)}; wants ({batch}, Q, 4)."
         )
-    boxes = boxes.detach().float()
+    boxes = boxes.detach().to(torch.promote_types(boxes.dtype, torch.float32))
     device = boxes.device
     level = assign_levels(boxes, pyramid.strides, canonical_size)  # (B, Q)
     strides = torch.tensor(pyramid.strides, device=device)
@@ -79,7 +79,8 @@ def pyramid_roi_align(
     first_row = first_row - shapes.prod(dim=1)
     first_row = first_row[level] + torch.arange(batch, device=device)[:, None] * rows_per_image
     stride = strides[level][..., None]
-    size = (pyramid.image_sizes[:, None] + stride - 1).div(stride, rounding_mode="floor")  # (B, Q, 2)
+    # true height and width of the level of each box: (B, Q, 2)
+    size = (pyramid.image_sizes[:, None] + stride - 1).div(stride, rounding_mode="floor")
 
     corners = boxes / stride - 0.5
     samples = output_size * sampling_ratio

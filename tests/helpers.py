@@ -1,0 +1,131 @@
+"""Small models and random pyramids, for every test of the detector and its parts."""
+
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import Tensor, nn
+
+from dynamic_detr import Pyramid, add_dynamic_detr_config
+
+STRIDES = (4, 8, 16, 32, 64)
+
+
+def small_config(**options: object) -> CfgNode:
+    """A Dynamic DETR that trains on one core: ResNet-18 with GroupNorm, 64 channels, 32 queries,
+    one encoder block, two stages.
+
+    Args:
+        options: keys of `MODEL.DYNAMIC_DETR`, with "__" for a dot: `DECODER__NUM_STAGES=3`.
+    """
+    cfg = get_cfg()
+    add_dynamic_detr_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE = "DynamicDETR"
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.NORM = "GN"  # a frozen norm over random weights diverges
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.FPN.OUT_CHANNELS = 64
+    cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
+    cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
+    cfg.INPUT.FORMAT = "RGB"
+    node = cfg.MODEL.DYNAMIC_DETR
+    node.HIDDEN_DIM = 64
+    node.NUM_QUERIES = 32
+    node.NUM_CLASSES = 5
+    node.ENCODER.NUM_BLOCKS = 1
+    node.DECODER.NUM_STAGES = 2
+    node.DECODER.FFN_DIM = 128
+    node.DECODER.DYNAMIC_DIM = 16
+    set_options(node, options)
+    return cfg
+
+
+def set_options(node: CfgNode, options: dict[str, object]) -> None:
+    for name, value in options.items():
+        *parents, key = name.split("__")
+        target = node
+        for parent in parents:
+            target = target[parent]
+        assert key in target, name
+        target[key] = value
+
+
+def small_model(**options: object) -> nn.Module:
+    """The model of `small_config`; `FPN.OUT_CHANNELS` follows HIDDEN_DIM."""
+    cfg = small_config(**options)
+    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.DYNAMIC_DETR.HIDDEN_DIM
+    return build_model(cfg)
+
+
+def training_input(
+    height: int, width: int, boxes: Sequence[Sequence[float]] = (), classes: Sequence[int] = ()
+) -> dict:
+    """One image of noise with its objects (corners in pixels), as Detectron2's mapper gives it."""
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+    instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
+    return {"image": random_image(height, width), "instances": instances}
+
+
+def random_image(height: int, width: int) -> Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+def level_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:
+    """True (height, width) of a level: rounded up."""
+    return -(-image_size[0] // stride), -(-image_size[1] // stride)
+
+
+def random_levels(
+    image_size: Sequence[int],
+    channels: int,
+    strides: Sequence[int] = STRIDES,
+    dtype: torch.dtype = torch.float64,
+) -> list[Tensor]:
+    """The levels (C, H, W) of one unpadded image."""
+    return [torch.randn(channels, *level_size(image_size, s), dtype=dtype) for s in strides]
+
+
+def batch_pyramid(
+    images: Sequence[Sequence[Tensor]],
+    image_sizes: Sequence[Sequence[int]],
+    padded_size: Sequence[int],
+    strides: Sequence[int] = STRIDES,
+    garbage: float = 0.0,
+) -> Pyramid:
+    """Levels of several images, padded to one size.
+
+    Args:
+        images: for each image its levels (C, H, W).
+        image_sizes: their true (height, width).
+        padded_size: (height, width) in pixels that the batch is padded to.
+        garbage: scale of the noise that fills the padding; infinity fills it with NaN.
+    """
+    features = []
+    for level, stride in enumerate(strides):
+        maps = [levels[level] for levels in images]
+        shape = (len(maps), maps[0].shape[0], *level_size(padded_size, stride))
+        noise = torch.full(shape, torch.nan) if garbage == float("inf") else torch.randn(shape)
+        filled = noise.to(maps[0].dtype) * (garbage if garbage != float("inf") else 1.0)
+        for image, feature in enumerate(maps):
+            filled[image, :, : feature.shape[1], : feature.shape[2]] = feature
+        features.append(filled.contiguous(memory_format=torch.channels_last))
+    return Pyramid(features, tuple(strides), torch.tensor(image_sizes))
+
+
+def shake(module: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
+    """Moves every parameter away from its initial value, so that none is zero by construction."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.dtype), alpha=scale)
+    return module

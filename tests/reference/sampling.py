@@ -1,0 +1,97 @@
+"""Reading a map at fractional positions: bilinear samples, deformable convolution, RoIAlign."""
+
+import math
+
+import numpy as np
+
+
+def bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:
+    """(C, H, W) at one position; everything outside the map is zero."""
+    _, height, width = image.shape
+    value = np.zeros(image.shape[0])
+    for row in (math.floor(y), math.floor(y) + 1):
+        for column in (math.floor(x), math.floor(x) + 1):
+            if 0 <= row < height and 0 <= column < width:
+                value += (1 - abs(y - row)) * (1 - abs(x - column)) * image[:, row, column]
+    return value
+
+
+def deform_conv(
+    image: np.ndarray,
+    offset: np.ndarray,
+    mask: np.ndarray | None,
+    weight: np.ndarray,
+    bias: np.ndarray | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> np.ndarray:
+    """y(p) = Σ_k w_k · x(p + p_k + Δp_k) · Δm_k (Deformable ConvNets v2, equation 1).
+
+    image (C, H, W), offset (2·taps, Ho, Wo) as y, x of each tap, mask (taps, Ho, Wo).
+    """
+    out_channels, group_channels, kh, kw = weight.shape
+    _, out_height, out_width = offset.shape
+    out = np.zeros((out_channels, out_height, out_width))
+    outputs_per_group = out_channels // groups
+    for row in range(out_height):
+        for column in range(out_width):
+            for tap_row in range(kh):
+                for tap_column in range(kw):
+                    tap = tap_row * kw + tap_column
+                    sample = bilinear(
+                        image,
+                        row * stride - padding + tap_row * dilation + offset[2 * tap, row, column],
+                        column * stride
+                        - padding
+                        + tap_column * dilation
+                        + offset[2 * tap + 1, row, column],
+                    )
+                    if mask is not None:
+                        sample = sample * mask[tap, row, column]
+                    for group in range(groups):
+                        inputs = slice(group * group_channels, (group + 1) * group_channels)
+                        outputs = slice(group * outputs_per_group, (group + 1) * outputs_per_group)
+                        kernel = weight[outputs, :, tap_row, tap_column]
+                        out[outputs, row, column] += kernel @ sample[inputs]
+    return out if bias is None else out + bias[:, None, None]
+
+
+def roi_level(box: np.ndarray, strides: list[int], canonical_size: float = 224) -> int:
+    """Feature Pyramid Networks, equation 1: k = ⌊4 + log2(√(wh) / 224)⌋, of the given levels."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    if width <= 0 or height <= 0:
+        return 0
+    k = math.floor(4 + math.log2(math.sqrt(width * height) / canonical_size + 1e-8))
+    first = round(math.log2(strides[0]))
+    return min(max(k - first, 0), len(strides) - 1)
+
+
+def roi_align(
+    levels: list[np.ndarray],
+    strides: list[int],
+    box: np.ndarray,
+    bins: int = 7,
+    sampling_ratio: int = 2,
+    canonical_size: float = 224,
+) -> np.ndarray:
+    """One box (corners in pixels of the image) to (bins², C); Mask R-CNN's RoIAlign, aligned.
+
+    A sample up to one pixel outside the map is moved to its edge, one further out is zero.
+    """
+    level = roi_level(box, strides, canonical_size)
+    feature = levels[level]
+    channels, height, width = feature.shape
+    x1, y1, x2, y2 = box / strides[level] - 0.5
+    pooled = np.zeros((bins * bins, channels))
+    for row in range(bins):
+        for column in range(bins):
+            for i in range(sampling_ratio):
+                for j in range(sampling_ratio):
+                    y = y1 + (y2 - y1) / bins * (row + (i + 0.5) / sampling_ratio)
+                    x = x1 + (x2 - x1) / bins * (column + (j + 0.5) / sampling_ratio)
+                    if -1 <= y <= height and -1 <= x <= width:
+                        y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
+                        pooled[row * bins + column] += bilinear(feature, y, x)
+    return pooled / sampling_ratio**2

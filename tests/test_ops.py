@@ -1,0 +1,528 @@
+"""The operators against torchvision's and against float64 loops, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from helpers import STRIDES, batch_pyramid, level_size, random_levels
+from hypothesis import given
+from hypothesis import strategies as st
+from reference.sampling import deform_conv, roi_align, roi_level
+from torch import Tensor
+
+from dynamic_detr import Pyramid
+from dynamic_detr.ops import (
+    assign_levels,
+    deform_conv2d,
+    dynamic_conv,
+    pyramid_roi_align,
+    weighted_gather,
+)
+from dynamic_detr.ops import deform_conv as deform_conv_module
+
+# (height, width), kernel, stride, padding, dilation, groups
+GEOMETRIES = [
+    ((7, 5), (3, 3), 1, 1, 1, 1),
+    ((7, 5), (3, 3), 2, 1, 1, 1),
+    ((8, 8), (3, 3), 2, 1, 1, 2),
+    ((9, 6), (3, 3), 1, 2, 2, 4),
+    ((9, 11), (3, 3), 3, 0, 1, 1),
+    ((5, 5), (1, 1), 1, 0, 1, 2),
+    ((6, 4), (2, 3), 1, 1, 1, 1),
+    ((1, 1), (3, 3), 1, 1, 1, 1),
+    ((1, 1), (3, 3), 2, 1, 1, 4),
+    ((1, 6), (3, 3), 2, 1, 1, 1),
+]
+
+
+def out_size(size, kernel, stride, padding, dilation) -> tuple[int, int]:
+    return tuple(
+        (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        for n, k in zip(size, kernel, strict=True)
+    )
+
+
+def arguments(
+    size=(7, 5), kernel=(3, 3), stride=1, padding=1, dilation=1, groups=1, batch=2, spread=2.0
+) -> tuple[Tensor, ...]:
+    """Random input, offset, mask, weight, bias in float64."""
+    height, width = out_size(size, kernel, stride, padding, dilation)
+    taps = kernel[0] * kernel[1]
+    channels, out_channels = 8, 12
+    return (
+        torch.randn(batch, channels, *size, dtype=torch.float64),
+        torch.randn(batch, 2 * taps, height, width, dtype=torch.float64) * spread,
+        torch.rand(batch, taps, height, width, dtype=torch.float64),
+        torch.randn(out_channels, channels // groups, *kernel, dtype=torch.float64),
+        torch.randn(out_channels, dtype=torch.float64),
+    )
+
+
+def torchvision_deform_conv(input, offset, mask, weight, bias, stride, padding, dilation):
+    """torchvision's operator; the groups follow from the weight's shape."""
+    return torchvision.ops.deform_conv2d(
+        input, offset, weight, bias, stride, padding, dilation, mask
+    )
+
+
+def gradients(out: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    return list(torch.autograd.grad(out, [t for t in tensors if t is not None], upstream))
+
+
+class TestDeformConv:
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    @pytest.mark.parametrize("spread", [1.5, 40.0], ids=["near", "far outside"])
+    def test_is_the_loop(self, geometry, spread):
+        size, kernel, stride, padding, dilation, groups = geometry
+        tensors = arguments(*geometry, spread=spread)
+        input, offset, mask, weight, bias = tensors
+        out = deform_conv2d(*tensors, stride, padding, dilation, groups)
+        for image in range(2):
+            expected = deform_conv(
+                input[image].numpy(),
+                offset[image].numpy(),
+                mask[image].numpy(),
+                weight.numpy(),
+                bias.numpy(),
+                stride,
+                padding,
+                dilation,
+                groups,
+            )
+            np.testing.assert_allclose(out[image].numpy(), expected, rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("geometry", GEOMETRIES)
+    @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
+    @pytest.mark.parametrize("spread", [1.5, 40.0], ids=["near", "far outside"])
+    def test_is_torchvisions(self, geometry, with_mask, spread):
+        _, _, stride, padding, dilation, groups = geometry
+        input, offset, mask, weight, bias = (
+            tensor.requires_grad_() for tensor in arguments(*geometry, spread=spread)
+        )
+        tensors = (input, offset, mask if with_mask else None, weight, bias)
+        out = deform_conv2d(*tensors, stride, padding, dilation, groups)
+        expected = torchvision_deform_conv(*tensors, stride, padding, dilation)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            gradients(out, tensors), gradients(expected, tensors), rtol=1e-9, atol=1e-9
+        )
+
+    @pytest.mark.parametrize("fraction", [0.0, 0.5])
+    def test_on_and_between_pixels(self, fraction):
+        """Where the gradient of the position jumps, it is that of the cell above and right of it,
+        as in torchvision's operator."""
+        input, offset, mask, weight, bias = arguments(spread=2.0)
+        offset = offset.round() + fraction
+        tensors = tuple(t.requires_grad_() for t in (input, offset, mask, weight, bias))
+        out = deform_conv2d(*tensors, 1, 1)
+        expected = torchvision_deform_conv(*tensors, 1, 1, 1)
+        torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(gradients(out, tensors), gradients(expected, tensors))
+
+    def test_gradients_are_those_of_differences(self):
+        input, offset, mask, weight, bias = arguments((4, 3), stride=2, batch=2, groups=2)
+        offset = offset.floor() + 0.2 + 0.6 * torch.rand_like(offset)  # no jump within reach
+        tensors = tuple(t.requires_grad_() for t in (input, offset, mask, weight, bias))
+        assert torch.autograd.gradcheck(
+            lambda *t: deform_conv2d(*t, stride=2, padding=1, groups=2), tensors, fast_mode=True
+        )
+
+    def test_zero_offset_is_a_convolution(self):
+        input, offset, mask, weight, bias = arguments()
+        out = deform_conv2d(input, offset * 0, None, weight, bias, padding=1)
+        torch.testing.assert_close(out, torch.nn.functional.conv2d(input, weight, bias, padding=1))
+
+    @pytest.mark.parametrize("needed", range(5))
+    def test_gradient_of_one_argument_alone(self, needed):
+        tensors = arguments()
+        everything = tuple(t.clone().requires_grad_() for t in tensors)
+        expected = gradients(deform_conv2d(*everything, padding=1), everything)[needed]
+        tensors[needed].requires_grad_()
+        found = gradients(deform_conv2d(*tensors, padding=1), (tensors[needed],))[0]
+        torch.testing.assert_close(found, expected)
+
+    @pytest.mark.parametrize("chunk", [1, 7, 15, 36, 100])
+    def test_chunks_leave_no_seam(self, chunk, monkeypatch):
+        """Chunks of one row, of some rows, of one image and of several images."""
+        tensors = tuple(t.requires_grad_() for t in arguments((7, 5), batch=3))
+        whole = deform_conv2d(*tensors, padding=1)
+        expected = gradients(whole, tensors)
+        monkeypatch.setattr(deform_conv_module, "CACHE_CHUNK", chunk)
+        monkeypatch.setattr(deform_conv_module, "MEMORY_CHUNK", chunk)
+        parts = deform_conv2d(*tensors, padding=1)
+        torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients(parts, tensors), expected, rtol=1e-12, atol=1e-12)
+
+    @pytest.mark.parametrize("with_mask", [True, False])
+    def test_no_images(self, with_mask):
+        input, offset, mask, weight, bias = (t.requires_grad_() for t in arguments(batch=0))
+        out = deform_conv2d(input, offset, mask if with_mask else None, weight, bias, padding=1)
+        assert out.shape == (0, 12, 7, 5)
+        out.sum().backward()
+        assert not weight.grad.any()
+        assert input.grad.shape == input.shape
+
+    def test_memory_layout_does_not_matter(self):
+        tensors = arguments((6, 8))
+        plain = tuple(t.clone().requires_grad_() for t in tensors)
+        expected = deform_conv2d(*plain, padding=1)
+        assert expected.is_contiguous(memory_format=torch.channels_last)
+        expected_gradients = gradients(expected, plain)
+        layouts = [
+            lambda t: t.contiguous(memory_format=torch.channels_last),
+            lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+            lambda t: torch.stack([t, t], dim=-1)[..., 0],
+            lambda t: t.repeat(1, 2, 1, 1)[:, : t.shape[1]],
+        ]
+        for layout in layouts:
+            strange = tuple(layout(t).detach().requires_grad_() for t in tensors[:4])
+            strange = (*strange, tensors[4].clone().requires_grad_())
+            out = deform_conv2d(*strange, padding=1)
+            torch.testing.assert_close(out, expected)
+            torch.testing.assert_close(gradients(out, strange), expected_gradients)
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"),
+        [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)],
+    )
+    def test_dtypes(self, dtype, tolerance):
+        """Features of any width: positions are float32 in all of them."""
+        exact = [t.to(dtype).double().requires_grad_() for t in arguments((9, 7), groups=2)]
+        rounded = [t.detach().to(dtype).requires_grad_() for t in exact]
+        out = deform_conv2d(*rounded, padding=1, groups=2)
+        expected = deform_conv2d(*exact, padding=1, groups=2)
+        assert out.dtype == dtype
+        for value, wanted in [
+            (out, expected),
+            *zip(gradients(out, rounded), gradients(expected, exact), strict=True),
+        ]:
+            assert value.dtype == dtype
+            error = (value.double() - wanted).abs().max() / wanted.abs().max()
+            assert error < tolerance
+
+    def test_bfloat16_gradient_adds_up_where_many_samples_meet(self):
+        """Thousands of gradients in one row: summed in bfloat16, they would stop growing."""
+        input = torch.ones(1, 4, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+        offset = torch.zeros(1, 2, 64, 64)  # every position reads the first pixel
+        offset[:, 0], offset[:, 1] = -torch.arange(64)[:, None], -torch.arange(64)
+        weight = torch.eye(4, dtype=torch.bfloat16)[:, :, None, None]
+        deform_conv2d(input, offset, None, weight).sum().backward()
+        assert input.grad[0, 0, 0, 0].item() == 64 * 64
+
+    def test_autocast(self):
+        """Under autocast features and weights become bfloat16, positions do not."""
+        tensors = [t.float().requires_grad_() for t in arguments()]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = deform_conv2d(*tensors, padding=1)
+        assert out.dtype == torch.bfloat16
+        expected = deform_conv2d(*tensors, padding=1)
+        torch.testing.assert_close(out.float(), expected, rtol=5e-2, atol=0.3)
+        for value, wanted in zip(
+            gradients(out, tensors), gradients(expected, tensors), strict=True
+        ):
+            assert value.dtype == torch.float32
+            assert (value - wanted).abs().max() < 3e-2 * wanted.abs().max()
+
+    def test_positions_are_exact_under_autocast(self):
+        """bfloat16 cannot tell column 300 from 301."""
+        input = torch.arange(400.0).remainder(2).expand(1, 1, 1, 400)
+        offset = torch.zeros(1, 2, 1, 400)
+        weight = torch.ones(1, 1, 1, 1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = deform_conv2d(input, offset, None, weight)
+        torch.testing.assert_close(out.float(), input)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30, -1e30])
+    def test_offsets_that_are_no_place(self, bad):
+        """They reach no other output than their own, and no row outside the table."""
+        input, offset, mask, weight, bias = (t.float() for t in arguments())
+        expected = deform_conv2d(input, offset, mask, weight, bias, padding=1)
+        offset[0, 0, 2, 3] = bad
+        tensors = tuple(t.requires_grad_() for t in (input, offset, mask, weight, bias))
+        out = deform_conv2d(*tensors, padding=1)
+        out.sum().backward()
+        same = torch.ones(7, 5, dtype=torch.bool)
+        same[2, 3] = False
+        torch.testing.assert_close(out[0][:, same], expected[0][:, same])
+        torch.testing.assert_close(out[1], expected[1])
+        if abs(bad) == 1e30:  # a place, but far outside: the tap reads zero
+            assert out.isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("name", "change"),
+        [
+            ("input", {"input": (2, 8, 7)}),
+            ("weight", {"weight": (12, 8, 3)}),
+            ("weight", {"weight": (12, 5, 3, 3)}),
+            ("offset", {"offset": (2, 9, 7, 5)}),
+            ("offset", {"offset": (2, 18, 6, 5)}),
+            ("offset", {"offset": (1, 18, 7, 5)}),
+            ("mask", {"mask": (2, 18, 7, 5)}),
+            ("mask", {"mask": (2, 9, 7, 4)}),
+            ("bias", {"bias": (8,)}),
+        ],
+    )
+    def test_wrong_shapes_are_named(self, name, change):
+        names = ("input", "offset", "mask", "weight", "bias")
+        tensors = dict(zip(names, arguments(), strict=True))
+        for key, shape in change.items():
+            tensors[key] = torch.zeros(shape, dtype=torch.float64)
+        with pytest.raises(ValueError, match=rf"^deform_conv2d: .*{name}") as caught:
+            deform_conv2d(**tensors, padding=1)
+        assert "\n" not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("stride", 0), ("stride", (1, 1)), ("padding", -1), ("dilation", 0), ("groups", 0)],
+    )
+    def test_wrong_numbers_are_named(self, name, value):
+        with pytest.raises(ValueError, match=f"^deform_conv2d: {name} is"):
+            deform_conv2d(*arguments(), **{"padding": 1, name: value})
+
+    def test_outputs_must_divide_into_the_groups(self):
+        input, offset, mask, weight, _ = arguments(groups=4)
+        with pytest.raises(ValueError, match="4 groups"):
+            deform_conv2d(input, offset, mask, weight[:10], padding=1, groups=4)
+
+    @given(
+        size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+        kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+        stride=st.integers(1, 3),
+        padding=st.integers(0, 2),
+        dilation=st.integers(1, 2),
+        groups=st.sampled_from([1, 2, 4]),
+        batch=st.integers(0, 3),
+    )
+    def test_any_geometry(self, size, kernel, stride, padding, dilation, groups, batch):
+        if min(out_size(size, kernel, stride, padding, dilation)) < 1:
+            return
+        torch.manual_seed(0)
+        tensors = arguments(size, kernel, stride, padding, dilation, groups, batch)
+        out = deform_conv2d(*tensors, stride, padding, dilation, groups)
+        assert out.shape == (batch, 12, *out_size(size, kernel, stride, padding, dilation))
+        if batch:
+            expected = torchvision_deform_conv(*tensors, stride, padding, dilation)
+            torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+
+
+def random_boxes(batch: int, queries: int, height: float, width: float) -> Tensor:
+    """Corners, some of them beyond the image."""
+    corners = torch.rand(batch, queries, 2, 2, dtype=torch.float64) * 1.4 - 0.2
+    low, high = corners.amin(dim=2), corners.amax(dim=2)
+    return torch.cat([low, high], dim=-1) * torch.tensor([width, height] * 2)
+
+
+class TestRoIAlign:
+    @pytest.mark.parametrize("image_size", [(128, 128), (100, 136), (65, 200), (64, 3), (1, 1)])
+    @pytest.mark.parametrize(("bins", "ratio"), [(7, 2), (3, 1), (1, 3)])
+    def test_is_the_loop(self, image_size, bins, ratio):
+        levels = random_levels(image_size, 4)
+        boxes = random_boxes(1, 6, *image_size)
+        canonical_size = 60  # boxes of these small images come from every level
+        padded = (image_size[0] + 70, image_size[1] + 13)
+        pyramid = batch_pyramid([levels], [image_size], padded, garbage=100.0)
+        pooled = pyramid_roi_align(pyramid, boxes, bins, ratio, canonical_size)
+        assert pooled.shape == (1, 6, bins * bins, 4)
+        arrays = [level.numpy() for level in levels]
+        for query in range(6):
+            box = boxes[0, query].numpy()
+            expected = roi_align(arrays, STRIDES, box, bins, ratio, canonical_size)
+            np.testing.assert_allclose(pooled[0, query].numpy(), expected, rtol=1e-9, atol=1e-9)
+
+    def test_is_torchvisions_on_levels_without_padding(self):
+        image_size, queries = (128, 192), 40
+        images = [random_levels(image_size, 8) for _ in range(2)]
+        pyramid = batch_pyramid(images, [image_size] * 2, image_size)
+        for feature in pyramid.features:
+            feature.requires_grad_()
+        boxes = random_boxes(2, queries, *image_size)
+        pooled = pyramid_roi_align(pyramid, boxes, canonical_size=80)
+        level = assign_levels(boxes, STRIDES, 80)
+        assert len(level.unique()) >= 4
+        expected = torch.zeros_like(pooled)
+        for index, (feature, stride) in enumerate(zip(pyramid.features, STRIDES, strict=True)):
+            chosen = (level == index).nonzero()
+            rois = torch.cat([chosen[:, :1], boxes[level == index]], dim=1)
+            regions = torchvision.ops.roi_align(feature, rois, 7, 1 / stride, 2, aligned=True)
+            expected[level == index] = regions.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(pooled, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(
+            gradients(pooled, pyramid.features), gradients(expected, pyramid.features)
+        )
+
+    def test_clamps_at_the_true_edge_as_torchvision_does_without_padding(self):
+        """What a box across the true edge pools is what it pools of the image alone, whatever lies
+        in the padding; torchvision's operator, given the padded level, reads the padding."""
+        image_size, stride = (50, 70), 4
+        levels = random_levels(image_size, 3, strides=(stride,))
+        box = torch.tensor([[[40.0, 30.0, 72.0, 52.0]]], dtype=torch.float64)
+        alone = (
+            torchvision.ops.roi_align(levels[0][None], [box[0]], 7, 1 / stride, 2, aligned=True)
+            .flatten(2)
+            .transpose(1, 2)
+        )
+        padded = batch_pyramid([levels], [image_size], (128, 128), (stride,), garbage=50.0)
+        pooled = pyramid_roi_align(padded, box)
+        torch.testing.assert_close(pooled[0], alone, rtol=1e-9, atol=1e-9)
+        leaking = torchvision.ops.roi_align(
+            padded.features[0], [box[0]], 7, 1 / stride, 2, aligned=True
+        )
+        assert (leaking.flatten(2).transpose(1, 2) - alone).abs().max() > 1
+
+    def test_boxes_get_no_gradient_and_features_do(self):
+        pyramid = batch_pyramid([random_levels((64, 64), 4)], [(64, 64)], (64, 64))
+        pyramid.features[0].requires_grad_()
+        boxes = random_boxes(1, 4, 30, 30).requires_grad_()
+        pyramid_roi_align(pyramid, boxes).sum().backward()
+        assert boxes.grad is None
+        assert pyramid.features[0].grad.abs().sum() > 0
+
+    @pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 3), (0, 0)])
+    def test_nothing_to_pool(self, batch, queries):
+        features = [torch.randn(batch, 4, *level_size((64, 64), s)) for s in STRIDES]
+        features = [feature.requires_grad_() for feature in features]
+        sizes = torch.full((batch, 2), 64)
+        boxes = torch.zeros(batch, queries, 4)
+        pooled = pyramid_roi_align(Pyramid(features, STRIDES, sizes), boxes)
+        assert pooled.shape == (batch, queries, 49, 4)
+        pooled.sum().backward()
+
+    @pytest.mark.parametrize(
+        ("dtype", "tolerance"),
+        [(torch.float32, 1e-5), (torch.bfloat16, 1e-2), (torch.float16, 1e-3)],
+    )
+    def test_dtypes(self, dtype, tolerance):
+        exact = random_levels((100, 136), 4)
+        boxes = random_boxes(1, 8, 100, 136).float()
+        rounded = [level.to(dtype) for level in exact]
+        wanted = pyramid_roi_align(
+            batch_pyramid([[r.double() for r in rounded]], [(100, 136)], (128, 192)), boxes
+        )
+        pooled = pyramid_roi_align(batch_pyramid([rounded], [(100, 136)], (128, 192)), boxes)
+        assert pooled.dtype == dtype
+        torch.testing.assert_close(pooled.double(), wanted, rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize(
+        "bad",
+        [
+            [torch.nan] * 4,
+            [0, 0, torch.inf, torch.inf],
+            [-torch.inf, 0, torch.inf, 10],
+            [1e30, 1e30, 2e30, 2e30],
+            [-1e30, -1e30, 1e30, 1e30],
+            [50, 50, 10, 10],
+            [20, 20, 20, 20],
+        ],
+    )
+    def test_boxes_that_are_no_region(self, bad):
+        """They harm no other box, and reach no row outside the table."""
+        pyramid = batch_pyramid([random_levels((64, 100), 4)], [(64, 100)], (64, 128))
+        boxes = random_boxes(1, 3, 64, 100)
+        expected = pyramid_roi_align(pyramid, boxes)
+        boxes[0, 1] = torch.tensor(bad)
+        pooled = pyramid_roi_align(pyramid, boxes)
+        torch.testing.assert_close(pooled[0, [0, 2]], expected[0, [0, 2]])
+
+    @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 3, 5), (3, 4), (1, 4)])
+    def test_wrong_shapes_are_named(self, shape):
+        pyramid = batch_pyramid([random_levels((64, 64), 4)], [(64, 64)], (64, 64))
+        with pytest.raises(ValueError, match="^pyramid_roi_align: boxes"):
+            pyramid_roi_align(pyramid, torch.zeros(shape))
+
+    @given(
+        sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3),
+        queries=st.integers(0, 4),
+        levels=st.integers(1, 5),
+        bins=st.integers(1, 3),
+    )
+    def test_any_shape(self, sizes, queries, levels, bins):
+        torch.manual_seed(0)
+        strides = STRIDES[:levels]
+        images = [random_levels(size, 2, strides) for size in sizes]
+        padded = tuple(max(side) for side in zip(*sizes, strict=True))
+        pyramid = batch_pyramid(images, sizes, padded, strides, garbage=1e3)
+        boxes = random_boxes(len(sizes), queries, 90, 90)
+        pooled = pyramid_roi_align(pyramid, boxes, bins)
+        assert pooled.shape == (len(sizes), queries, bins * bins, 2)
+        assert (pooled.abs() < 100).all()  # no garbage in it
+
+
+class TestAssignLevels:
+    def test_is_the_equation(self):
+        boxes = random_boxes(1, 200, 900, 900)[0]
+        boxes[::4, 2:] = boxes[::4, :2] + 10 * torch.rand(50, 2)
+        found = assign_levels(boxes, STRIDES).tolist()
+        assert found == [roi_level(box.numpy(), STRIDES) for box in boxes]
+        assert set(found) == {0, 1, 2, 3, 4}
+
+    def test_boundaries(self):
+        sides = torch.tensor([1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 896.0, 9000.0])
+        boxes = torch.stack([sides * 0, sides * 0, sides, sides], dim=-1)
+        assert assign_levels(boxes, STRIDES).tolist() == [0, 0, 1, 1, 2, 2, 3, 4, 4]
+
+    @pytest.mark.parametrize(
+        "box", [[torch.nan] * 4, [0, 0, torch.inf, 5], [9, 9, 1, 1], [3, 3, 3, 3]]
+    )
+    def test_boxes_that_are_no_region_go_to_the_finest(self, box):
+        assert assign_levels(torch.tensor(box), STRIDES).item() == 0
+
+
+class TestWeightedGather:
+    def test_is_the_sum(self):
+        table = torch.randn(6, 3, dtype=torch.float64)
+        index = torch.randint(0, 6, (5, 4), dtype=torch.int32)
+        weight = torch.randn(5, 4, dtype=torch.float64)
+        expected = torch.zeros(5, 3, dtype=torch.float64)
+        for m in range(5):
+            for j in range(4):
+                expected[m] += weight[m, j] * table[index[m, j]]
+        torch.testing.assert_close(weighted_gather(table, index, weight), expected)
+
+    def test_gradients(self):
+        index = torch.randint(0, 6, (5, 4))
+        tensors = (
+            torch.randn(6, 3, dtype=torch.float64, requires_grad=True),
+            torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
+        )
+        assert torch.autograd.gradcheck(lambda t, w: weighted_gather(t, index, w), tensors)
+
+    def test_nothing_to_gather_keeps_the_graph(self):
+        table = torch.randn(6, 3, requires_grad=True)
+        out = weighted_gather(table, torch.zeros(0, 4, dtype=torch.int32), torch.zeros(0, 4))
+        assert out.shape == (0, 3)
+        out.sum().backward()
+        assert not table.grad.any()
+
+    @pytest.mark.parametrize(
+        ("shapes", "name"),
+        [
+            (((6,), (5, 4), (5, 4)), "table"),
+            (((6, 3), (5,), (5,)), "index"),
+            (((6, 3), (5, 4), (5, 3)), "weight"),
+        ],
+    )
+    def test_wrong_shapes_are_named(self, shapes, name):
+        table, index, weight = (torch.zeros(shape) for shape in shapes)
+        with pytest.raises(ValueError, match=f"weighted_gather: .*{name}"):
+            weighted_gather(table, index.int(), weight)
+
+
+class TestDynamicConv:
+    def test_every_region_has_its_own_filter(self):
+        features, filters = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 4, 5)
+        out = dynamic_conv(features, filters)
+        for image in range(2):
+            for query in range(3):
+                for position in range(9):
+                    expected = features[image, query, position] @ filters[image, query]
+                    torch.testing.assert_close(out[image, query, position], expected)
+
+    @pytest.mark.parametrize(
+        ("features", "filters"),
+        [((2, 3, 9, 4), (2, 3, 5, 4)), ((2, 3, 9, 4), (2, 2, 4, 5)), ((3, 9, 4), (2, 3, 4, 5))],
+    )
+    def test_wrong_shapes_are_named(self, features, filters):
+        with pytest.raises(ValueError, match="dynamic_conv: features .* filters"):
+            dynamic_conv(torch.zeros(features), torch.zeros(filters))
