@@ -109,6 +109,13 @@ def test_batches_hold_one_group_and_every_position_once(schedule):
     assert waiting <= len(set(schedule.groups)) * (schedule.batch_size - 1)
 
 
+def test_no_position_is_lost_over_many_epochs():
+    schedule = BatchSchedule([0, 1, 1] * 40 + [0], 7, seed=3)
+    positions = {position for i in range(3000) for position, _ in schedule.batch(i)}
+    assert len(positions) == 3000 * 7
+    assert max(positions) + 1 - len(positions) <= 2 * 6
+
+
 @given(st.integers(1, 50), st.integers(0, 1000))
 def test_every_epoch_shows_every_record_once(count, seed):
     schedule = BatchSchedule([0] * count, 1, seed)

@@ -10,7 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from dynamic_detr.data import register_scenes
+from dynamic_detr.data import register_scenes, scenes
 from dynamic_detr.data.scenes import scenes_name, write_scenes
 from dynamic_detr.data.synthetic import (
     FAMILIES,
@@ -129,6 +129,22 @@ def test_complete_scenes_are_not_made_again(tmp_path):
     assert write(1) and write(0)
     (tmp_path / "symbols" / "val" / "000002.jpg").unlink()
     assert write(0)
+
+
+def test_interrupted_scenes_are_made_again(tmp_path, monkeypatch):
+    write_scenes(tmp_path, SYMBOLS, "val", 3, options=SMALL)
+    first = _content(tmp_path)
+
+    def interrupted(family, split, index, *others):
+        if index == 1:
+            raise KeyboardInterrupt
+        return draw_scene(family, split, index, *others)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(scenes, "draw_scene", interrupted)
+        write_scenes(tmp_path, SYMBOLS, "val", 3, seed=1, options=SMALL)
+    assert write_scenes(tmp_path, SYMBOLS, "val", 3, options=SMALL)
+    assert _content(tmp_path) == first
 
 
 def test_annotations_load_with_detectron2(tmp_path):
