@@ -8,6 +8,7 @@ A file holds tensors and plain types only (``torch.load(weights_only=True)`` rea
 | ``model_training`` | with a moving average: the weights that training goes on from |
 | ``trainer`` | iteration, optimiser, schedule, loss scale, seed (see ``trainer.py``) |
 | ``iteration`` | the last finished iteration, from 0 |
+| ``class_names`` | names of the classes by index, where the data set has them (for the demo) |
 
 So whatever loads a Detectron2 checkpoint (``MODEL.WEIGHTS``, the demo, Detectron2's predictor)
 gets the averaged weights, and only ``--resume`` reads the rest.
@@ -15,6 +16,7 @@ gets the averaged weights, and only ``--resume`` reads the rest.
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,8 @@ class SafeCheckpointer(DetectionCheckpointer):
         ema: average to save as the model's weights.
         strict_classes: class layers that do not fit are an error (evaluation) rather than
             initialised anew (fine-tuning).
+        class_names: says the names of the classes, asked at every save: some data sets know theirs
+            only once they are loaded.
         checkpointables: as Detectron2's.
 
     Raises:
@@ -78,6 +82,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         keep: int = 0,
         ema: ModelEMA | None = None,
         strict_classes: bool = False,
+        class_names: Callable[[], list[str] | None] | None = None,
         **checkpointables: Any,
     ):
         super().__init__(model, save_dir, **checkpointables)
@@ -89,6 +94,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.keep = keep
         self.ema = ema
         self.strict_classes = strict_classes
+        self.class_names = class_names
         self.last_iteration = -1  # of the file that `--resume` would take
 
     def save(self, name: str, **extra: Any) -> None:
@@ -104,6 +110,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             data["ema_updates"] = self.ema.updates
         for key, value in self.checkpointables.items():
             data[key] = value.state_dict()
+        if self.class_names is not None and (names := self.class_names()):
+            data["class_names"] = names
         data.update(extra)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")

@@ -187,6 +187,14 @@ def class_count(cfg: CfgNode) -> int | None:
     return None if node is None else node.NUM_CLASSES
 
 
+def class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes of the data that the configuration trains on; None if not known."""
+    if not cfg.DATASETS.TRAIN:
+        return None
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    return None if names is None else [str(name) for name in names]
+
+
 def _check_data(cfg: CfgNode, need_train: bool) -> None:
     """See that the data sets exist and have no more classes than the detector."""
     sets = [("TEST", name) for name in cfg.DATASETS.TEST]

@@ -6,6 +6,7 @@ import logging
 import os
 import weakref
 from collections import OrderedDict
+from functools import partial
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
@@ -25,6 +26,7 @@ from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
 from .guard import likely_cause, where
 from .optimizer import build_optimizer
 from .schedule import describe_schedule, scale_schedule
+from .setup import class_names
 from .signals import EvaluationInterrupted, StopRequest
 from .step import NonFiniteStep, TrainStep, amp_dtype
 from .tta import DetectorTTA
@@ -72,6 +74,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             ema=self.ema,
+            class_names=partial(class_names, cfg),
             trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
@@ -81,7 +84,7 @@ class Trainer(DefaultTrainer):
         """Build the model on ``MODEL.DEVICE``."""
         try:
             model = build_model(cfg)
-        except (ValueError, KeyError) as error:
+        except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(f"Model:\n{model}")
