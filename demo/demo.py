@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dynamic_detr.visualization import Predictor, draw_detections, draw_stages
 from dynamic_detr.visualization.draw import confident, new_canvas
 from dynamic_detr.visualization.files import find_images, output_paths
 from dynamic_detr.visualization.images import read_image, write_image
+from dynamic_detr.visualization.predictor import require_stages
 from dynamic_detr.visualization.results import coco_results
 from dynamic_detr.visualization.video import VIDEO_SUFFIXES, VideoReader, VideoWriter, open_camera
 from dynamic_detr.visualization.window import Window
@@ -103,10 +105,9 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     # Detectron2's own detectors drop what is below their threshold before they merge boxes.
     cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
-    predictor = Predictor.from_config(cfg)
     if args.stages:
-        predictor.require_stages()
-    return predictor
+        require_stages(cfg.MODEL.META_ARCHITECTURE)
+    return Predictor.from_config(cfg)
 
 
 def run_images(args: argparse.Namespace) -> int:
@@ -236,10 +237,13 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def notes() -> Iterator[None]:
+    """Show the project's notes, and not what libraries tell their callers' programmers."""
     handler = _Notes(logging.WARNING)
     logging.getLogger().addHandler(handler)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch|detectron2|fvcore")
+            yield
     finally:
         logging.getLogger().removeHandler(handler)
 

@@ -18,9 +18,22 @@ from ..engine.setup import class_count
 from ..errors import UserError, one_line
 from .stages import MAX_QUERIES, follow_queries
 
-__all__ = ["Predictor"]
+__all__ = ["Predictor", "require_stages"]
 
 logger = logging.getLogger(__name__)
+
+
+def require_stages(architecture: str) -> None:
+    """See that a meta-architecture, named as in `MODEL.META_ARCHITECTURE`, has decoder stages.
+
+    Raises:
+        UserError: it has none.
+    """
+    if architecture != DynamicDETR.__name__:
+        raise UserError(
+            f"stages are those of {DynamicDETR.__name__}, and this is {architecture}; leave "
+            "--stages out"
+        )
 
 
 class _Checkpointer(SafeCheckpointer):
@@ -105,18 +118,6 @@ class Predictor:
             _metadata(cfg, loaded.get("class_names")),
         )
 
-    def require_stages(self) -> None:
-        """See that the detector says what each of its decoder's stages finds.
-
-        Raises:
-            UserError: it has no such stages.
-        """
-        if not isinstance(self.model, DynamicDETR):
-            raise UserError(
-                f"stages are shown for DynamicDETR only, and this is {type(self.model).__name__}; "
-                "leave --stages out"
-            )
-
     def __call__(self, image: np.ndarray) -> Instances:
         """Detects.
 
@@ -153,7 +154,7 @@ class Predictor:
         Raises:
             UserError: the detector has no such stages.
         """
-        self.require_stages()
+        require_stages(type(self.model).__name__)
         _, predictions = self.model.predict([self._input(image)])
         return follow_queries(predictions, image.shape[:2], self.model.class_head, threshold, limit)
 

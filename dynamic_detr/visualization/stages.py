@@ -41,15 +41,17 @@ def follow_queries(
         For each stage N instances, in the same order, the best of the last stage first: queries
         (indices), pred_boxes (corners in pixels), and the scores and pred_classes of that stage.
     """
-    stages = []
+    stages, finite = [], True
     for prediction in predictions:
         if prediction.is_proposal:  # proposals are of other queries
             continue
         logits = prediction.pred_logits[0].float()  # (Q, K)
         scores = logits.sigmoid() if class_head == "focal" else logits.softmax(-1)[:, :-1]
         best, classes = scores.max(dim=-1)  # (Q,)
-        stages.append((best.cpu(), classes.cpu(), prediction.pred_boxes[0].float().cpu()))
-    final = stages[-1][0]
+        boxes = prediction.pred_boxes[0].float().cpu()
+        stages.append((best.cpu(), classes.cpu(), boxes))
+        finite = finite & boxes.isfinite().all(dim=-1)
+    final = stages[-1][0].masked_fill(~finite, -1)
     queries = final.argsort(descending=True)[:limit]
     queries = queries[final[queries] >= threshold]
     height, width = image_size
