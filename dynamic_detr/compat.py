@@ -126,6 +126,24 @@ def build_writers(output_dir: str, max_iter: int) -> list:
     return writers
 
 
+def report_rate(hooks: list, base_lr: float) -> None:
+    """Let Detectron2's ``LRScheduler`` hook report the rate of a group that has the base rate.
+
+    It picks the group with the most parameters, which may well be the backbone's.
+
+    Args:
+        hooks: of a trainer, after their ``before_train``.
+        base_lr: ``SOLVER.BASE_LR``.
+    """
+    from detectron2.engine.hooks import LRScheduler
+
+    for hook in hooks:
+        if isinstance(hook, LRScheduler):
+            rates = [group["initial_lr"] for group in hook.scheduler.optimizer.param_groups]
+            if base_lr in rates:
+                hook._best_param_group_id = rates.index(base_lr)
+
+
 def zoo_config(name: str) -> Path | None:
     """The file of a model-zoo configuration such as ``COCO-Detection/retinanet_R_50_FPN_1x.yaml``.
 

@@ -44,11 +44,15 @@ def write_atomically(path: Path, write) -> None:
     After a crash at any moment ``path`` holds either its old content or its new one, whole.
     """
     temporary = path.with_name(f".{path.name}.part")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -98,7 +102,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.last_iteration = -1  # of the file that `--resume` would take
 
     def save(self, name: str, **extra: Any) -> None:
-        """Write ``<save_dir>/<name>.pth`` and make it the one that ``--resume`` takes."""
+        """Write ``<save_dir>/<name>.pth`` and make it the one that ``--resume`` takes.
+
+        Raises:
+            UserError: it could not be written (a full disk); the files before it are untouched.
+        """
         if not self.save_dir or not self.save_to_disk:
             return
         data: dict[str, Any] = {}
@@ -115,9 +123,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         data.update(extra)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(path.name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: torch.save(data, file))
+            self.tag_last_checkpoint(path.name)
+        except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+            raise UserError(f"could not write {path} ({one_line(error)[:120]})") from error
         self.last_iteration = extra.get("iteration", -1)
         self._prune()
 

@@ -118,9 +118,10 @@ def _join(
 
 
 def _run_and_leave(main: Callable[..., None], args: tuple) -> None:
-    main(*args)
-    comm.synchronize()
-    dist.destroy_process_group()
+    try:
+        main(*args)
+    finally:
+        dist.destroy_process_group()
 
 
 def _wait(children: list) -> int:

@@ -61,7 +61,7 @@ def describe_schedule(cfg: CfgNode, world_size: int, seed: int, images: int = 0)
     )
     return (
         f"Schedule: {solver.MAX_ITER} iterations x {batch} images "
-        f"({batch // world_size} on each of {world_size} processes){epochs} | "
+        f"({batch // world_size} on each of {world_size} processes, {cfg.MODEL.DEVICE}){epochs} | "
         f"{solver.OPTIMIZER} lr {solver.BASE_LR:g}, {decay}, warm-up {solver.WARMUP_ITERS} | "
         f"clip {f'{clip.CLIP_TYPE} {clip.CLIP_VALUE:g}' if clip.ENABLED else 'off'} | "
         f"AMP {solver.AMP.DTYPE if solver.AMP.ENABLED else 'off'} | "

@@ -15,6 +15,7 @@ from detectron2.engine import default_argument_parser
 from .. import compat
 from ..config import add_dynamic_detr_config
 from ..errors import UserError, did_you_mean, one_line
+from .launch import under_torchrun
 
 _EPILOG = """
 examples:
@@ -160,6 +161,12 @@ def _choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
     if not available or not args.num_gpus or args.num_processes > 1:
         cfg.MODEL.DEVICE = "cpu"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if cfg.MODEL.DEVICE.startswith("cuda") and under_torchrun() and local_rank >= available:
+        raise UserError(
+            f"torchrun has started more processes than this machine has GPUs ({available}); lower "
+            "--nproc-per-node, or train on the CPU with --num-gpus 0"
+        )
 
 
 def process_count(cfg: CfgNode, args: argparse.Namespace) -> int:

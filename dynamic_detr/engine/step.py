@@ -56,7 +56,7 @@ def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
 
 def seed_step(seed: int, iteration: int, rank: int) -> None:
     """Make what the model draws at random (dropout, sampled anchors) a function of the step."""
-    torch.manual_seed((seed * 1_000_003 + iteration) * 4_099 + rank)
+    torch.manual_seed(((seed * 1_000_003 + iteration) * 4_099 + rank) % 2**63)
 
 
 class TrainStep(SimpleTrainer):

@@ -180,6 +180,10 @@ class Trainer(DefaultTrainer):
         with self.stop.listening():
             return super().train()
 
+    def before_train(self) -> None:
+        super().before_train()
+        compat.report_rate(self._hooks, self.cfg.SOLVER.BASE_LR)
+
     def before_step(self) -> None:
         super().before_step()
         self._trainer.stop_requested = bool(self.stop)
@@ -202,7 +206,14 @@ class Trainer(DefaultTrainer):
         self.finished = self.iter
 
     def after_step(self) -> None:
-        super().after_step()
+        try:
+            super().after_step()
+        except UserError as error:  # a checkpoint that could not be written
+            raise TrainingStopped(
+                f"error: {one_line(error)}; stopped after {self.finished + 1} iterations",
+                EXIT_USER_ERROR,
+                on_every_process=False,
+            ) from error
         if self._trainer.stop_agreed and self.iter + 1 < self.max_iter:
             self._save_and_stop()
 

@@ -1,0 +1,152 @@
+"""A run that is killed and resumed is the run that was never interrupted."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import losses_of, make_config, train, write_config, write_data
+
+from dynamic_detr.engine.exits import TrainingStopped
+from dynamic_detr.engine.trainer import Trainer
+from dynamic_detr.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a step draws at random, in the model and in the data, must come back as well.
+RANDOM = ["MODEL.DYNAMIC_DETR.DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
+EMA = ["SOLVER.EMA.ENABLED", True]
+
+
+def test_resumed_losses_weights_and_average_are_those_of_the_whole_run(tmp_path):
+    whole = train(make_config(tmp_path / "a", *RANDOM, *EMA))
+    train(make_config(tmp_path / "b", *RANDOM, *EMA, "SOLVER.MAX_ITER", 3))
+    cfg = make_config(tmp_path / "b", *RANDOM, *EMA, "DATALOADER.NUM_WORKERS", 2)
+    resumed = train(cfg, resume=True)
+
+    expected = losses_of(whole)
+    assert list(losses_of(resumed)) == [3, 4, 5]
+    for iteration, loss in losses_of(resumed).items():
+        assert loss == pytest.approx(expected[iteration], rel=1e-5)
+    for averaged in (False, True):
+        states = [
+            t.ema.state_dict() if averaged else t.detector.state_dict() for t in (whole, resumed)
+        ]
+        for name, value in states[0].items():
+            torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
+    assert whole.ema.updates == resumed.ema.updates == 6
+
+
+def test_losses_differ_between_iterations_and_seeds(tmp_path):
+    """Else the comparison above would show nothing."""
+    first = losses_of(train(make_config(tmp_path / "a", "SOLVER.BASE_LR", 1e-12)))
+    other = losses_of(train(make_config(tmp_path / "b", "SOLVER.BASE_LR", 1e-12, "SEED", 6)))
+    assert len(set(first.values())) > 3
+    assert first[0] != pytest.approx(other[0], rel=1e-3)
+
+
+def _command(folder: Path, *options: str) -> list[str]:
+    json_file, images = write_data(folder / "data")
+    return [
+        sys.executable,
+        str(ROOT / "train_net.py"),
+        *("--config-file", str(write_config(folder)), "--num-gpus", "0"),
+        *("--train-json", str(json_file), "--train-images", str(images)),
+        *("OUTPUT_DIR", str(folder / "output"), *options),
+    ]
+
+
+def _start_and_signal(folder: Path, number: signal.Signals, *options: str):
+    """Run the command and send it a signal once it has saved something."""
+    process = subprocess.Popen(
+        _command(folder, *options), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 600
+    while not (folder / "output" / "last_checkpoint").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "nothing was saved"
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.communicate(timeout=600)[1], process.returncode
+
+
+def test_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
+    _, code = _start_and_signal(
+        tmp_path, signal.SIGKILL, "SOLVER.MAX_ITER", "300", "SOLVER.STEPS", "(250,)"
+    )
+    assert code == -signal.SIGKILL
+    options = ["SOLVER.MAX_ITER", 300, "SOLVER.STEPS", (250,)]
+    trainer = Trainer(make_config(tmp_path, *options))
+    trainer.resume_or_load(resume=True)
+    start = trainer.start_iter
+    assert start >= 2 and start % 2 == 0
+    trainer.max_iter = start + 2
+    trainer.train()
+
+    whole = Trainer(make_config(tmp_path / "whole", *options))
+    whole.resume_or_load(resume=False)
+    whole.max_iter = start + 2
+    whole.train()
+    expected = losses_of(whole)
+    for iteration, loss in losses_of(trainer).items():
+        assert loss == pytest.approx(expected[iteration], rel=1e-5)
+
+
+def test_sigterm_saves_and_exits_cleanly(tmp_path):
+    errors, code = _start_and_signal(tmp_path, signal.SIGTERM, "SOLVER.MAX_ITER", "5000")
+    assert code == 0
+    assert "Traceback" not in errors
+    line = errors.strip().splitlines()[-1]
+    assert "stopped by SIGTERM" in line and "--resume" in line
+    saved = (tmp_path / "output" / "last_checkpoint").read_text()
+    checkpoint = torch.load(tmp_path / "output" / saved, weights_only=True)
+    assert f"after {checkpoint['iteration'] + 1} of 5000" in line
+
+
+def test_signal_in_an_evaluation_saves_the_trained_weights(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path, *EMA, "TEST.EVAL_PERIOD", 3)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+
+    def evaluate(cfg, model):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer, "test", evaluate)
+    with pytest.raises(TrainingStopped) as stop:
+        trainer.train()
+    assert stop.value.code == 130
+    checkpoint = torch.load(trainer.checkpointer.get_checkpoint_file(), weights_only=True)
+    assert checkpoint["iteration"] == 2
+    for name, value in trainer.detector.state_dict().items():
+        assert torch.equal(checkpoint["model_training"][name], value)
+
+
+def test_resuming_keeps_the_seed_of_the_run(tmp_path):
+    first = train(make_config(tmp_path, "SEED", -1, "SOLVER.MAX_ITER", 2))
+    second = Trainer(make_config(tmp_path, "SEED", 77))
+    second.resume_or_load(resume=True)
+    assert second.seed == first.seed
+
+
+def test_resuming_takes_the_learning_rate_of_the_configuration(tmp_path):
+    train(make_config(tmp_path, "SOLVER.MAX_ITER", 2))
+    trainer = Trainer(make_config(tmp_path, "SOLVER.BASE_LR", 0.0004))
+    trainer.resume_or_load(resume=True)
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0004}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["SOLVER.OPTIMIZER", "SGD"], "optimiser is AdamW and the configuration's SGD"),
+        (["MODEL.DYNAMIC_DETR.NUM_CLASSES", 3], "saved by another model"),
+        (["SOLVER.WEIGHT_DECAY_NORM", 0.5], "optimiser has other parameters"),
+    ],
+)
+def test_resuming_with_another_configuration_is_refused(tmp_path, options, message):
+    train(make_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.WEIGHT_DECAY_NORM", 1e-4))
+    cfg = make_config(tmp_path, "SOLVER.WEIGHT_DECAY_NORM", 1e-4, *options)
+    with pytest.raises(UserError, match=message):
+        Trainer(cfg).resume_or_load(resume=True)

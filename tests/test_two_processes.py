@@ -1,0 +1,89 @@
+"""Two processes on the CPU take the steps that one takes with the whole batch."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import losses_of, make_config, train, train_and_report, write_config, write_data
+
+from dynamic_detr.engine.launch import launch
+from dynamic_detr.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.EMA.ENABLED", True]
+
+
+def _wait_for(path: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 600
+    while not path.exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, f"{path} was not written"
+        time.sleep(0.05)
+
+
+def _assert_same(result: dict, trainer) -> None:
+    expected = losses_of(trainer)
+    assert list(result["losses"]) == list(expected)
+    for iteration, loss in result["losses"].items():
+        assert loss == pytest.approx(expected[iteration], rel=1e-5), iteration
+    for name, value in trainer.detector.state_dict().items():
+        torch.testing.assert_close(result["model"][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_same_losses_and_updates_as_one_process(tmp_path):
+    # SGD: with Adam the first steps are +-lr whatever the gradient, and hide its errors.
+    options = [*OPTIONS, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01]
+    torch.set_num_threads(1)
+    one = train(make_config(tmp_path / "one", *options))
+    cfg = make_config(tmp_path / "two", *options)
+    launch(train_and_report, 2, on_gpu=False, args=(cfg, tmp_path / "two"))
+    _assert_same(torch.load(tmp_path / "two" / "result.pth"), one)
+
+
+def _fail_on_the_second(code: int) -> None:
+    from detectron2.utils import comm
+
+    if comm.get_rank() == 1:
+        sys.exit(code)
+
+
+def test_the_exit_code_of_a_failed_process_is_handed_on():
+    with pytest.raises(SystemExit) as error:
+        launch(_fail_on_the_second, 2, on_gpu=False, args=(7,))
+    assert error.value.code == 7
+
+
+def test_several_machines_need_an_address():
+    with pytest.raises(UserError, match="--dist-url"):
+        launch(print, 1, on_gpu=False, num_machines=2)
+
+
+def test_torchrun_trains_and_both_processes_stop_at_sigterm(tmp_path):
+    """SIGTERM to one process: both agree on the iteration, one saves, both leave with 0."""
+    json_file, images = write_data(tmp_path / "data")
+    output = tmp_path / "output"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--no-python", sys.executable, str(ROOT / "train_net.py")),
+        *("--config-file", str(write_config(tmp_path)), "--num-gpus", "0"),
+        *("--train-json", str(json_file), "--train-images", str(images)),
+        *("OUTPUT_DIR", str(output), "SOLVER.MAX_ITER", "5000"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
+    )
+    _wait_for(output / "last_checkpoint", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert errors.count("stopped by") == 1
+    saved = (output / "last_checkpoint").read_text()
+    assert torch.load(output / saved, weights_only=True)["iteration"] >= 2

@@ -1,0 +1,117 @@
+"""A training run that takes seconds: a few small pictures and a small detector."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from detectron2.utils import comm
+from PIL import Image
+
+from dynamic_detr import add_dynamic_detr_config
+from dynamic_detr.data.coco_json import register_json
+from dynamic_detr.engine.trainer import Trainer
+
+NAMES = ["dark", "light"]
+YAML = """
+VERSION: 2
+MODEL:
+  META_ARCHITECTURE: DynamicDETR
+  DEVICE: cpu
+  WEIGHTS: ""
+  BACKBONE: {NAME: build_resnet_backbone, FREEZE_AT: 0}
+  RESNETS: {DEPTH: 18, NORM: GN, RES2_OUT_CHANNELS: 64, OUT_FEATURES: [res2]}
+  DYNAMIC_DETR:
+    NUM_CLASSES: 2
+    HIDDEN_DIM: 64
+    NUM_QUERIES: 8
+    IN_FEATURES: [res2]
+    ENCODER: {NUM_BLOCKS: 1}
+    DECODER: {NUM_STAGES: 2, NUM_HEADS: 2, FFN_DIM: 32, DYNAMIC_DIM: 8, POOLING_SIZE: 3}
+DATASETS: {TRAIN: [tiny_train], TEST: []}
+DATALOADER: {NUM_WORKERS: 0, ASPECT_RATIO_GROUPING: False, FILTER_EMPTY_ANNOTATIONS: False}
+INPUT: {FORMAT: RGB, MIN_SIZE_TRAIN: [64], MAX_SIZE_TRAIN: 64, MIN_SIZE_TEST: 64}
+SOLVER:
+  OPTIMIZER: ADAMW
+  BASE_LR: 0.001
+  IMS_PER_BATCH: 2
+  MAX_ITER: 6
+  STEPS: [4]
+  WARMUP_ITERS: 2
+  CHECKPOINT_PERIOD: 2
+  CLIP_GRADIENTS: {ENABLED: True, CLIP_TYPE: full_model, CLIP_VALUE: 1.0}
+SEED: 5
+"""
+
+
+def write_data(folder: Path, images: int = 6) -> tuple[Path, Path]:
+    """Pictures of 64×64 with one or two rectangles each; the paths of JSON and images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    records, annotations = [], []
+    for index in range(images):
+        pixels = random.integers(100, 150, (64, 64, 3), dtype=np.uint8)
+        for _ in range(1 + index % 2):
+            x, y = (int(v) for v in random.integers(0, 32, 2))
+            width, height = (int(v) for v in random.integers(16, 32, 2))
+            light = int(random.integers(2))
+            pixels[y : y + height, x : x + width] = 250 if light else 5
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index,
+                    "category_id": light + 1,
+                    "bbox": [x, y, width, height],
+                    "area": width * height,
+                    "iscrowd": 0,
+                }
+            )
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        records.append({"id": index, "file_name": f"{index}.png", "width": 64, "height": 64})
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(NAMES)]
+    path = folder / "boxes.json"
+    data = {"images": records, "annotations": annotations, "categories": categories}
+    path.write_text(json.dumps(data))
+    return path, folder
+
+
+def write_config(folder: Path) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(YAML)
+    return path
+
+
+def make_config(folder: Path, *options) -> CfgNode:
+    """The tiny configuration with data and output under ``folder``."""
+    register_json("tiny_train", *write_data(folder / "data"), NAMES)
+    cfg = get_cfg()
+    add_dynamic_detr_config(cfg)
+    cfg.merge_from_file(str(write_config(folder)))
+    output = folder / "output"
+    output.mkdir(exist_ok=True)  # as Detectron2's default_setup does
+    cfg.merge_from_list(["OUTPUT_DIR", str(output), *options])
+    return cfg
+
+
+def losses_of(trainer: Trainer) -> dict[int, float]:
+    """Total loss by iteration of a trainer that has trained."""
+    return {i: value for value, i in trainer.storage.history("total_loss").values()}
+
+
+def train(cfg: CfgNode, resume: bool = False) -> Trainer:
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def train_and_report(cfg: CfgNode, folder: Path) -> None:
+    """For a process of its own: leaves losses and weights in a file of ``folder``."""
+    import torch
+
+    register_json("tiny_train", folder / "data" / "boxes.json", folder / "data", NAMES)
+    torch.set_num_threads(1)
+    trainer = train(cfg)
+    if comm.is_main_process():
+        result = {"losses": losses_of(trainer), "model": trainer.detector.state_dict()}
+        torch.save(result, folder / "result.pth")
