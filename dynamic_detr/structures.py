@@ -110,7 +110,7 @@ class Pyramid:
             return self
         return self.with_features(
             [
-                feature if self.filled(level) else feature.masked_fill(~self.valid(level), 0)
+                feature if self.filled(level) else torch.where(self.valid(level), feature, 0)
                 for level, feature in enumerate(self.features)
             ]
         )

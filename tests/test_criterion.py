@@ -1,0 +1,289 @@
+"""The set loss against values worked out by hand, and on boxes that are no boxes."""
+
+import math
+
+import pytest
+import torch
+from detectron2.utils import comm
+from helpers import small_config
+from reference.matching import cheapest_pairs, cost_matrix, focal, giou, l1
+from torch import Tensor
+
+from dynamic_detr import Prediction
+from dynamic_detr.losses import HungarianMatcher, SetCriterion, build_criterion
+
+Target = tuple[Tensor, Tensor]
+
+
+def criterion(num_classes: int = 2, **options) -> SetCriterion:
+    shared = {key: options[key] for key in ("class_head", "l1_format") if key in options}
+    return SetCriterion(num_classes, HungarianMatcher(**shared), **options)
+
+
+def target(labels=(), boxes=()) -> Target:
+    return torch.tensor(labels, dtype=torch.int64), torch.tensor(boxes).float().reshape(-1, 4)
+
+
+# One image, two queries; the object is the second query's box moved by half of its width.
+OBJECT = [0.4, 0.5, 0.2, 0.2]
+BOXES = [[0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2]]
+
+
+def simple_prediction(logits: int = 2) -> Prediction:
+    return Prediction(torch.zeros(1, 2, logits), torch.tensor([BOXES]))
+
+
+def values(losses: dict[str, Tensor]) -> dict[str, float]:
+    return {name: loss.item() for name, loss in losses.items()}
+
+
+class TestByHand:
+    def test_focal(self):
+        """All logits 0, so every p is ½: one positive and three negatives of two classes; GIoU of
+        boxes that overlap by half is 1/3."""
+        losses = criterion()([simple_prediction()], [target([1], [OBJECT])])
+        positive, negative = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
+        assert values(losses) == pytest.approx(
+            {
+                "loss_class": 2 * (positive + 3 * negative),
+                "loss_l1": 5 * 0.1,
+                "loss_giou": 2 * (1 - 1 / 3),
+            }
+        )
+
+    def test_l1_of_corners(self):
+        """A box moved by 0.1 moves two of its corners' four coordinates."""
+        losses = criterion(l1_format="xyxy")([simple_prediction()], [target([1], [OBJECT])])
+        assert losses["loss_l1"].item() == pytest.approx(5 * 0.2)
+
+    def test_softmax(self):
+        """Uniform over three entries: each costs log 3, "no object" a tenth of it, divided by the
+        sum of the weights."""
+        losses = criterion(class_head="softmax")([simple_prediction(3)], [target([1], [OBJECT])])
+        assert losses["loss_class"].item() == pytest.approx(2 * math.log(3))
+        prediction = simple_prediction(3)
+        prediction.pred_logits[0, 1, 1] = math.log(2)  # ¼, ½, ¼
+        losses = criterion(class_head="softmax")([prediction], [target([1], [OBJECT])])
+        expected = 2 * (math.log(2) + 0.1 * math.log(3)) / 1.1
+        assert losses["loss_class"].item() == pytest.approx(expected)
+
+    def test_weights(self):
+        options = {"class_weight": 3.0, "l1_weight": 7.0, "giou_weight": 11.0}
+        plain = criterion()([simple_prediction()], [target([1], [OBJECT])])
+        weighted = criterion(**options)([simple_prediction()], [target([1], [OBJECT])])
+        assert values(weighted) == pytest.approx(
+            {
+                "loss_class": plain["loss_class"].item() * 3 / 2,
+                "loss_l1": plain["loss_l1"].item() * 7 / 5,
+                "loss_giou": plain["loss_giou"].item() * 11 / 2,
+            }
+        )
+
+
+@pytest.mark.parametrize("l1_format", ["cxcywh", "xyxy"])
+def test_is_the_loop(l1_format):
+    """Three images, one of them empty, one with more objects than queries; two stages."""
+    counts, queries, classes = [2, 0, 5], 4, 3
+
+    def boxes(*shape):
+        return torch.cat([torch.rand(*shape, 2), torch.rand(*shape, 2) * 0.4 + 0.05], dim=-1)
+
+    predictions = [
+        Prediction(torch.randn(3, queries, classes), boxes(3, queries)) for _ in range(2)
+    ]
+    targets = [(torch.randint(0, classes, (count,)), boxes(count)) for count in counts]
+    losses = criterion(classes, l1_format=l1_format)(predictions, targets)
+    for prediction, suffix in zip(predictions, ("_0", ""), strict=True):
+        expected = {"class": 0.0, "l1": 0.0, "giou": 0.0}
+        for image, (labels, objects) in enumerate(targets):
+            logits = prediction.pred_logits[image].tolist()
+            found = prediction.pred_boxes[image].tolist()
+            labels, objects = labels.tolist(), objects.tolist()
+            pairs = []
+            if objects:
+                cost = cost_matrix(logits, found, labels, objects, "focal", l1_format)
+                pairs = cheapest_pairs(cost)
+            for query, entries in enumerate(logits):
+                wanted = [labels[j] for i, j in pairs if i == query]
+                for entry, logit in enumerate(entries):
+                    expected["class"] += 2 * focal(logit, entry in wanted) / sum(counts)
+            for i, j in pairs:
+                expected["l1"] += 5 * l1(found[i], objects[j], l1_format) / sum(counts)
+                expected["giou"] += 2 * (1 - giou(found[i], objects[j])) / sum(counts)
+        for name, value in expected.items():
+            assert losses[f"loss_{name}{suffix}"].item() == pytest.approx(value, rel=1e-5)
+
+
+def test_every_stage_pays():
+    predictions = [simple_prediction() for _ in range(3)]
+    losses = criterion()(predictions, [target([1], [OBJECT])])
+    names = [
+        f"loss_{what}{stage}" for stage in ("_0", "_1", "") for what in ("class", "l1", "giou")
+    ]
+    assert sorted(losses) == sorted(names)
+    assert len({round(loss.item(), 6) for loss in losses.values()}) == 3  # equal stages, equal pay
+
+
+@pytest.mark.parametrize("class_head", ["focal", "softmax"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_batches_without_any_object(class_head, batch):
+    """They still teach that there is nothing; boxes are in the graph but pull nowhere."""
+    logits = torch.randn(batch, 4, 2 + (class_head == "softmax"), requires_grad=True)
+    boxes = torch.rand(batch, 4, 4, requires_grad=True)
+    losses = criterion(class_head=class_head)([Prediction(logits, boxes)], [target()] * batch)
+    sum(losses.values()).backward()
+    assert losses["loss_class"] > 0
+    assert losses["loss_l1"] == losses["loss_giou"] == 0
+    assert logits.grad.any()
+    assert not boxes.grad.any()
+
+
+def test_empty_images_count_in_the_class_loss_only():
+    prediction = Prediction(torch.zeros(2, 2, 2), torch.tensor([BOXES] * 2))
+    with_empty = criterion()([prediction], [target([1], [OBJECT]), target()])
+    alone = criterion()([simple_prediction()], [target([1], [OBJECT])])
+    assert with_empty["loss_l1"].item() == pytest.approx(alone["loss_l1"].item())
+    assert with_empty["loss_giou"].item() == pytest.approx(alone["loss_giou"].item())
+    four_negatives = 2 * 4 * 0.75 * 0.25 * math.log(2)
+    expected = alone["loss_class"].item() + four_negatives
+    assert with_empty["loss_class"].item() == pytest.approx(expected)
+
+
+class TestSeveralProcesses:
+    @pytest.fixture
+    def two_processes(self, monkeypatch):
+        """A world of two: what the other process adds to each sum is given by the test."""
+        additions = []
+        monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(additions.pop(0)))
+        return additions
+
+    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    def test_mean_of_the_processes_is_the_loss_of_the_whole_batch(self, two_processes, class_head):
+        """DistributedDataParallel averages: so must the losses, whatever each process holds."""
+        classes = 2 + (class_head == "softmax")
+        logits, boxes = torch.randn(2, 3, classes), torch.rand(2, 3, 4) * 0.4 + 0.1
+        targets = [target([0, 1], [OBJECT, BOXES[0]]), target()]
+        weights = [2 * 1 + 0.1, 3 * 0.1]  # of the softmax head's entries in each process
+        loss = criterion(class_head=class_head)
+
+        def process(images, *others):
+            two_processes[:] = others
+            part = Prediction(logits[images], boxes[images])
+            return loss([part], targets[images])
+
+        first = process(slice(0, 1), 0.0, weights[1])
+        second = process(slice(1, 2), 2.0, weights[0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(comm, "get_world_size", lambda: 1)
+            whole = loss([Prediction(logits, boxes)], targets)
+        for name, value in whole.items():
+            mean = (first[name] + second[name]).item() / 2
+            assert mean == pytest.approx(value.item(), rel=1e-5), name
+
+    def test_fewer_objects_than_processes(self, two_processes):
+        """One object among two processes divides by ½ each, not by 1."""
+        two_processes[:] = [0.0]
+        losses = criterion()([simple_prediction()], [target([1], [OBJECT])])
+        assert losses["loss_l1"].item() == pytest.approx(2 * 5 * 0.1)
+
+    def test_no_object_anywhere(self, two_processes):
+        two_processes[:] = [0.0]
+        losses = criterion()([simple_prediction()], [target()])
+        assert losses["loss_l1"] == 0
+        assert losses["loss_class"].isfinite()
+
+    def test_every_process_joins_in_the_sums(self, two_processes):
+        """Also one whose images are empty: else the others would wait for it."""
+        two_processes[:] = [0.0, 0.0, 0.0]
+        stages = [simple_prediction(3), simple_prediction(3)]
+        criterion(class_head="softmax")(stages, [target()])
+        assert not two_processes  # objects once, class weights of each stage
+
+
+class TestBadBoxes:
+    @pytest.mark.parametrize("query", [0, 1], ids=["unmatched", "matched"])
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    def test_what_is_not_finite_makes_the_loss_not_finite(self, query, bad, class_head):
+        prediction = simple_prediction(2 + (class_head == "softmax"))
+        prediction.pred_boxes[0, query] = bad
+        losses = criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
+        assert not sum(losses.values()).isfinite()
+
+    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    def test_logits_that_are_nan(self, class_head):
+        prediction = simple_prediction(2 + (class_head == "softmax"))
+        prediction.pred_logits[0, 0, 0] = torch.nan
+        losses = criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
+        assert not losses["loss_class"].isfinite()
+
+    def test_all_queries_broken(self):
+        prediction = simple_prediction()
+        prediction.pred_boxes.fill_(torch.nan)
+        prediction.pred_logits.fill_(torch.nan)
+        losses = criterion()([prediction], [target([1, 0], [OBJECT, OBJECT])])
+        assert all(loss.isnan() for loss in losses.values())
+
+    @pytest.mark.parametrize(
+        "box",
+        [
+            [0.5, 0.5, -0.2, -0.3],  # inverted
+            [0.5, 0.5, 0.0, 0.0],
+            [0.4, 0.5, 0.0, 0.2],
+            [0.5, 0.5, 1e-30, 1e-30],
+            [1e6, -1e6, 1e3, 1e3],
+            [0.5, 0.5, 6e3, 6e3],
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("size", [0.2, 1 / 1333])
+    def test_strange_boxes_give_finite_losses_and_gradients(self, box, size):
+        boxes = torch.tensor([[box, box]], requires_grad=True)
+        logits = torch.zeros(1, 2, 2, requires_grad=True)
+        losses = criterion()([Prediction(logits, boxes)], [target([1], [[0.4, 0.5, size, size]])])
+        sum(losses.values()).backward()
+        assert all(loss.isfinite() for loss in losses.values())
+        assert boxes.grad.isfinite().all()
+        assert 0 <= losses["loss_giou"].item() <= 2 * 2 + 1e-4
+
+
+def test_half_precision_predictions_are_paid_in_float32():
+    prediction = Prediction(torch.zeros(1, 2, 2).bfloat16(), torch.tensor([BOXES]).bfloat16())
+    losses = criterion()([prediction], [target([1], [OBJECT])])
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+
+
+def test_config_reaches_the_criterion():
+    loss = build_criterion(
+        small_config(
+            NUM_CLASSES=7,
+            CLASS_HEAD="softmax",
+            LOSS__CLASS_WEIGHT=1.0,
+            LOSS__L1_WEIGHT=2.0,
+            LOSS__GIOU_WEIGHT=3.0,
+            LOSS__NO_OBJECT_WEIGHT=0.4,
+            LOSS__L1_FORMAT="xyxy",
+            LOSS__FOCAL_ALPHA=0.5,
+            LOSS__FOCAL_GAMMA=1.5,
+        )
+    )
+    assert loss.num_classes == 7
+    torch.testing.assert_close(loss.class_weights, torch.tensor([1.0] * 7 + [0.4]))
+    for part in (loss, loss.matcher):
+        assert (part.class_weight, part.l1_weight, part.giou_weight) == (1.0, 2.0, 3.0)
+        assert (part.class_head, part.l1_format) == ("softmax", "xyxy")
+        assert (part.alpha, part.gamma) == (0.5, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"CLASS_HEAD": "sigmoid"}, r"DYNAMIC_DETR\.CLASS_HEAD is 'sigmoid'; wants one of"),
+        ({"LOSS__L1_FORMAT": "xywh"}, r"DYNAMIC_DETR\.LOSS\.L1_FORMAT is 'xywh'; wants one of"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build_criterion(small_config(**options))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,245 @@
+"""The decoder stage against a loop over queries, and what passes between stages."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers import STRIDES, batch_pyramid, random_levels, shake, small_config
+from reference.decoder import decoder_stage, refine
+from torch import nn
+
+from dynamic_detr.decoders import DynamicDecoder, build_decoder
+from dynamic_detr.decoders.dynamic_stage import apply_box_deltas
+
+CHANNELS, QUERIES, HEADS, BINS, CANONICAL = 16, 5, 4, 3, 60
+SMALL = {
+    "channels": CHANNELS,
+    "num_classes": 3,
+    "num_queries": QUERIES,
+    "num_stages": 2,
+    "num_heads": HEADS,
+    "ffn_dim": 24,
+    "pooling_size": BINS,
+    "canonical_size": CANONICAL,
+    "dynamic_dim": 6,
+}
+IMAGE = (100, 136)
+
+
+def decoder(**options) -> nn.Module:
+    return DynamicDecoder(**{**SMALL, **options})
+
+
+def pyramid_of(image_size=IMAGE, channels=CHANNELS, dtype=torch.float64, padded=(128, 192)):
+    return batch_pyramid([random_levels(image_size, channels, dtype=dtype)], [image_size], padded)
+
+
+@pytest.mark.parametrize("dynamic_filter", ["bottleneck", "single"])
+@pytest.mark.parametrize("class_head", ["focal", "softmax"])
+def test_stages_are_the_loop(dynamic_filter, class_head):
+    model = decoder(dynamic_filter=dynamic_filter, class_head=class_head).double()
+    shake(model, 0.1)
+    levels = random_levels(IMAGE, CHANNELS)
+    with torch.no_grad():
+        predictions = model(batch_pyramid([levels], [IMAGE], (128, 192), garbage=30.0))
+
+    arrays = [level.numpy() for level in levels]
+    queries = model.query_embed.weight.detach().numpy()
+    boxes = model.initial_boxes.detach().numpy()
+    assert len(predictions) == 2
+    for stage, prediction in zip(model.stages, predictions, strict=True):
+        weights = {name: value.numpy() for name, value in stage.state_dict().items()}
+        queries, logits, boxes = decoder_stage(
+            arrays, STRIDES, IMAGE, queries, boxes, weights, HEADS, BINS, CANONICAL
+        )
+        assert logits.shape == (QUERIES, 3 + (class_head == "softmax"))
+        np.testing.assert_allclose(prediction.pred_logits[0], logits, rtol=1e-8, atol=1e-8)
+        np.testing.assert_allclose(prediction.pred_boxes[0], boxes, rtol=1e-8, atol=1e-8)
+        assert not prediction.is_proposal
+
+
+class TestBoxDeltas:
+    def test_are_the_formula(self):
+        boxes = torch.rand(20, 4, dtype=torch.float64)
+        deltas = torch.randn(20, 4, dtype=torch.float64) * 3
+        expected = [refine(b.numpy(), d.numpy()) for b, d in zip(boxes, deltas, strict=True)]
+        np.testing.assert_allclose(apply_box_deltas(boxes, deltas), expected, rtol=1e-12)
+
+    def test_by_hand(self):
+        box = torch.tensor([0.5, 0.4, 0.2, 0.1])
+        deltas = torch.tensor([1.0, -2.0, math.log(2), math.log(0.5)])
+        expected = torch.tensor([0.6, 0.3, 0.4, 0.05])
+        torch.testing.assert_close(apply_box_deltas(box, deltas), expected)
+        torch.testing.assert_close(apply_box_deltas(box, torch.zeros(4)), box)
+
+    def test_are_not_clipped_to_the_image_but_growth_is(self):
+        box = torch.tensor([0.9, 0.9, 0.5, 0.5])
+        out = apply_box_deltas(box, torch.tensor([4.0, 4.0, 1000.0, 3.0]))
+        torch.testing.assert_close(out[:2], torch.tensor([1.9, 1.9]))
+        torch.testing.assert_close(out[2], torch.tensor(0.5 * 1e5 / 16))
+        torch.testing.assert_close(out[3], torch.tensor(0.5 * math.exp(3)))
+
+
+class TestBetweenStages:
+    def test_boxes_start_as_the_whole_image(self):
+        model = decoder()
+        whole = torch.tensor([0.5, 0.5, 1.0, 1.0]).expand(QUERIES, 4)
+        torch.testing.assert_close(model.initial_boxes.data, whole)
+        for stage in model.stages:
+            nn.init.zeros_(stage.box_deltas.weight)
+            nn.init.zeros_(stage.box_deltas.bias)
+        for prediction in model(pyramid_of(dtype=torch.float32)):
+            torch.testing.assert_close(prediction.pred_boxes[0], whole)
+
+    def test_learned_boxes_hear_of_the_first_stage_only(self):
+        model = decoder()
+        for which, hears in ((0, True), (1, False)):
+            model.zero_grad()
+            predictions = model(pyramid_of(dtype=torch.float32))
+            predictions[which].pred_boxes.square().sum().backward()
+            grad = model.initial_boxes.grad
+            assert (grad is not None and bool(grad.any())) == hears
+
+    def test_boxes_pass_without_gradient_and_queries_with_it(self):
+        model = decoder()
+        model(pyramid_of(dtype=torch.float32))[1].pred_boxes.sum().backward()
+        first = model.stages[0]
+        for parameter in [*first.box_branch.parameters(), *first.box_deltas.parameters()]:
+            assert parameter.grad is None
+        assert first.ffn[0].weight.grad.any()
+        assert first.interaction.filters.weight.grad.any()
+        assert model.query_embed.weight.grad.any()
+
+    def test_every_stage_sees_the_boxes_of_the_one_before(self):
+        model = shake(decoder().double(), 0.1)
+        pyramid = pyramid_of()
+        with torch.no_grad():
+            first, second = model(pyramid)
+            queries = model.query_embed.weight[None]
+            queries, _, boxes = model.stages[0](pyramid, queries, model.initial_boxes[None])
+            torch.testing.assert_close(boxes, first.pred_boxes)
+            _, logits, boxes = model.stages[1](pyramid, queries, boxes)
+        torch.testing.assert_close(boxes, second.pred_boxes)
+        torch.testing.assert_close(logits, second.pred_logits)
+
+    def test_initial_boxes_that_are_not_learned(self):
+        model = decoder(learn_initial_boxes=False)
+        assert "initial_boxes" not in dict(model.named_parameters())
+        assert "initial_boxes" in model.state_dict()
+        sum(p.pred_boxes.sum() for p in model(pyramid_of(dtype=torch.float32))).backward()
+
+    def test_stages_share_nothing(self):
+        model = decoder(num_stages=3)
+        pointers = [p.data_ptr() for stage in model.stages for p in stage.parameters()]
+        assert len(set(pointers)) == len(pointers)
+        assert len(model.stages) == 3
+
+
+@pytest.mark.parametrize("channels", [64, 256])
+@pytest.mark.parametrize("num_classes", [1, 4, 64, 80, 256, 2048])
+def test_prior_is_the_class_layers_alone(num_classes, channels):
+    """However many classes there are, no other parameter is taken for the class layer's bias."""
+    options = {"channels": channels, "ffn_dim": 64, "num_classes": num_classes, "num_stages": 1}
+    stage = decoder(**options).stages[0]
+    torch.testing.assert_close(
+        stage.class_logits.bias.sigmoid(), torch.full((num_classes,), 0.01), rtol=1e-5, atol=1e-7
+    )
+    for name, parameter in stage.named_parameters():
+        if name != "class_logits.bias" and parameter.dim() == 1:
+            assert parameter.abs().max() <= 1, name  # -4.6 is nowhere else
+    softmax = decoder(**options, class_head="softmax").stages[0]
+    assert softmax.class_logits.bias.shape == (num_classes + 1,)
+    assert not softmax.class_logits.bias.any()
+
+
+def test_scores_start_near_the_prior():
+    model = decoder(num_classes=80, channels=64)
+    logits = model(pyramid_of(channels=64, dtype=torch.float32))[0].pred_logits
+    assert 0.001 < logits.sigmoid().mean() < 0.05
+
+
+def test_size_of_a_stage():
+    """Generator 8.4 M and readout 3.2 M of a stage at the paper's sizes; 16.8 M for one filter."""
+    stage = DynamicDecoder(num_stages=1, num_queries=2).stages[0]
+    count = {n: sum(p.numel() for p in m.parameters()) for n, m in stage.named_modules()}
+    assert count["interaction.filters"] == (256 + 1) * 2 * 256 * 64
+    assert count["interaction.readout.linear"] == (49 * 256 + 1) * 256
+    single = DynamicDecoder(num_stages=1, num_queries=2, dynamic_filter="single").stages[0]
+    assert sum(p.numel() for p in single.interaction.filters.parameters()) == 257 * 256 * 256
+
+
+@pytest.mark.parametrize("dynamic_filter", ["bottleneck", "single"])
+def test_all_parameters_learn(dynamic_filter):
+    model = decoder(dynamic_filter=dynamic_filter)
+    predictions = model(pyramid_of(dtype=torch.float32))
+    sum(p.pred_logits.square().sum() + p.pred_boxes.square().sum() for p in predictions).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.any()), name
+
+
+def test_bfloat16_autocast_predicts_in_float32():
+    model = decoder()
+    pyramid = pyramid_of(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        predictions = model(pyramid)
+    for prediction, expected in zip(predictions, model(pyramid), strict=True):
+        assert prediction.pred_boxes.dtype == prediction.pred_logits.dtype == torch.float32
+        torch.testing.assert_close(prediction.pred_boxes, expected.pred_boxes, rtol=0.05, atol=0.05)
+    sum(p.pred_boxes.sum() + p.pred_logits.sum() for p in predictions).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_dropout_is_for_training_only():
+    model = decoder(dropout=0.5)
+    pyramid = pyramid_of(dtype=torch.float32)
+    noisy = [model(pyramid)[-1].pred_logits for _ in range(2)]
+    assert not torch.equal(*noisy)
+    model.eval()
+    quiet = [model(pyramid)[-1].pred_logits for _ in range(2)]
+    assert torch.equal(*quiet)
+
+
+def test_config_reaches_the_decoder():
+    model = build_decoder(
+        small_config(
+            NUM_CLASSES=7,
+            NUM_QUERIES=9,
+            CLASS_HEAD="softmax",
+            DECODER__NUM_STAGES=3,
+            DECODER__NUM_HEADS=2,
+            DECODER__FFN_DIM=40,
+            DECODER__DROPOUT=0.25,
+            DECODER__POOLING_SIZE=5,
+            DECODER__SAMPLING_RATIO=1,
+            DECODER__CANONICAL_SIZE=100,
+            DECODER__DYNAMIC_DIM=12,
+            DECODER__LEARN_INITIAL_BOXES=False,
+        )
+    )
+    stage = model.stages[2]
+    assert len(model.stages) == 3
+    assert model.query_embed.weight.shape == (9, 64)
+    assert stage.class_logits.out_features == 8
+    assert stage.self_attention.num_heads == 2
+    assert stage.ffn[0].out_features == 40
+    assert stage.dropout.p == 0.25
+    assert (stage.pooling_size, stage.sampling_ratio, stage.canonical_size) == (5, 1, 100)
+    assert stage.interaction.readout.linear.in_features == 25 * 64
+    assert stage.interaction.filters.out_features == 2 * 64 * 12
+    assert not isinstance(model.initial_boxes, nn.Parameter)
+    single = build_decoder(small_config(DECODER__DYNAMIC_FILTER="single"))
+    assert single.stages[0].interaction.filters.out_features == 64 * 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, "NUM_HEADS is 3; it must divide .*HIDDEN_DIM, which is 16"),
+        ({"dynamic_filter": "double"}, "DYNAMIC_FILTER is 'double'; wants one of"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        decoder(**options)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,275 @@
+"""The encoder block against a loop over pixels, and what the paper and the facts promise of it."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import STRIDES, batch_pyramid, random_levels, shake, small_config
+from reference.dyhead import dyhead_block
+from reference.encoder import encoder_block
+from torch import nn
+
+from dynamic_detr.encoders import ENCODER_REGISTRY, DynamicEncoder, IdentityEncoder, build_encoder
+from dynamic_detr.encoders.dynamic_block import DynamicEncoderBlock
+from dynamic_detr.layers import DyReLU, MaskedGroupNorm, masked_mean
+
+CHANNELS, GROUPS = 8, 4
+
+
+def encoder(num_blocks: int = 1, offsets: str = "resized", channels: int = CHANNELS) -> nn.Module:
+    """In float64, with parameters that are all different, offsets of about a pixel."""
+    return shake(DynamicEncoder(channels, num_blocks, GROUPS, offsets).double())
+
+
+def numpy_weights(block: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in block.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("image_size", "padded_size", "strides"),
+    [
+        ((100, 136), (128, 192), STRIDES),
+        ((100, 136), (100, 136), STRIDES),
+        ((37, 50), (64, 64), STRIDES[:4]),
+        ((64, 64), (64, 128), STRIDES),
+        ((1, 1), (64, 64), STRIDES),
+        ((33, 21), (64, 64), STRIDES[:2]),
+        ((70, 60), (96, 96), (32,)),
+    ],
+    ids=str,
+)
+def test_block_is_the_loop(image_size, padded_size, strides):
+    levels = random_levels(image_size, CHANNELS, strides)
+    model = encoder()
+    pyramid = batch_pyramid([levels], [image_size], padded_size, strides, garbage=10.0)
+    with torch.no_grad():
+        out = model(pyramid)
+    expected = encoder_block(
+        [level.numpy() for level in levels], numpy_weights(model.blocks[0]), GROUPS
+    )
+    for index, wanted in enumerate(expected):
+        _, height, width = wanted.shape
+        found = out.features[index][0]
+        np.testing.assert_allclose(found[:, :height, :width], wanted, rtol=1e-9, atol=1e-9)
+        assert not (found * ~out.valid(index)[0]).any()
+
+
+def test_two_blocks_are_the_loop_twice():
+    levels = random_levels((45, 70), CHANNELS, STRIDES[1:4])
+    model = encoder(num_blocks=2)
+    pyramid = batch_pyramid([levels], [(45, 70)], (64, 96), STRIDES[1:4])
+    with torch.no_grad():
+        out = model(pyramid)
+    expected = [level.numpy() for level in levels]
+    for block in model.blocks:
+        expected = encoder_block(expected, numpy_weights(block), GROUPS)
+    for found, wanted in zip(out.features, expected, strict=True):
+        np.testing.assert_allclose(
+            found[0, :, : wanted.shape[1], : wanted.shape[2]], wanted, rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["initial", "offsets"])
+def test_legacy_block_is_dyheads(spread):
+    """On a padded batch: DyHead's statistics, borders and samples count the padding."""
+    sizes = [(100, 136), (64, 190)]
+    images = [random_levels(size, CHANNELS) for size in sizes]
+    pyramid = batch_pyramid(images, sizes, (128, 192), garbage=1.0)
+    model = DynamicEncoder(CHANNELS, 2, GROUPS, "legacy").double()
+    if spread:
+        shake(model, 0.3)
+    with torch.no_grad():
+        out = model(pyramid).features
+        expected = list(pyramid.features)
+        for block in model.blocks:
+            expected = dyhead_block(expected, block.state_dict(), GROUPS)
+    torch.testing.assert_close(list(out), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_legacy_differs_only_where_offsets_do():
+    """Both read the same parameters; on one level there are no neighbours to differ about."""
+    resized, legacy = encoder(), encoder(offsets="legacy")
+    legacy.load_state_dict(resized.state_dict())
+    single = batch_pyramid([random_levels((64, 64), CHANNELS, (8,))], [(64, 64)], (64, 64), (8,))
+    several = batch_pyramid([random_levels((64, 64), CHANNELS)], [(64, 64)], (64, 64))
+    with torch.no_grad():
+        torch.testing.assert_close(resized(single).features, legacy(single).features)
+        difference = resized(several).features[1] - legacy(several).features[1]
+    assert difference.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, -1.0), (0.6, 0.8)])
+def test_an_offset_means_one_place_of_the_image(direction):
+    """Ramps that say where in the image a pixel lies: with offsets of d pixels everywhere, each of
+    the three convolutions reads d·stride further, at whatever level it reads."""
+    strides, level = (8, 16, 32), 1
+    distance = 1.0
+    block = DynamicEncoderBlock(4, 1).double()
+    with torch.no_grad():
+        for branch in (block.coarser, block.same, block.finer):
+            branch.conv.weight.zero_()
+            branch.conv.weight[:, :, 1, 1] = torch.eye(4)
+            branch.conv.bias.zero_()
+            branch.norm = _Identity()
+        block.offset.bias[0:18:2] = distance * direction[0]
+        block.offset.bias[1:18:2] = distance * direction[1]
+        block.offset.bias[18:] = 100.0  # modulation 1
+    features = []
+    for stride in strides:
+        # pixel centres in pixels of the image
+        place = (torch.arange(512 // stride, dtype=torch.float64) + 0.5) * stride
+        y, x = torch.meshgrid(place, place, indexing="ij")
+        features.append(torch.stack([y, x, y, x]))
+    pyramid = batch_pyramid([features], [(512, 512)], (512, 512), strides)
+
+    read = {}
+    block.same.norm.register_forward_hook(lambda m, i, out: read.update(same=out))
+    block.finer.norm.register_forward_hook(lambda m, i, out: read.update(finer=out))
+    block.coarser.norm.register_forward_hook(lambda m, i, out: read.update(coarser=out))
+    with torch.no_grad():
+        block._level(pyramid, level)
+    shift = distance * torch.tensor(direction * 2, dtype=torch.float64) * strides[level]
+    # A stride-2 convolution is centred on the upper left of the four pixels below its own.
+    sources = {"finer": features[0][:, ::2, ::2], "same": features[1], "coarser": features[2]}
+    for name, source in sources.items():
+        moved = (read[name][0] - source)[:, 4:-4, 4:-4]
+        torch.testing.assert_close(moved, shift[:, None, None].expand_as(moved))
+
+
+class _Identity(nn.Module):
+    def forward(self, features, pyramid, level):
+        return features
+
+
+def test_offsets_start_at_zero_and_modulations_at_one_half():
+    block = DynamicEncoderBlock(CHANNELS, GROUPS)
+    assert not block.offset.weight.any()
+    assert not block.offset.bias.any()
+    bound = 1 / (9 * CHANNELS) ** 0.5
+    for branch in (block.coarser, block.same, block.finer):
+        assert branch.conv.weight.abs().max() <= bound
+        assert branch.conv.weight.std() > bound / 3
+
+
+def test_size_of_a_block():
+    """1.92 M parameters at 256 channels: three convolutions and norms, offsets, scale, DyReLU."""
+    parameters = sum(p.numel() for p in DynamicEncoderBlock(256, 16).parameters())
+    convolutions = 3 * (256 * 256 * 9 + 256 + 2 * 256)
+    offsets, scale = 27 * 256 * 9 + 27, 256 + 1
+    dyrelu = 256 * 64 + 64 + 64 * 1024 + 1024
+    assert parameters == convolutions + offsets + scale + dyrelu == 1_917_276
+
+
+def test_all_parameters_learn():
+    model = shake(DynamicEncoder(CHANNELS, 2, GROUPS))
+    for block in model.blocks:
+        nn.init.ones_(block.scale.bias)  # where its ReLU is open
+    pyramid = batch_pyramid(
+        [random_levels((50, 70), CHANNELS, dtype=torch.float32)], [(50, 70)], (64, 128)
+    )
+    sum(feature.square().sum() for feature in model(pyramid).features).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_shapes_and_memory_are_kept():
+    pyramid = batch_pyramid(
+        [random_levels((50, 70), CHANNELS, dtype=torch.float32)], [(50, 70)], (64, 128)
+    )
+    out = DynamicEncoder(CHANNELS, 2, GROUPS)(pyramid)
+    assert out.strides == pyramid.strides
+    assert torch.equal(out.image_sizes, pyramid.image_sizes)
+    for found, given in zip(out.features, pyramid.features, strict=True):
+        assert found.shape == given.shape
+        assert found.dtype == given.dtype
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bfloat16_autocast_is_near_float32():
+    model = shake(DynamicEncoder(CHANNELS, 2, GROUPS), 0.1)
+    pyramid = batch_pyramid(
+        [random_levels((50, 70), CHANNELS, dtype=torch.float32)], [(50, 70)], (64, 128)
+    )
+    expected = model(pyramid).features
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(pyramid).features
+    for found, wanted in zip(out, expected, strict=True):
+        error = (found.float() - wanted).square().mean().sqrt()
+        assert error < 0.1 * wanted.square().mean().sqrt()
+    sum(feature.float().square().sum() for feature in out).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_identity_encoder_only_masks():
+    levels = random_levels((40, 50), CHANNELS)
+    out = IdentityEncoder()(batch_pyramid([levels], [(40, 50)], (64, 64), garbage=5.0))
+    expected = batch_pyramid([levels], [(40, 50)], (64, 64))
+    torch.testing.assert_close(out.features, expected.features, rtol=0, atol=0)
+
+
+def test_config_reaches_the_encoder():
+    cfg = small_config(ENCODER__NUM_BLOCKS=3, ENCODER__NUM_GROUPS=8, ENCODER__OFFSETS="legacy")
+    model = build_encoder(cfg)
+    assert len(model.blocks) == 3
+    assert model.blocks[0].same.norm.num_groups == 8
+    assert not model.masks_padding
+    assert isinstance(build_encoder(small_config(ENCODER__NAME="IdentityEncoder")), IdentityEncoder)
+    assert set(ENCODER_REGISTRY._obj_map) >= {"DynamicEncoder", "IdentityEncoder"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offsets": "cropped"}, "ENCODER.OFFSETS is 'cropped'"),
+        ({"channels": 24}, "NUM_GROUPS is 16; it must divide .*HIDDEN_DIM, which is 24"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        DynamicEncoder(**{"channels": 32, "num_blocks": 1, **options})
+    assert "\n" not in str(caught.value)
+
+
+class TestLayers:
+    def pyramid(self, dtype=torch.float64):
+        sizes = [(25, 37), (40, 11)]
+        images = [random_levels(size, CHANNELS, (4,), dtype) for size in sizes]
+        padded = batch_pyramid(images, sizes, (48, 40), (4,), garbage=9.0)
+        return images, padded
+
+    def test_mean_and_norm_count_true_pixels(self):
+        images, pyramid = self.pyramid()
+        norm = shake(MaskedGroupNorm(GROUPS, CHANNELS).double())
+        plain = nn.GroupNorm(GROUPS, CHANNELS).double()
+        plain.load_state_dict(norm.state_dict())
+        mean = masked_mean(pyramid.features[0], pyramid, 0)
+        out = norm(pyramid.features[0], pyramid, 0)
+        for index, (feature,) in enumerate(images):
+            torch.testing.assert_close(mean[index], feature.mean(dim=(1, 2)))
+            _, height, width = feature.shape
+            torch.testing.assert_close(out[index, :, :height, :width], plain(feature[None])[0])
+
+    def test_statistics_are_float32(self):
+        """A mean of 1000 with a spread of 1: squares in bfloat16 or float16 would drown it."""
+        _, pyramid = self.pyramid(torch.float32)
+        features = pyramid.features[0] + 1000
+        norm = MaskedGroupNorm(GROUPS, CHANNELS)
+        out = norm(features.half(), pyramid, 0)
+        assert out.dtype == torch.float16
+        torch.testing.assert_close(
+            out.float() * pyramid.valid(0),
+            norm(features.half().float(), pyramid, 0) * pyramid.valid(0),
+            rtol=1e-2,
+            atol=1e-2,
+        )
+        assert masked_mean(features.half(), pyramid, 0).dtype == torch.float32
+
+    def test_dyrelu_starts_near_relu(self):
+        """With y near ½ the slopes are near 1 and 0, the intercepts near 0."""
+        layer = DyReLU(CHANNELS)
+        nn.init.zeros_(layer.expand.weight)
+        nn.init.zeros_(layer.expand.bias)
+        features = torch.randn(2, CHANNELS, 3, 4)
+        out = layer(features, features.mean(dim=(2, 3)))
+        torch.testing.assert_close(out, features.relu())
