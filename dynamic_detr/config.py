@@ -46,7 +46,10 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     # "single": one HIDDEN_DIM -> HIDDEN_DIM, as equation 11 prints it, at twice the parameters.
     node.DECODER.DYNAMIC_FILTER = "bottleneck"
     node.DECODER.DYNAMIC_DIM = 64
-    # The first boxes start as the whole image; the paper learns them.
+    # The first boxes. "image": the whole image, as the paper; "grid": spread over the image, each
+    # twice as large as their distance, which learns in fewer steps where training is short.
+    node.DECODER.INITIAL_BOXES = "image"
+    # Whether they are parameters, as in the paper, or stay where they start.
     node.DECODER.LEARN_INITIAL_BOXES = True
 
     node.LOSS = CfgNode()

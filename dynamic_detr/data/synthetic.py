@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 __all__ = ["FAMILIES", "SceneFamily", "SceneOptions", "draw_scene"]
 
-RECIPE = 1  # to be raised by whatever changes the pixels or boxes of a scene
+RECIPE = 2  # to be raised by whatever changes the pixels or boxes of a scene
 SUPERSAMPLE = 4
 SPLITS = ("train", "val")
 
@@ -146,7 +146,7 @@ class SceneOptions:
     sizes: tuple[tuple[int, int], ...] = ((128, 128),)
     min_object: float = 10.0
     max_object: float = 0.5
-    max_objects: int = 7
+    max_objects: int = 5
     min_visible: float = 0.5
     min_contrast: float = 70.0
 
@@ -368,8 +368,7 @@ def _add_object(
     rng: np.random.Generator, canvas: _Canvas, outline: Outline, options: SceneOptions
 ) -> bool:
     height, width = canvas.pixels.shape[:2]
-    low, high = np.log(options.min_object), np.log(options.max_object * min(height, width))
-    side = float(np.exp(rng.uniform(low, high)))
+    side = rng.uniform(options.min_object, options.max_object * min(height, width))
     polygons = _pose(rng, outline, side)
     margin = 0.4 * np.ptp(polygons[0], axis=0)  # borders may cut a fifth of its extent off
     spot = canvas.rasterise(polygons, rng.uniform(margin, np.array((width, height)) - margin))

@@ -1,15 +1,41 @@
 """The dynamic decoder (equations 8 to 14): learned queries and boxes, refined stage by stage
 from the whole image down to the object."""
 
+import math
+
 import torch
 from detectron2.config import CfgNode, configurable
-from torch import nn
+from torch import Tensor, nn
 
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
 from .dynamic_stage import DynamicDecoderStage
 
 __all__ = ["DynamicDecoder"]
+
+
+def image_boxes(count: int) -> Tensor:
+    """The whole image, again and again: (count, 4) cx, cy, w, h, normalised."""
+    return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(count, 1)
+
+
+def grid_boxes(count: int) -> Tensor:
+    """Squares spread evenly over the image, twice as wide as their distance.
+
+    They lie on the smallest square grid with enough places; where it has more than enough, places
+    are left out evenly.
+
+    Returns:
+        (count, 4) cx, cy, w, h, normalised.
+    """
+    side = math.ceil(math.sqrt(count))
+    place = torch.linspace(0, side**2 - 1, count).round()
+    row, column = place.div(side, rounding_mode="floor"), place % side
+    centers = torch.stack([column + 0.5, row + 0.5], dim=1) / side
+    return torch.cat([centers, torch.full((count, 2), min(2 / side, 1.0))], dim=1)
+
+
+INITIAL_BOXES = {"image": image_boxes, "grid": grid_boxes}
 
 
 @DECODER_REGISTRY.register()
@@ -24,10 +50,14 @@ class DynamicDecoder(nn.Module):
         num_queries: Q.
         num_stages: S.
         class_head: "focal" for K independent sigmoid logits, "softmax" for K + 1 with "no object".
-        learn_initial_boxes: whether the first boxes, which start as the whole image, are
-            parameters; otherwise they stay the whole image.
+        initial_boxes: where the first boxes start; "image": the whole image each, as the paper;
+            "grid": see `grid_boxes`.
+        learn_initial_boxes: whether the first boxes are parameters, or stay where they start.
         num_heads, ffn_dim, dropout, pooling_size, sampling_ratio, canonical_size, dynamic_dim,
             dynamic_filter: see `DynamicDecoderStage`.
+
+    Raises:
+        ValueError: initial_boxes is neither.
     """
 
     @configurable
@@ -39,6 +69,7 @@ class DynamicDecoder(nn.Module):
         num_queries: int = 300,
         num_stages: int = 6,
         class_head: str = "focal",
+        initial_boxes: str = "image",
         learn_initial_boxes: bool = True,
         num_heads: int = 4,
         ffn_dim: int = 2048,
@@ -51,11 +82,16 @@ class DynamicDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.query_embed = nn.Embedding(num_queries, channels)
-        whole_image = torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(num_queries, 1)
+        if initial_boxes not in INITIAL_BOXES:
+            raise ValueError(
+                f"MODEL.DYNAMIC_DETR.DECODER.INITIAL_BOXES is {initial_boxes!r}; "
+                f"wants one of {sorted(INITIAL_BOXES)}."
+            )
+        boxes = INITIAL_BOXES[initial_boxes](num_queries)
         if learn_initial_boxes:
-            self.initial_boxes = nn.Parameter(whole_image)
+            self.initial_boxes = nn.Parameter(boxes)
         else:
-            self.register_buffer("initial_boxes", whole_image)
+            self.register_buffer("initial_boxes", boxes)
         self.stages = nn.ModuleList(
             DynamicDecoderStage(
                 channels,
@@ -83,6 +119,7 @@ class DynamicDecoder(nn.Module):
             "num_queries": node.NUM_QUERIES,
             "num_stages": decoder.NUM_STAGES,
             "class_head": node.CLASS_HEAD,
+            "initial_boxes": decoder.INITIAL_BOXES,
             "learn_initial_boxes": decoder.LEARN_INITIAL_BOXES,
             "num_heads": decoder.NUM_HEADS,
             "ffn_dim": decoder.FFN_DIM,

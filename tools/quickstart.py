@@ -1,0 +1,160 @@
+#!/usr/bin/env python
+"""From the shipped detector to one for other classes, in minutes: scenes, evaluation, fine-tuning,
+pictures. `make quickstart` runs it; it does what a user of the project does, with small data.
+
+A run that was stopped goes on where it was; one that has ended only evaluates and draws again.
+"""
+
+import argparse
+import logging
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+
+from dynamic_detr import compat
+from dynamic_detr.data.scenes import datasets_root, scenes_name, write_scenes
+from dynamic_detr.data.synthetic import FAMILIES
+from dynamic_detr.engine.checkpoint import SafeCheckpointer
+from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.engine.setup import read_config
+from dynamic_detr.engine.trainer import Trainer
+from dynamic_detr.errors import UserError
+from dynamic_detr.visualization import (
+    Predictor,
+    contact_sheet,
+    draw_detections,
+    draw_stages,
+    read_image,
+    write_image,
+)
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIGS = PROJECT / "configs" / "quickstart"
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+SHOWN = 6  # scenes of each family in the pictures
+
+
+def step(text: str) -> None:
+    print(f"\n=== {text}", flush=True)
+
+
+def make_scenes() -> None:
+    root = datasets_root() / "scenes"
+    for family, split in (("shapes", "val"), ("symbols", "train"), ("symbols", "val")):
+        written = write_scenes(root, FAMILIES[family], split, processes=os.cpu_count() or 1)
+        print(f"{root / family}, {split}: {'drawn' if written else 'there already'}")
+
+
+def config(name: str, weights: Path, output: Path) -> CfgNode:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg = read_config(str(CONFIGS / name), [])
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = device, str(weights), str(output)
+    return cfg
+
+
+def evaluate(cfg: CfgNode) -> dict[str, float]:
+    """Box AP of the weights on the validation scenes; class layers that do not fit start anew."""
+    torch.manual_seed(0)
+    model = Trainer.build_model(cfg)
+    SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    return Trainer.test(cfg, model)["bbox"]
+
+
+def finetune(weights: Path, output: Path, opts: list[str]) -> None:
+    """Runs train_net.py as a user would, and shows the command."""
+    places = ["--num-gpus", "1"] if torch.cuda.is_available() else ["--num-processes", "2"]
+    if not torch.cuda.is_available() and (os.cpu_count() or 1) < 2:
+        places = ["--num-processes", "1"]
+    command = [
+        *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *places, "--resume"),
+        *("MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(output), *opts),
+    ]
+    print("python", shlex.join(command), flush=True)
+    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
+    status = subprocess.run(
+        [sys.executable, *command], cwd=PROJECT, env={**os.environ, **threads}
+    ).returncode
+    if status:
+        raise UserError(f"fine-tuning stopped with exit code {status}; its last lines say why")
+
+
+def truth(record: dict) -> Instances:
+    """The annotated objects of a record, as detections of score 1."""
+    objects = record["annotations"]
+    boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
+    return Instances(
+        (record["height"], record["width"]),
+        pred_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)),
+        pred_classes=torch.tensor([o["category_id"] for o in objects], dtype=torch.long),
+        scores=torch.ones(len(objects)),
+    )
+
+
+def draw(cfg: CfgNode, folder: Path) -> list[Path]:
+    """Annotations above detections for some scenes, and what each stage says of one."""
+    predictor = Predictor.from_config(cfg)
+    name = cfg.DATASETS.TEST[0]
+    metadata = MetadataCatalog.get(name)
+    records = [r for r in DatasetCatalog.get(name) if len(r["annotations"]) > 2][:SHOWN]
+    images = [read_image(record["file_name"]) for record in records]
+    rows = [draw_detections(i, truth(r), metadata) for i, r in zip(images, records, strict=True)]
+    rows += [draw_detections(image, predictor(image), metadata) for image in images]
+    titles = [f"{kind} {n}" for kind in ("annotated", "detected") for n in range(1, SHOWN + 1)]
+    detections = folder / f"{name}.png"
+    write_image(detections, contact_sheet(rows, SHOWN, titles))
+    stages = folder / f"{name}_stages.png"
+    write_image(stages, draw_stages(images[0], predictor.stages(images[0]), metadata))
+    return [detections, stages]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
+    parser.add_argument("--weights", type=Path, default=PROJECT / "weights" / "quickstart.pth")
+    parser.add_argument("--fresh", action="store_true", help="fine-tune again from the start")
+    parser.add_argument("opts", nargs="*", help="keys for the fine-tuning: SOLVER.MAX_ITER 100 ...")
+    args = parser.parse_args(argv)
+    compat.ignore_known_warnings()
+    setup_logger(name="dynamic_detr").setLevel(logging.WARNING)
+    with report_user_errors("quickstart.py"):
+        output, weights = args.output.resolve(), args.weights.resolve()
+        if not weights.is_file():
+            raise UserError(f"the weights {weights} do not exist; `make pretrain` trains them")
+        tuned = output / "finetune"
+        if args.fresh:
+            shutil.rmtree(tuned, ignore_errors=True)
+
+        step("1/5  scenes")
+        make_scenes()
+        step("2/5  the shipped detector on held-out scenes of its own classes")
+        shipped = config("pretrain.yaml", weights, output / "shipped")
+        table = {"shipped, its own classes": evaluate(shipped)}
+        step("3/5  the shipped detector on new classes, its class layers started anew")
+        new = config("finetune.yaml", weights, output / "before")
+        table["new classes, before fine-tuning"] = evaluate(new)
+        step("4/5  fine-tuning on the new classes")
+        finetune(weights, tuned, args.opts)
+        new = config("finetune.yaml", tuned / "model_final.pth", output / "after")
+        table["new classes, after fine-tuning"] = evaluate(new)
+        step("5/5  pictures")
+        pictures = draw(shipped, output) + draw(new, output)
+
+    rows = [[name, *(results[m] for m in METRICS)] for name, results in table.items()]
+    print("\n" + tabulate(rows, ["box AP on held-out scenes", *METRICS], "pipe", floatfmt=".1f"))
+    print("\nPictures:", *pictures, sep="\n  ")
+    names = scenes_name("symbols", "val")
+    print(f"\nThe new detector: {tuned / 'model_final.pth'}, evaluated on {names}")
+
+
+if __name__ == "__main__":
+    main()
