@@ -124,13 +124,16 @@ def run_images(args: argparse.Namespace) -> int:
             tqdm.write(f"{PROGRAM}: skipped: {one_line(error)}", file=sys.stderr)
             skipped += 1
             continue
-        instances = confident(predictor(image), args.confidence_threshold)
+        stages = predictor.stages(image, args.confidence_threshold) if args.stages else []
+        if stages and not args.json:
+            instances = stages[-1]
+        else:
+            instances = confident(predictor(image), args.confidence_threshold)
         found += len(instances)
         if args.json:
             results += coco_results(path, instances, predictor.metadata)
         if target or window:
-            if args.stages:
-                stages = predictor.stages(image, args.confidence_threshold)
+            if stages:
                 drawing = draw_stages(image, stages, predictor.metadata)
             else:
                 drawing = draw_detections(
@@ -142,9 +145,8 @@ def run_images(args: argparse.Namespace) -> int:
                 break
     if args.json:
         write_json(args.json, results)
-    print(f"{found} objects in {len(images) - skipped} pictures", end="")
-    print(f", drawn in {args.output}" if args.output else "", end="")
-    print(f"; {skipped} skipped" if skipped else "")
+    done = f"; drawn in {args.output}" if args.output else ""
+    print(f"pictures: {len(images) - skipped}, objects: {found}, skipped: {skipped}{done}")
     return EXIT_SKIPPED if skipped else 0
 
 

@@ -238,7 +238,7 @@ def test_small_pictures_are_enlarged_so_that_labels_can_be_read(size):
     drawing = draw_detections(image, instances(size, [[0, 0, size[1], size[0]]]))
     factor = drawing.shape[1] / size[1]
     assert drawing.shape == (size[0] * factor, size[1] * factor, 3)
-    assert factor == (1 if max(size) > 256 else int(factor) and -(-512 // max(size)))
+    assert factor == (1 if max(size) > 256 else -(-512 // max(size)))
 
 
 def test_huge_pictures_are_drawn_smaller():
