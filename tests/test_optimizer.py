@@ -323,14 +323,14 @@ def test_likely_cause_looks_at_data_weights_and_options(cfg):
 def test_schedule_scales_with_the_number_of_processes(cfg):
     cfg.merge_from_list(
         ["SOLVER.IMS_PER_BATCH", 16, "SOLVER.BASE_LR", 0.16, "SOLVER.MAX_ITER", 100]
-        + ["SOLVER.STEPS", (60, 80), "SOLVER.REFERENCE_WORLD_SIZE", 8]
+        + ["SOLVER.STEPS", (60, 80, 100), "SOLVER.REFERENCE_WORLD_SIZE", 8]
     )
     scaled = scale_schedule(cfg, 2)
     assert (scaled.SOLVER.IMS_PER_BATCH, scaled.SOLVER.MAX_ITER) == (4, 400)
     assert pytest.approx(0.04) == scaled.SOLVER.BASE_LR
     line = describe_schedule(scaled, 2, seed=1, images=160)
     assert "400 iterations x 4 images (2 on each of 2 processes, cuda) = 10 epochs" in line
-    assert "240, 320" in line and "\n" not in line
+    assert "at 240, 320, warm-up" in line and "\n" not in line
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import losses_of, make_config, train, write_config, write_data
+from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 
 from dynamic_detr.engine.exits import TrainingStopped
 from dynamic_detr.engine.trainer import Trainer
@@ -16,7 +16,7 @@ from dynamic_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a step draws at random, in the model and in the data, must come back as well.
-RANDOM = ["MODEL.DYNAMIC_DETR.DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
+RANDOM = [*TWO_LEVELS, "MODEL.DYNAMIC_DETR.DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
 EMA = ["SOLVER.EMA.ENABLED", True]
 
 

@@ -1,6 +1,7 @@
 """The command: what a user gets wrong is one line and exit code 2; what is right trains."""
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
-from tiny_run import make_config, train, write_config, write_data
+from detectron2.utils.logger import setup_logger
+from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config, compat
@@ -43,6 +45,10 @@ def _run(monkeypatch, *arguments: str) -> int:
         command.main()
     except SystemExit as stop:
         return stop.code or 0
+    finally:  # its loggers hold the output stream of this test
+        for name in ("detectron2", "fvcore", "dynamic_detr"):
+            logging.getLogger(name).handlers.clear()
+        setup_logger.cache_clear()
     return 0
 
 
@@ -280,6 +286,13 @@ def test_configurations_of_newer_detectron2_are_understood():
     assert compat.unsupported_keys(cfg) == []
 
 
+def test_mixed_precision_trains_on_the_cpu(tmp_path):
+    options = [*TWO_LEVELS, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "bfloat16"]
+    mixed = losses_of(train(make_config(tmp_path / "a", *options, "SOLVER.MAX_ITER", 2)))
+    full = losses_of(train(make_config(tmp_path / "b", *TWO_LEVELS, "SOLVER.MAX_ITER", 2)))
+    assert mixed[0] == pytest.approx(full[0], rel=0.05) and mixed[0] != full[0]
+
+
 @pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="no GPU here: mixed precision in float16 was not tried",
@@ -287,5 +300,5 @@ def test_configurations_of_newer_detectron2_are_understood():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_mixed_precision_trains_on_a_gpu(tmp_path, dtype):
     options = ["MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype]
-    trainer = train(make_config(tmp_path, *options))
+    trainer = train(make_config(tmp_path, *TWO_LEVELS, *options))
     assert trainer.finished == 5

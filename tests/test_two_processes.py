@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import losses_of, make_config, train, train_and_report, write_config, write_data
+from tiny_run import (
+    TWO_LEVELS,
+    losses_of,
+    make_config,
+    train,
+    train_and_report,
+    write_config,
+    write_data,
+)
 
 from dynamic_detr.engine.launch import launch
 from dynamic_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ["SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.EMA.ENABLED", True]
+OPTIONS = [*TWO_LEVELS, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.EMA.ENABLED", True]
 
 
 def _wait_for(path: Path, process: subprocess.Popen) -> None:

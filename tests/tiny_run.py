@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_backbone
 from detectron2.utils import comm
 from PIL import Image
 
@@ -13,6 +15,14 @@ from dynamic_detr.data.coco_json import register_json
 from dynamic_detr.engine.trainer import Trainer
 
 NAMES = ["dark", "light"]
+# The same with two levels and an encoder; only where this module is imported.
+TWO_LEVELS = [
+    *("MODEL.BACKBONE.NAME", "build_two_level_backbone", "MODEL.RESNETS.OUT_FEATURES"),
+    *(["res2", "res3"], "MODEL.FPN.IN_FEATURES", ["res2", "res3"], "MODEL.FPN.OUT_CHANNELS", 64),
+    *("MODEL.DYNAMIC_DETR.IN_FEATURES", ["p2", "p3"]),
+    *("MODEL.DYNAMIC_DETR.ENCODER.NAME", "DynamicEncoder"),
+    *("MODEL.DYNAMIC_DETR.ENCODER.NUM_BLOCKS", 1),
+]
 YAML = """
 VERSION: 2
 MODEL:
@@ -26,7 +36,7 @@ MODEL:
     HIDDEN_DIM: 64
     NUM_QUERIES: 8
     IN_FEATURES: [res2]
-    ENCODER: {NUM_BLOCKS: 1}
+    ENCODER: {NAME: IdentityEncoder}
     DECODER: {NUM_STAGES: 2, NUM_HEADS: 2, FFN_DIM: 32, DYNAMIC_DIM: 8, POOLING_SIZE: 3}
 DATASETS: {TRAIN: [tiny_train], TEST: []}
 DATALOADER: {NUM_WORKERS: 0, ASPECT_RATIO_GROUPING: False, FILTER_EMPTY_ANNOTATIONS: False}
@@ -42,6 +52,12 @@ SOLVER:
   CLIP_GRADIENTS: {ENABLED: True, CLIP_TYPE: full_model, CLIP_VALUE: 1.0}
 SEED: 5
 """
+
+
+@BACKBONE_REGISTRY.register()
+def build_two_level_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    bottom_up = build_resnet_backbone(cfg, input_shape)
+    return FPN(bottom_up, cfg.MODEL.FPN.IN_FEATURES, cfg.MODEL.FPN.OUT_CHANNELS)
 
 
 def write_data(folder: Path, images: int = 6) -> tuple[Path, Path]:
@@ -87,9 +103,7 @@ def make_config(folder: Path, *options) -> CfgNode:
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
     cfg.merge_from_file(str(write_config(folder)))
-    output = folder / "output"
-    output.mkdir(exist_ok=True)  # as Detectron2's default_setup does
-    cfg.merge_from_list(["OUTPUT_DIR", str(output), *options])
+    cfg.merge_from_list(["OUTPUT_DIR", str(folder / "output"), *options])
     return cfg
 
 

@@ -1,9 +1,13 @@
 """The effective schedule: scaled to the number of processes, checked, and told in one line."""
 
+import logging
+
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer
 
 from ..errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -36,6 +40,12 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
         raise UserError(
             f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 1"
         )
+    reached = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
+    if reached != tuple(solver.STEPS):  # Detectron2 stumbles over a step at the very end
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.STEPS = reached
+        logger.warning(f"SOLVER.STEPS at or after SOLVER.MAX_ITER are left out; left: {reached}")
     return cfg
 
 
@@ -50,9 +60,8 @@ def describe_schedule(cfg: CfgNode, world_size: int, seed: int, images: int = 0)
     """
     solver = cfg.SOLVER
     batch = solver.IMS_PER_BATCH
-    steps = [step for step in solver.STEPS if step < solver.MAX_ITER]
     if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
-        decay = f"x{solver.GAMMA:g} at {', '.join(map(str, steps)) or 'no iteration'}"
+        decay = f"x{solver.GAMMA:g} at {', '.join(map(str, solver.STEPS)) or 'no iteration'}"
     else:
         decay = solver.LR_SCHEDULER_NAME
     clip = solver.CLIP_GRADIENTS

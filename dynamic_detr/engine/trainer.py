@@ -28,7 +28,7 @@ from .optimizer import build_optimizer
 from .schedule import describe_schedule, scale_schedule
 from .setup import class_names
 from .signals import EvaluationInterrupted, StopRequest
-from .step import NonFiniteStep, TrainStep, amp_dtype
+from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
 from .tta import DetectorTTA
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,7 @@ class Trainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE)
+        seed_step(self.seed, -1, comm.get_rank())  # initial weights are the seed's too
         self.detector = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, self.detector)
         self.ema = ModelEMA(self.detector, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
@@ -96,6 +97,13 @@ class Trainer(DefaultTrainer):
         return build_optimizer(cfg, model)
 
     @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer):
+        try:
+            return super().build_lr_scheduler(cfg, optimizer)
+        except ValueError as error:
+            raise UserError(f"the schedule under SOLVER is wrong: {one_line(error)}") from error
+
+    @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
         return build_evaluator(cfg, dataset_name, output_folder)
 
@@ -115,6 +123,7 @@ class Trainer(DefaultTrainer):
         yield from self._train_loader
 
     def build_writers(self) -> list:
+        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
         return compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
 
     def build_hooks(self) -> list:
