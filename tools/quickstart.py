@@ -48,10 +48,18 @@ def step(text: str) -> None:
     print(f"\n=== {text}", flush=True)
 
 
-def make_scenes() -> None:
+def make_scenes(images: int | None) -> None:
     root = datasets_root() / "scenes"
     for family, split in (("shapes", "val"), ("symbols", "train"), ("symbols", "val")):
-        written = write_scenes(root, FAMILIES[family], split, processes=os.cpu_count() or 1)
+        try:
+            written = write_scenes(
+                root, FAMILIES[family], split, images, processes=os.cpu_count() or 1
+            )
+        except OSError as error:
+            raise UserError(
+                f"cannot write scenes to {root} ({error.strerror}); set DETECTRON2_DATASETS to a "
+                "folder that can be written to"
+            ) from error
         print(f"{root / family}, {split}: {'drawn' if written else 'there already'}")
 
 
@@ -121,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
     parser.add_argument("--weights", type=Path, default=PROJECT / "weights" / "quickstart.pth")
+    parser.add_argument("--scenes", type=int, help="in each split; fewer for a quick look")
     parser.add_argument("--fresh", action="store_true", help="fine-tune again from the start")
     parser.add_argument("opts", nargs="*", help="keys for the fine-tuning: SOLVER.MAX_ITER 100 ...")
     args = parser.parse_args(argv)
@@ -135,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(tuned, ignore_errors=True)
 
         step("1/5  scenes")
-        make_scenes()
+        make_scenes(args.scenes)
         step("2/5  the shipped detector on held-out scenes of its own classes")
         shipped = config("pretrain.yaml", weights, output / "shipped")
         table = {"shipped, its own classes": evaluate(shipped)}

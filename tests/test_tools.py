@@ -1,0 +1,120 @@
+"""The commands under tools/: what they print, write and refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from dynamic_detr.engine.setup import read_config
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT / "tools"))
+
+import benchmark  # noqa: E402
+import export_weights  # noqa: E402
+import quickstart  # noqa: E402
+
+PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of the quickstart's detector, untrained."""
+    cfg = read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": build_model(cfg).state_dict(), "class_names": ["a", "b"], "x": 1}, path)
+    return path
+
+
+def test_export_halves_the_weights_and_keeps_the_names(checkpoint, tmp_path, capsys):
+    target = tmp_path / "small" / "model.pth"
+    export_weights.main([str(checkpoint), str(target)])
+    exported, original = torch.load(target), torch.load(checkpoint)
+    assert set(exported) == {"model", "class_names"}
+    assert target.stat().st_size < 40e6 and "MB" in capsys.readouterr().out
+    for name, tensor in original["model"].items():
+        assert exported["model"][name].dtype in (torch.float16, torch.int64)
+        torch.testing.assert_close(
+            exported["model"][name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-6
+        )
+
+
+def test_export_refuses_what_is_no_checkpoint_or_does_not_fit(tmp_path, capsys):
+    broken, huge = tmp_path / "broken.pth", tmp_path / "huge.pth"
+    broken.write_text("no checkpoint")
+    torch.save({"model": {"weight": torch.tensor([1e30])}}, huge)
+    for source, reason in ((broken, "not a checkpoint"), (huge, "does not fit")):
+        with pytest.raises(SystemExit) as stop:
+            export_weights.main([str(source), str(tmp_path / "out.pth")])
+        assert stop.value.code == 2
+        assert reason in capsys.readouterr().err
+        assert not (tmp_path / "out.pth").exists()
+
+
+def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
+    weights, output = tmp_path / "weights.pth", tmp_path / "out"
+    export_weights.main([str(checkpoint), str(weights)])
+    options = ["--output", output, "--weights", weights, "--scenes", "8"]
+    done = subprocess.run(
+        [
+            *(sys.executable, PROJECT / "tools" / "quickstart.py", *options),
+            *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"),
+        ],
+        env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path / "data")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    for row in ("shipped, its own classes", "before fine-tuning", "after fine-tuning"):
+        assert row in done.stdout
+    assert (output / "finetune" / "model_final.pth").is_file()
+    for name in ("scenes_shapes_val", "scenes_symbols_val"):
+        assert (output / f"{name}.png").is_file() and (output / f"{name}_stages.png").is_file()
+
+
+def test_quickstart_says_where_it_cannot_write(checkpoint, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main(["--weights", str(checkpoint), "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "DETECTRON2_DATASETS" in capsys.readouterr().err
+
+
+def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        quickstart.main(["--weights", str(tmp_path / "none.pth")])
+    assert stop.value.code == 2
+    assert "make pretrain" in capsys.readouterr().err
+
+
+def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
+    target = tmp_path / "times.json"
+    benchmark.main(
+        [
+            *("--config-file", str(PRETRAIN), "--size", "64x64", "--repeats", "1"),
+            *("--json", str(target)),
+        ]
+    )
+    rows = {row["what"].strip(): row for row in json.loads(target.read_text())["rows"]}
+    assert rows["Faster R-CNN"]["ratio"] == 1
+    parts = sum(rows[f"its {part}"]["median"] for part in ("backbone", "encoder", "decoder"))
+    assert 0 < parts <= rows["Dynamic DETR"]["median"]
+    assert "naive" in rows and "x Faster R-CNN" in capsys.readouterr().out
+
+
+def test_benchmark_composition_is_the_same_model():
+    cfg = read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg).eval()
+    inputs = [{"image": torch.rand(3, 128, 128) * 255}]  # without padding, where both agree
+    _, ours = model.predict(inputs)
+    with benchmark.usual_operators():
+        _, naive = model.predict(inputs)
+    for a, b in zip(ours, naive, strict=True):
+        torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(a.pred_boxes, b.pred_boxes, rtol=1e-3, atol=1e-3)
