@@ -25,7 +25,7 @@ from dynamic_detr.visualization.files import find_images, output_paths
 from dynamic_detr.visualization.images import read_image, write_image
 from dynamic_detr.visualization.predictor import require_stages
 from dynamic_detr.visualization.results import coco_results
-from dynamic_detr.visualization.video import VIDEO_SUFFIXES, VideoReader, VideoWriter, open_camera
+from dynamic_detr.visualization.video import VideoReader, VideoWriter, open_camera
 from dynamic_detr.visualization.window import Window
 
 PROGRAM = "demo.py"
@@ -178,7 +178,7 @@ def frame_drawer(
 def video_target(source: str, output: str) -> Path:
     """Where the drawn video goes: the file `output`, or into the folder `output`."""
     target = Path(output).expanduser()
-    if target.is_dir() or target.suffix.lower() not in VIDEO_SUFFIXES:
+    if target.is_dir() or not target.suffix:
         target /= f"{Path(source).stem}.mp4"
     if target.resolve() == Path(source).resolve():
         raise UserError(f"--output {output} would overwrite the video; choose another name")

@@ -311,6 +311,13 @@ def test_a_missing_opencv_is_told(monkeypatch, tmp_path):
         VideoReader.open_file(str(tmp_path / "a.mp4"))
 
 
+def test_videos_that_cannot_be_written_are_told(tmp_path):
+    pytest.importorskip("cv2")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        VideoWriter(tmp_path / "file" / "a.mp4", 5.0, (48, 64))
+
+
 class FakeScreen:
     """OpenCV's windows, without a screen: keys are pressed as listed."""
 

@@ -1,6 +1,7 @@
 """Videos and cameras, through OpenCV: frames in, frames out."""
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,22 +15,24 @@ __all__ = ["VideoReader", "VideoWriter", "open_camera", "require_cv2"]
 # MPEG-4 is in every build of OpenCV that has FFmpeg; MJPG in AVI in every build at all.
 _CODECS = ("mp4v", "MJPG")
 _LAST_RESORT = ".avi"
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".m4v")
 _DEFAULT_RATE = 25.0  # frames a second, where the file does not say
 
 
 def require_cv2(purpose: str) -> ModuleType:
-    """OpenCV's module.
+    """OpenCV's module, told to keep its warnings to itself: what matters is told in one line.
 
     Raises:
         UserError: it is not installed.
     """
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's "quiet"
     try:
-        return importlib.import_module("cv2")
+        cv2 = importlib.import_module("cv2")
     except ImportError as error:
         raise UserError(
             f"{purpose} needs OpenCV ({one_line(error)}): pip install opencv-python"
         ) from error
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)
+    return cv2
 
 
 class VideoReader:
@@ -106,7 +109,12 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: float, size: tuple[int, int]) -> None:
         self.cv2 = cv2 = require_cv2("video")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be written ({one_line(error)}); see --output"
+            ) from error
         height, width = size
         attempts = [(path, codec) for codec in _CODECS]
         attempts.append((path.with_suffix(_LAST_RESORT), _CODECS[-1]))
@@ -115,7 +123,7 @@ class VideoWriter:
             self.writer = cv2.VideoWriter(str(self.path), fourcc, rate, (width, height))
             if self.writer.isOpened():
                 return
-        raise UserError(f"this OpenCV has no codec to write {path}; see --output")
+        raise UserError(f"{path} cannot be written, or OpenCV has no codec for it; see --output")
 
     def write(self, frame: np.ndarray) -> None:
         """Adds a frame, (H, W, 3) uint8, RGB."""
