@@ -17,6 +17,7 @@ sys.path.insert(0, str(PROJECT / "tools"))
 
 import benchmark  # noqa: E402
 import export_weights  # noqa: E402
+import plot_metrics  # noqa: E402
 import quickstart  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
@@ -118,3 +119,19 @@ def test_benchmark_composition_is_the_same_model():
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(a.pred_boxes, b.pred_boxes, rtol=1e-3, atol=1e-3)
+
+
+def test_plot_draws_the_later_of_two_values(tmp_path, capsys):
+    lines = [
+        {"iteration": 19, "total_loss": 9.0},
+        {"iteration": 39, "total_loss": 8.0, "bbox/AP": 1.0},
+        {"iteration": 39, "total_loss": 7.0, "bbox/AP": 2.0},
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    curves = plot_metrics.read(tmp_path)
+    assert curves == {"bbox/AP": ([40], [2.0]), "total_loss": ([20, 40], [9.0, 7.0])}
+    plot_metrics.main([str(tmp_path), "--output", str(tmp_path / "curve.svg")])
+    assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
+    with pytest.raises(SystemExit) as stop:
+        plot_metrics.main([str(tmp_path / "none")])
+    assert stop.value.code == 2 and "metrics.json" in capsys.readouterr().err

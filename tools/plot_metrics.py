@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""Draws AP and loss over the iterations of one or several runs, to compare them.
+
+python tools/plot_metrics.py output/pretrain --output weights/quickstart.svg
+python tools/plot_metrics.py output/dynamic_detr output/faster_rcnn --output compared.svg
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.errors import UserError
+
+Curve = tuple[list[int], list[float]]
+
+
+def read(run: Path) -> dict[str, Curve]:
+    """Iterations and values of "bbox/AP" and "total_loss" in a run's metrics.json.
+
+    A run that was killed and resumed has written some iterations twice: the later line counts.
+
+    Raises:
+        UserError: there is no metrics.json, or neither metric in it.
+    """
+    path = run / "metrics.json" if run.is_dir() else run
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not the metrics.json of a run: {error}") from error
+    curves = {}
+    for metric in ("bbox/AP", "total_loss"):
+        values = {line["iteration"] + 1: line[metric] for line in lines if metric in line}
+        if values:
+            curves[metric] = tuple(map(list, zip(*sorted(values.items()), strict=True)))
+    if not curves:
+        raise UserError(f"{path} holds neither bbox/AP nor total_loss")
+    return curves
+
+
+def plot(runs: list[Path], output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "dynamic_detr"  # the same picture is the same file
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for run in runs:
+        for axis, (metric, marker) in zip(
+            axes, (("bbox/AP", "o"), ("total_loss", "")), strict=True
+        ):
+            if curve := read(run).get(metric):
+                axis.plot(*curve, marker=marker, markersize=4, label=run.resolve().name)
+    for axis, title in zip(axes, ("box AP", "training loss"), strict=True):
+        axis.set(title=title, xlabel="iterations")
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+    if len(runs) > 1:
+        axes[0].legend()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, metadata={"Date": None} if output.suffix == ".svg" else None)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", type=Path, nargs="+", help="OUTPUT_DIR of a run, or a metrics.json")
+    parser.add_argument("--output", type=Path, default=Path("metrics.svg"), help=".svg, .png, .pdf")
+    args = parser.parse_args(argv)
+    with report_user_errors("plot_metrics.py"):
+        plot(args.runs, args.output)
+        print(args.output)
+
+
+if __name__ == "__main__":
+    main()
