@@ -221,6 +221,19 @@ def test_detections_are_drawn_where_they_are():
     assert np.abs(edge - color(1)).sum(axis=1).min() < 0.1
 
 
+def test_masks_and_keypoints_are_drawn_in_the_size_of_the_picture():
+    image = np.full((100, 120, 3), 128, np.uint8)
+    found = instances((100, 120), [[20, 10, 100, 90]])
+    found.pred_masks = torch.zeros(1, 100, 120, dtype=torch.bool)
+    found.pred_masks[0, 30:70, 40:80] = True
+    found.pred_keypoints = torch.tensor([[[60.0, 20.0, 1.0]]])
+    names = Metadata(keypoint_names=["nose"], keypoint_connection_rules=[])
+    drawing = draw_detections(image, found, names)
+    assert drawing.shape == image.shape
+    assert (drawing[40:60, 50:70] != 128).any(axis=2).all()  # inside the mask
+    assert (drawing[18:23, 58:63] != 128).any()  # the nose
+
+
 def test_the_same_detections_give_the_same_drawing():
     image = np.full((300, 400, 3), 128, np.uint8)
     found = instances((300, 400), [[100, 50, 300, 250]])

@@ -18,9 +18,10 @@ __all__ = [
     "confident",
     "draw_boxes",
     "draw_detections",
-    "fit",
     "labels",
     "new_canvas",
+    "rescaled",
+    "resized",
 ]
 
 # Sides of a drawing in pixels. A picture of at most SMALL is enlarged by a whole factor to LEGIBLE
@@ -71,14 +72,17 @@ def confident(instances: Instances, threshold: float) -> Instances:
     return instances[instances.scores >= threshold]
 
 
-def fit(image: np.ndarray, instances: Instances, factor: float) -> tuple[np.ndarray, Instances]:
-    """Picture and boxes enlarged or shrunk; other fields of the instances stay as they are."""
+def resized(image: np.ndarray, factor: float) -> np.ndarray:
+    """A picture enlarged or shrunk, to at least one pixel."""
     height, width = (max(round(side * factor), 1) for side in image.shape[:2])
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def rescaled(instances: Instances, size: tuple[int, int]) -> Instances:
+    """Boxes for the picture at another (height, width); other fields stay as they are."""
     boxes = instances.pred_boxes.clone()
-    boxes.scale(width / image.shape[1], height / image.shape[0])
-    fields = {**instances.get_fields(), "pred_boxes": boxes}
-    return np.asarray(resized), Instances((height, width), **fields)
+    boxes.scale(size[1] / instances.image_size[1], size[0] / instances.image_size[0])
+    return Instances(size, **{**instances.get_fields(), "pred_boxes": boxes})
 
 
 def _factor(image: np.ndarray, instances: Instances) -> float:
@@ -143,6 +147,7 @@ def draw_detections(
     instances = confident(instances, threshold)
     factor = _factor(image, instances)
     if factor != 1:
-        image, instances = fit(image, instances, factor)
+        image = resized(image, factor)
+        instances = rescaled(instances, image.shape[:2])
     colors = [color(k) for k in instances.pred_classes.tolist()]
     return draw_boxes(image, instances, colors, labels(instances, metadata), metadata)

@@ -11,7 +11,7 @@ import torch
 from detectron2.structures import Boxes, Instances
 
 from ..structures import Prediction, box_cxcywh_to_xyxy
-from .draw import color, draw_boxes, fit, labels
+from .draw import color, draw_boxes, labels, rescaled, resized
 from .sheet import contact_sheet
 
 __all__ = ["draw_stages", "follow_queries"]
@@ -84,12 +84,13 @@ def draw_stages(image: np.ndarray, stages: Sequence[Instances], metadata=None) -
         (H', W', 3) uint8, RGB.
     """
     longest = max(image.shape[:2])
-    factor = min(max(longest, PANEL[0]), PANEL[1]) / longest
+    image = resized(image, min(max(longest, PANEL[0]), PANEL[1]) / longest)
     colors = [color(index) for index in range(len(stages[-1]))]
     panels, titles = [], []
     for number, instances in enumerate(stages, start=1):
         texts = labels(instances, metadata) if number == len(stages) else None
-        panels.append(draw_boxes(*fit(image, instances, factor), colors, texts, metadata))
+        instances = rescaled(instances, image.shape[:2])
+        panels.append(draw_boxes(image, instances, colors, texts, metadata))
         titles.append(f"stage {number}")
     if not colors:
         titles[-1] += ": nothing found"
