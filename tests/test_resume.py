@@ -150,3 +150,11 @@ def test_resuming_with_another_configuration_is_refused(tmp_path, options, messa
     cfg = make_config(tmp_path, "SOLVER.WEIGHT_DECAY_NORM", 1e-4, *options)
     with pytest.raises(UserError, match=message):
         Trainer(cfg).resume_or_load(resume=True)
+
+
+def test_resuming_a_finished_run_evaluates_and_ends(tmp_path):
+    options = ["SOLVER.MAX_ITER", 2, "DATASETS.TEST", ("tiny_train",)]
+    train(make_config(tmp_path, *options))
+    trainer = train(make_config(tmp_path, *options), resume=True)
+    assert trainer.start_iter == 2 and trainer.finished == 1
+    assert "bbox/AP" in trainer.storage.latest()
