@@ -22,7 +22,8 @@ THREADS = 2  # the tests' tensors are small: more threads cost more than they br
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
+    if "OMP_NUM_THREADS" not in os.environ:  # who sets it shares the machine
+        torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
     # Same examples in every run, and no verdict that depends on how busy the machine is.
     settings.register_profile("project", derandomize=True, deadline=None, max_examples=25)
     settings.load_profile("project")

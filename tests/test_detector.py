@@ -1,0 +1,291 @@
+"""The meta-architecture: Detectron2's contract in training and at inference."""
+
+import math
+
+import pytest
+import torch
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.structures import Instances
+from helpers import random_image, shake, small_config, small_model, training_input
+from torch import nn
+
+from dynamic_detr import DynamicDETR, Prediction
+
+LOSSES = {"loss_class", "loss_l1", "loss_giou"}
+ONE_BOX = {"boxes": [[10, 12, 50, 40]], "classes": [1]}
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """Not to be trained: the module's tests share it."""
+    torch.manual_seed(0)
+    return shake(small_model(), 0.01)
+
+
+def step(model: nn.Module, batch: list[dict]) -> dict[str, torch.Tensor]:
+    """Losses of one training step, after checking that everything in it is finite."""
+    model.train()
+    model.zero_grad()
+    losses = model(batch)
+    assert all(loss.isfinite() for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)
+    assert norm.isfinite()
+    assert norm > 0
+    return losses
+
+
+def infer(model: nn.Module, batch: list[dict]) -> list[Instances]:
+    model.eval()
+    return [output["instances"] for output in model(batch)]
+
+
+def assert_detections(result: Instances, size: tuple[int, int], num_classes: int) -> None:
+    assert result.image_size == size
+    boxes = result.pred_boxes.tensor
+    assert len(boxes) == len(result.scores) == len(result.pred_classes)
+    assert boxes.isfinite().all()
+    assert (boxes >= 0).all()
+    assert (boxes[:, [0, 2]] <= size[1]).all()
+    assert (boxes[:, [1, 3]] <= size[0]).all()
+    assert (result.scores[:-1] >= result.scores[1:]).all()  # best first
+    assert ((result.scores >= 0) & (result.scores <= 1)).all()
+    assert ((result.pred_classes >= 0) & (result.pred_classes < num_classes)).all()
+
+
+class TestTraining:
+    def test_losses_of_every_stage(self):
+        losses = step(small_model(DECODER__NUM_STAGES=3), [training_input(64, 90, **ONE_BOX)])
+        assert set(losses) == LOSSES | {f"{name}_{stage}" for name in LOSSES for stage in (0, 1)}
+        assert all(loss.dim() == 0 and loss.requires_grad for loss in losses.values())
+
+    def test_every_parameter_gets_a_gradient(self):
+        """Also without objects: else data-parallel training would wait for the missing ones."""
+        model = small_model()
+        for batch in (
+            [training_input(64, 90, **ONE_BOX), training_input(80, 64)],
+            [training_input(64, 64)],
+        ):
+            step(model, batch)
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None, name
+
+    @pytest.mark.parametrize(
+        ("boxes", "classes"),
+        [
+            ([], []),
+            ([[20, 20, 21, 21]], [0]),
+            ([[0, 0, 1, 1], [63, 63, 64, 64], [0, 0, 64, 64]], [0, 4, 2]),
+            ([[i, i, i + 9, i + 7] for i in range(40)], [i % 5 for i in range(40)]),
+            ([[10, 10, 30, 30]] * 3, [1, 1, 2]),
+        ],
+        ids=["none", "one pixel", "corners", "more than queries", "the same box"],
+    )
+    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    def test_strange_objects(self, boxes, classes, class_head):
+        model = small_model(CLASS_HEAD=class_head, NUM_QUERIES=16)
+        batch = [training_input(64, 64, boxes, classes), training_input(48, 60)]
+        losses = step(model, batch)
+        if not boxes:
+            assert losses["loss_l1"] == losses["loss_giou"] == 0
+
+    @pytest.mark.parametrize("num_classes", [1, 4, 64, 80, 256, 2048])
+    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    def test_any_number_of_classes(self, num_classes, class_head):
+        model = small_model(NUM_CLASSES=num_classes, CLASS_HEAD=class_head)
+        step(model, [training_input(64, 64, [[5, 5, 40, 40]], [num_classes - 1])])
+        (result,) = infer(model, [{"image": random_image(64, 64)}])
+        assert_detections(result, (64, 64), num_classes)
+
+    def test_targets_are_normalised_by_the_true_size(self, model):
+        batch = [training_input(50, 100, [[10, 5, 30, 45]], [3]), training_input(64, 64)]
+        targets = model._targets(batch, model._images(batch))
+        torch.testing.assert_close(targets[0][1], torch.tensor([[0.2, 0.5, 0.2, 0.8]]))
+        assert targets[0][0].tolist() == [3]
+        assert targets[1][1].shape == (0, 4)
+
+    def test_a_class_beyond_the_configured_is_one_line(self):
+        model = small_model(NUM_CLASSES=2)
+        batch = [training_input(64, 64, **ONE_BOX), training_input(64, 64, [[1, 1, 9, 9]], [2])]
+        batch[1]["file_name"] = "cat.jpg"
+        message = r"^cat\.jpg has an object of class 2, .*NUM_CLASSES is 2\.$"
+        with pytest.raises(ValueError, match=message):
+            model.train()(batch)
+
+    def test_loss_falls(self):
+        model = small_model(NUM_QUERIES=8)
+        batch = [training_input(64, 64, [[8, 8, 40, 56]], [2])]
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+        totals = []
+        for _ in range(12):
+            losses = step(model, batch)
+            optimizer.step()
+            totals.append(sum(losses.values()).item())
+        assert totals[-1] < 0.7 * totals[0]
+
+    def test_weights_that_are_nan_give_losses_that_are_not_finite(self):
+        """And no error: the trainer stops such a run in good order."""
+        model = small_model().train()
+        with torch.no_grad():
+            model.decoder.stages[0].box_deltas.bias.fill_(torch.nan)
+        losses = model([training_input(64, 64, **ONE_BOX)])
+        assert not sum(losses.values()).isfinite()
+
+
+class TestInference:
+    def test_contract(self, model):
+        sizes = [(64, 100), (90, 70)]
+        batch = [{"image": random_image(*size)} for size in sizes]
+        for result, size in zip(infer(model, batch), sizes, strict=True):
+            assert_detections(result, size, 5)
+            assert len(result) <= 100
+
+    def test_results_are_in_the_wanted_size(self, model):
+        image = random_image(64, 96)
+        (small,) = infer(model, [{"image": image}])
+        (large,) = infer(model, [{"image": image, "height": 128, "width": 288}])
+        assert_detections(large, (128, 288), 5)
+        scale = torch.tensor([3.0, 2.0, 3.0, 2.0])
+        torch.testing.assert_close(large.pred_boxes.tensor, small.pred_boxes.tensor * scale)
+        torch.testing.assert_close(large.scores, small.scores)
+
+    def test_each_stage(self, model):
+        sizes, predictions = model.eval().predict([{"image": random_image(64, 100)}])
+        assert sizes == [(64, 100)]
+        assert len(predictions) == 2
+        for prediction in predictions:
+            assert prediction.pred_logits.shape == (1, 32, 5)
+            assert not prediction.pred_logits.requires_grad
+            (result,) = model.to_instances(prediction, sizes)
+            assert_detections(result, (64, 100), 5)
+
+    def test_best_query_and_class_pairs_by_hand(self, model):
+        logits = torch.full((1, 3, 5), -9.0)
+        logits[0, 0, 4], logits[0, 2, 1], logits[0, 2, 3] = 1.0, 3.0, 0.0
+        boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1] * 4, [0.9, 0.5, 0.4, 0.5]]])
+        (result,) = model.to_instances(Prediction(logits, boxes), [(100, 200)])
+        assert result.pred_classes[:3].tolist() == [1, 4, 3]
+        torch.testing.assert_close(result.scores[:3], torch.tensor([3.0, 1.0, 0.0]).sigmoid())
+        clipped, inside = [140.0, 25.0, 200.0, 75.0], [80.0, 30.0, 120.0, 70.0]
+        torch.testing.assert_close(
+            result.pred_boxes.tensor[:3], torch.tensor([clipped, inside, clipped])
+        )
+        assert len(result) == 15  # every pair: there are fewer than 100
+
+    def test_no_object_is_no_detection(self):
+        model = small_model(CLASS_HEAD="softmax", NUM_CLASSES=2)
+        logits = torch.tensor([[[2.0, 0.0, 9.0], [0.0, 3.0, 0.0]]])
+        boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]])
+        (result,) = model.to_instances(Prediction(logits, boxes), [(10, 10)])
+        assert result.pred_classes[0] == 1
+        assert result.scores[0].item() == pytest.approx(math.exp(3) / (math.exp(3) + 2))
+        assert len(result) == 4
+        assert (result.pred_classes < 2).all()
+
+    @pytest.mark.parametrize("detections", [1, 7, 100])
+    def test_number_of_detections(self, detections):
+        cfg = small_config(NUM_QUERIES=4)
+        cfg.TEST.DETECTIONS_PER_IMAGE = detections
+        (result,) = infer(build_model(cfg), [{"image": random_image(64, 64)}])
+        assert len(result) <= min(detections, 4 * 5)
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+    def test_what_is_not_finite_is_left_out(self, model, bad):
+        logits, boxes = torch.zeros(1, 4, 5), torch.rand(1, 4, 4)
+        boxes[0, 1, 2], logits[0, 2, 0] = bad, torch.nan
+        (result,) = model.to_instances(Prediction(logits, boxes), [(50, 50)])
+        assert len(result) == 2 * 5
+        assert_detections(result, (50, 50), 5)
+
+    def test_threads_do_not_matter(self, model):
+        image = [{"image": random_image(64, 100)}]
+        threads = torch.get_num_threads()
+        found = []
+        try:
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                found.append(model.eval().predict(image)[1][-1])
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(found[0].pred_boxes, found[1].pred_boxes, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[0].pred_logits, found[1].pred_logits, rtol=1e-3, atol=1e-3)
+
+
+class TestPrecision:
+    def test_bfloat16_autocast(self):
+        model = small_model()
+        batch = [training_input(64, 90, **ONE_BOX), training_input(64, 64)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = step(model, batch)
+        assert all(loss.dtype == torch.float32 for loss in losses.values())
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            (result,) = infer(model, [{"image": random_image(64, 64)}])
+        assert_detections(result, (64, 64), 5)
+        assert result.pred_boxes.tensor.dtype == torch.float32
+
+    def test_float64_stays_float64(self):
+        model = small_model().double().eval()
+        for prediction in model.predict([{"image": random_image(64, 64)}])[1]:
+            assert prediction.pred_boxes.dtype == prediction.pred_logits.dtype == torch.float64
+
+
+class TestConstruction:
+    def test_is_registered(self, model):
+        assert META_ARCH_REGISTRY.get("DynamicDETR") is DynamicDETR
+        assert isinstance(model, DynamicDETR)
+        assert model.device == torch.device("cpu")
+        assert model.num_classes == 5
+
+    def test_state_dict_round_trip(self, model, tmp_path):
+        torch.save(model.state_dict(), tmp_path / "model.pth")
+        torch.manual_seed(5)
+        other = small_model()
+        image = [{"image": random_image(64, 64)}]
+        (wanted,) = infer(model, image)
+        other.load_state_dict(torch.load(tmp_path / "model.pth", weights_only=True))
+        (found,) = infer(other, image)
+        torch.testing.assert_close(found.pred_boxes.tensor, wanted.pred_boxes.tensor)
+        torch.testing.assert_close(found.scores, wanted.scores)
+
+    def test_statistics_of_the_input_are_not_in_the_checkpoint(self, model):
+        assert not [name for name in model.state_dict() if name.startswith(("pixel", "criterion"))]
+
+    def test_single_level(self):
+        model = small_model(IN_FEATURES=["p5"])
+        step(model, [training_input(64, 90, **ONE_BOX)])
+        assert_detections(infer(model, [{"image": random_image(64, 70)}])[0], (64, 70), 5)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"ENCODER__NAME": "IdentityEncoder"},
+            {"ENCODER__OFFSETS": "legacy"},
+            {"DECODER__DYNAMIC_FILTER": "single"},
+            {"DECODER__LEARN_INITIAL_BOXES": False},
+            {"LOSS__L1_FORMAT": "xyxy"},
+            {"DECODER__POOLING_SIZE": 3, "DECODER__NUM_HEADS": 8, "DECODER__DROPOUT": 0.1},
+        ],
+        ids=str,
+    )
+    def test_options_train_and_infer(self, options):
+        model = small_model(**options)
+        step(model, [training_input(64, 90, **ONE_BOX), training_input(50, 64)])
+        assert_detections(infer(model, [{"image": random_image(64, 70)}])[0], (64, 70), 5)
+
+    def test_wrong_channels_are_one_line(self):
+        cfg = small_config()
+        cfg.MODEL.FPN.OUT_CHANNELS = 32
+        with pytest.raises(
+            ValueError, match=r"HIDDEN_DIM is 64, .*\[32\].* set MODEL\.FPN\.OUT_CHANNELS to 64"
+        ):
+            build_model(cfg)
+
+    def test_unknown_levels_are_one_line(self):
+        with pytest.raises(ValueError, match=r"IN_FEATURES names \['p9'\]; the backbone has"):
+            small_model(IN_FEATURES=["p2", "p9"])
+
+    @pytest.mark.parametrize("levels", [["p3", "p2"], ["p2", "p4"], ["p2", "p2"]])
+    def test_levels_that_are_not_neighbours_are_one_line(self, levels):
+        with pytest.raises(ValueError, match="list neighbouring levels, fine to coarse"):
+            small_model(IN_FEATURES=levels)
