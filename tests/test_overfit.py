@@ -1,0 +1,89 @@
+"""The whole detector learns three photographs by heart, and COCO's evaluation says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_test_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data import transforms as T
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import inference_on_dataset
+from detectron2.modeling import build_model
+from helpers import small_config
+
+from dynamic_detr import compat
+
+IMAGES = (30, 144941, 213148)  # 2, 3 and 3 objects of 7 classes
+SIDES = (128, 192)  # shortest and longest, in pixels
+ITERATIONS = 160
+LEARNING_RATE = 2e-3
+
+
+@pytest.fixture
+def three_images(coco_cc: Path, tmp_path: Path):
+    """A registered data set of three photographs with their boxes."""
+    source = json.loads((coco_cc / "annotations" / "instances_train.json").read_text())
+    source["images"] = [image for image in source["images"] if image["id"] in IMAGES]
+    source["annotations"] = [a for a in source["annotations"] if a["image_id"] in IMAGES]
+    assert len(source["images"]) == len(IMAGES)
+    (tmp_path / "three.json").write_text(json.dumps(source))
+    name = "three_images"
+    register_coco_instances(name, {}, str(tmp_path / "three.json"), str(coco_cc / "train"))
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.remove(name)
+
+
+def config(weights: Path) -> CfgNode:
+    """A frozen ResNet-18, pretrained to res4; all else is trained from scratch."""
+    cfg = small_config(
+        NUM_CLASSES=80,
+        NUM_QUERIES=40,
+        IN_FEATURES=["p3", "p4", "p5", "p6"],
+        DECODER__NUM_STAGES=3,
+        DECODER__DYNAMIC_DIM=32,
+        DECODER__FFN_DIM=256,
+    )
+    cfg.MODEL.WEIGHTS = str(weights)
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 5
+    return cfg
+
+
+def test_three_photographs_are_learned_by_heart(three_images, r18_weights, tmp_path):
+    cfg = config(r18_weights)
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    resize = [T.ResizeShortestEdge(*SIDES)]
+    train = DatasetMapper(is_train=True, augmentations=resize, image_format="RGB")
+    records = get_detection_dataset_dicts([three_images])
+    batch = [train(record) for record in records]
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, LEARNING_RATE, ITERATIONS, pct_start=0.1
+    )
+    model.train()
+    for _ in range(ITERATIONS):
+        loss = sum(model(batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+
+    model.eval()
+    look = DatasetMapper(is_train=False, augmentations=resize, image_format="RGB")
+    loader = build_detection_test_loader(records, mapper=look)
+    evaluator = compat.coco_evaluator(three_images, str(tmp_path))
+    assert inference_on_dataset(model, loader, evaluator)["bbox"]["AP"] > 90
