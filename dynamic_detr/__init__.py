@@ -4,7 +4,7 @@ Importing the package registers its meta-architecture, backbones, encoders, deco
 sets with Detectron2; `add_dynamic_detr_config(cfg)` adds their configuration keys.
 """
 
-from . import _require_detectron2  # noqa: F401  (first: says what to do without Detectron2)
+from . import _require_detectron2  # noqa: F401, I001  (first: says what to do without Detectron2)
 from . import backbones, data  # noqa: F401  (register)
 from .config import add_dynamic_detr_config
 from .decoders import DECODER_REGISTRY
