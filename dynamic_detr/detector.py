@@ -10,11 +10,16 @@ from torch import Tensor, nn
 
 from .decoders import build_decoder
 from .encoders import build_encoder
+from .errors import UserError
 from .losses import build_criterion
 from .losses.criterion import Target
 from .structures import Prediction, Pyramid, box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 
-__all__ = ["DynamicDETR"]
+__all__ = ["DynamicDETR", "UnknownClassError"]
+
+
+class UnknownClassError(UserError, ValueError):
+    """An annotation's class is not one of those that the detector tells apart."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -165,7 +170,7 @@ class DynamicDETR(nn.Module):
             instances = inputs["instances"]
             # asked before they move: a wrong index on a GPU kills the process
             if len(instances) and int(instances.gt_classes.max()) >= self.num_classes:
-                raise ValueError(
+                raise UnknownClassError(
                     f"{inputs.get('file_name', 'an image')} has an object of class "
                     f"{int(instances.gt_classes.max())}, counted from 0, but "
                     f"MODEL.DYNAMIC_DETR.NUM_CLASSES is {self.num_classes}."
