@@ -29,7 +29,8 @@ format: $(READY) ## apply formatting and the lint's safe fixes
 
 pretrain: $(READY) ## train the shipped detector from scratch; goes on where it was stopped
 	$(BIN)/python tools/make_scenes.py
-	$(BIN)/python train_net.py --config-file configs/quickstart/pretrain.yaml --resume
+	$(BIN)/python train_net.py --config-file configs/quickstart/pretrain.yaml \
+	    --num-processes 2 --resume
 
 venv: $(READY) ## set up .venv and no more
 
