@@ -158,9 +158,15 @@ def zoo_config(name: str) -> Path | None:
 
 
 def ignore_known_warnings() -> None:
-    """Silence, in this process, warnings about harmless habits of 0.5.
+    """Silence, in this process, what a current PyTorch says of harmless habits.
 
-    Its boxes are made from lists of arrays, about which a current PyTorch warns once a process;
-    newer versions stack them first.
+    Detectron2 0.5 makes boxes from lists of arrays, and processes exchange objects by way of a
+    typed storage; :func:`distribute` must name ``broadcast_buffers`` until what replaces it can
+    also leave the buffers alone at the start.
     """
-    warnings.filterwarnings("ignore", message="Creating a tensor from a list of numpy.ndarrays")
+    for message in (
+        "Creating a tensor from a list of numpy.ndarrays",
+        "TypedStorage is deprecated",
+        "`broadcast_buffers` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)

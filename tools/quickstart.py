@@ -117,9 +117,10 @@ def draw(cfg: CfgNode, folder: Path) -> list[Path]:
     images = [read_image(record["file_name"]) for record in records]
     rows = [draw_detections(i, truth(r), metadata) for i, r in zip(images, records, strict=True)]
     rows += [draw_detections(image, predictor(image), metadata) for image in images]
-    titles = [f"{kind} {n}" for kind in ("annotated", "detected") for n in range(1, SHOWN + 1)]
+    numbers = range(1, len(images) + 1)
+    titles = [f"{kind} {n}" for kind in ("annotated", "detected") for n in numbers]
     detections = folder / f"{name}.png"
-    write_image(detections, contact_sheet(rows, SHOWN, titles))
+    write_image(detections, contact_sheet(rows, len(images), titles))
     stages = folder / f"{name}_stages.png"
     write_image(stages, draw_stages(images[0], predictor.stages(images[0]), metadata))
     return [detections, stages]
