@@ -2,8 +2,11 @@
 sampling fused into the matrix product by a Triton kernel, or a gather and a product in PyTorch.
 """
 
+import math
+
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import deform_conv_gather
 from .backend import kernel_serves
@@ -94,6 +97,12 @@ def _forward(
 def _(input, offset, mask, weight, bias, stride, padding, dilation, groups):
     batch, _, height, width = offset.shape
     return input.new_empty(batch, height, width, weight.shape[0]).permute(0, 3, 1, 2)
+
+
+@register_flop_formula(torch.ops.dynamic_detr.deform_conv2d)
+def _(input_shape, offset_shape, mask_shape, weight_shape, *_, out_shape, **__) -> int:
+    """That of a plain convolution; interpolation is not counted."""
+    return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
 
 
 @torch.library.custom_op("dynamic_detr::deform_conv2d_backward", mutates_args=())
