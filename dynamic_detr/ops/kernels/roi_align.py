@@ -16,7 +16,7 @@ from .sampling import corners
 
 __all__ = ["backward", "forward"]
 
-TILE = 4096  # elements of the output that a program owns
+TILE = 2048  # elements of the output that a program owns
 MAX_CHANNELS = 256  # of them on one row
 
 
@@ -35,7 +35,7 @@ def _place(
         step_y, step_x: float32, from one sample to the next.
     """
     region = index // (BINS * BINS)
-    bin_in_region = (index - region * (BINS * BINS)).to(tl.int32)
+    bin_in_region = index - region * (BINS * BINS)
     row, column = bin_in_region // BINS, bin_in_region % BINS
     image = region // queries
     x1 = tl.load(boxes + region * 4, mask=exists, other=0.0).to(tl.float32)
@@ -44,7 +44,6 @@ def _place(
     y2 = tl.load(boxes + region * 4 + 3, mask=exists, other=0.0).to(tl.float32)
 
     area = tl.maximum(x2 - x1, 0.0) * tl.maximum(y2 - y1, 0.0)
-    first = image * rows
     level_row = tl.zeros_like(image)
     row_length = tl.zeros_like(row) + tl.cast(widths[0], tl.int32)
     stride = tl.zeros_like(area) + strides[0]
@@ -69,7 +68,8 @@ def _place(
     step_y = (y2 / stride - 0.5 - y1) / (BINS * RATIO)
     y = y1 + step_y * ((row * RATIO).to(tl.float32) + 0.5)
     x = x1 + step_x * ((column * RATIO).to(tl.float32) + 0.5)
-    return first + level_row, row_length, height, width, y, x, step_y, step_x
+    first = image.to(tl.int64) * rows + level_row
+    return first, row_length, height, width, y, x, step_y, step_x
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def _forward_kernel(
     LEVELS: tl.constexpr, BINS: tl.constexpr, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = index < bins
     first, row_length, height, width, y_first, x_first, step_y, step_x = _place(
         index, exists, boxes, image_sizes, heights, widths, strides, queries, rows, finest_area,
@@ -121,7 +121,7 @@ def _forward_kernel(
             total = _add(total, under, fy * (1.0 - fx), below, channel_exists)
             total = _add(total, under + CHANNELS, fy * fx, across, channel_exists)
     total = total / (RATIO * RATIO)
-    at = out + (index * CHANNELS)[:, None] + channel[None, :]
+    at = out + (index.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=exists[:, None] & channel_exists[None, :])
 
 
@@ -132,7 +132,7 @@ def _backward_kernel(
     LEVELS: tl.constexpr, BINS: tl.constexpr, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     exists = index < bins
     first, row_length, height, width, y_first, x_first, step_y, step_x = _place(
         index, exists, boxes, image_sizes, heights, widths, strides, queries, rows, finest_area,
@@ -140,7 +140,7 @@ def _backward_kernel(
     )  # fmt: skip
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     channel_exists = channel < CHANNELS
-    at = grad_out + (index * CHANNELS)[:, None] + channel[None, :]
+    at = grad_out + (index.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
     grad = tl.load(at, mask=exists[:, None] & channel_exists[None, :], other=0.0).to(tl.float32)
     grad = grad / (RATIO * RATIO)
     for i in range(RATIO):
@@ -224,7 +224,7 @@ def _launch(
     if bins * channels == 0:
         return
     block_c = min(triton.next_power_of_2(channels), MAX_CHANNELS)
-    block_m = max(TILE // MAX_CHANNELS, min(TILE // block_c, 64))
+    block_m = min(TILE // block_c, 64)
     grid = (triton.cdiv(bins, block_m), triton.cdiv(channels, block_c))
     # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
     # of another divisibility, so for many sizes of images.
