@@ -102,11 +102,17 @@ def _check(pyramid, boxes, output_size, sampling_ratio, canonical_size) -> None:
             f"pyramid_roi_align: boxes has shape {tuple(boxes.shape)}; wants ({batch}, Q, 4)."
         )
     device = pyramid.features[0].device
-    for name, tensor in (("boxes", boxes), ("pyramid.image_sizes", pyramid.image_sizes)):
+    tensors = {f"pyramid.features[{i}]": feature for i, feature in enumerate(pyramid.features)}
+    tensors |= {"pyramid.image_sizes": pyramid.image_sizes, "boxes": boxes}
+    for name, tensor in tensors.items():
         if tensor.device != device:
             raise ValueError(
                 f"pyramid_roi_align: {name} is on {tensor.device}; wants {device}, "
-                "as the features."
+                "as pyramid.features[0]."
+            )
+        if not tensor.is_floating_point() and tensor is not pyramid.image_sizes:
+            raise ValueError(
+                f"pyramid_roi_align: {name} is {tensor.dtype}; wants a floating dtype."
             )
     for name, number in (("output_size", output_size), ("sampling_ratio", sampling_ratio)):
         if not isinstance(number, int) or number < 1:
@@ -212,8 +218,11 @@ def _samples(
     image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
     first_row = _of_level(level, first_rows) + image * _rows(shapes)
     stride = _of_level(level, strides)[..., None]
-    # true height and width of the level of each box: (B, Q, 2)
+    # true height and width of the level of each box, never beyond its features: (B, Q, 2)
     size = (image_sizes[:, None] + stride - 1).div(stride, rounding_mode="floor")
+    level_width = _of_level(level, shapes[1::2])
+    level_size = torch.stack([_of_level(level, shapes[::2]), level_width], dim=-1)
+    size = torch.minimum(size, level_size)
 
     corners = boxes / stride - 0.5
     samples = output_size * sampling_ratio
@@ -231,7 +240,7 @@ def _samples(
         x[..., None, :],
         height[..., None],
         width[..., None],
-        _of_level(level, shapes[1::2])[..., None, None],
+        level_width[..., None, None],
     )  # (B, Q, samples, samples, 4)
     inside = (inside_y[..., :, None] & inside_x[..., None, :])[..., None]
     weight = weight.where(inside, 0) / sampling_ratio**2

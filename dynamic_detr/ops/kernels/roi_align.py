@@ -45,7 +45,7 @@ def _place(
 
     area = tl.maximum(x2 - x1, 0.0) * tl.maximum(y2 - y1, 0.0)
     level_row = tl.zeros_like(image)
-    row_length = tl.zeros_like(row) + tl.cast(widths[0], tl.int32)
+    level_height, level_width = tl.zeros_like(area) + heights[0], tl.zeros_like(area) + widths[0]
     stride = tl.zeros_like(area) + strides[0]
     start = 0
     threshold = finest_area
@@ -54,7 +54,8 @@ def _place(
         threshold *= 4.0
         chosen = (area >= threshold) & (area < float("inf"))
         level_row = tl.where(chosen, start, level_row)
-        row_length = tl.where(chosen, tl.cast(widths[level], tl.int32), row_length)
+        level_height = tl.where(chosen, heights[level], level_height)
+        level_width = tl.where(chosen, widths[level], level_width)
         stride = tl.where(chosen, strides[level], stride)
 
     true_height = tl.load(image_sizes + image * 2, mask=exists, other=1).to(tl.int32)
@@ -62,6 +63,8 @@ def _place(
     whole_stride = stride.to(tl.int32)
     height = ((true_height + whole_stride - 1) // whole_stride).to(tl.float32)
     width = ((true_width + whole_stride - 1) // whole_stride).to(tl.float32)
+    # an image larger than its features must not be read beyond them
+    height, width = tl.minimum(height, level_height), tl.minimum(width, level_width)
 
     x1, y1 = x1 / stride - 0.5, y1 / stride - 0.5
     step_x = (x2 / stride - 0.5 - x1) / (BINS * RATIO)
@@ -69,7 +72,7 @@ def _place(
     y = y1 + step_y * ((row * RATIO).to(tl.float32) + 0.5)
     x = x1 + step_x * ((column * RATIO).to(tl.float32) + 0.5)
     first = image.to(tl.int64) * rows + level_row
-    return first, row_length, height, width, y, x, step_y, step_x
+    return first, level_width.to(tl.int32), height, width, y, x, step_y, step_x
 
 
 @triton.jit
@@ -228,12 +231,13 @@ def _launch(
     grid = (triton.cdiv(bins, block_m), triton.cdiv(channels, block_c))
     # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
     # of another divisibility, so for many sizes of images.
-    kernel[grid](
-        source.contiguous(), boxes.contiguous(), image_sizes.contiguous(), target,
-        tuple(float(height) for height in shapes[::2]),
-        tuple(float(width) for width in shapes[1::2]),
-        tuple(float(stride) for stride in strides),
-        bins, queries, _rows(shapes), finest_area,
-        LEVELS=len(strides), BINS=output_size, RATIO=sampling_ratio, CHANNELS=channels,
-        BLOCK_M=block_m, BLOCK_C=block_c,
-    )  # fmt: skip
+    with torch.cuda.device_of(source):  # Triton launches on the current device
+        kernel[grid](
+            source.contiguous(), boxes.contiguous(), image_sizes.contiguous(), target,
+            tuple(float(height) for height in shapes[::2]),
+            tuple(float(width) for width in shapes[1::2]),
+            tuple(float(stride) for stride in strides),
+            bins, queries, _rows(shapes), finest_area,
+            LEVELS=len(strides), BINS=output_size, RATIO=sampling_ratio, CHANNELS=channels,
+            BLOCK_M=block_m, BLOCK_C=block_c,
+        )  # fmt: skip
