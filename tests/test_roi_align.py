@@ -118,7 +118,7 @@ class TestRoIAlign:
         boxes = random_boxes(2, 3, 16, 16)
 
         def pool(*features: Tensor) -> Tensor:
-            return pyramid_roi_align(pyramid.with_features(features), boxes, 2, 2, 32)
+            return pyramid_roi_align(pyramid.with_features(features), boxes, 2, 2, 10)
 
         features = [feature.requires_grad_() for feature in pyramid.features]
         assert torch.autograd.gradcheck(pool, features)
