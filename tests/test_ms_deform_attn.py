@@ -19,6 +19,7 @@ module = importlib.import_module("dynamic_detr.ops.ms_deform_attn")
 Shapes = Sequence[tuple[int, int]]
 
 PYRAMID = [(5, 8), (3, 4), (1, 2), (1, 1)]
+SMALL = [(4, 3), (1, 2)]  # for the interpreter, which is slow
 PYRAMIDS = [PYRAMID, [(6, 7)], [(1, 1)], [(1, 9), (4, 1)]]
 
 
@@ -260,6 +261,11 @@ class TestMsDeformAttn:
         )
 
 
+def few() -> list[Tensor]:
+    """Float32 arguments on `SMALL` that one program serves."""
+    return [t.float() for t in arguments(SMALL, queries=3, heads=2)]
+
+
 def use_kernels(patch: pytest.MonkeyPatch) -> str:
     """The device where the operator runs on its kernels: the GPU, or interpreted on the CPU."""
     if torch.cuda.is_available():
@@ -274,7 +280,7 @@ def on_kernel(monkeypatch) -> str:
 
 
 class TestKernel:
-    def check(self, device, tensors, shapes=PYRAMID, tolerance=1e-4) -> None:
+    def check(self, device, tensors, shapes=SMALL, tolerance=1e-4) -> None:
         """Against the plain path in float64 on the same numbers: output and all gradients."""
         exact = [t.detach().double().requires_grad_() for t in tensors]
         here = [t.detach().to(device).requires_grad_() for t in tensors]
@@ -293,18 +299,18 @@ class TestKernel:
     @pytest.mark.parametrize("shapes", PYRAMIDS, ids=str)
     @pytest.mark.parametrize("spread", [0.3, 20.0], ids=["near", "far outside"])
     def test_is_the_plain_path(self, on_kernel, shapes, spread):
-        tensors = [t.float() for t in arguments(shapes, spread=spread)]
+        tensors = [t.float() for t in arguments(shapes, queries=2, spread=spread)]
         self.check(on_kernel, tensors, shapes)
 
     @pytest.mark.parametrize(
         ("heads", "channels", "points"), [(1, 1, 1), (8, 32, 4), (2, 33, 3), (1, 300, 1)]
     )
     def test_heads_channels_and_points(self, on_kernel, heads, channels, points):
-        tensors = arguments(heads=heads, channels=channels, points=points)
+        tensors = arguments(SMALL, 2, 1, heads, channels, points)
         self.check(on_kernel, [t.float() for t in tensors])
 
     def test_more_outputs_than_one_program_owns(self, on_kernel):
-        tensors = arguments(queries=45, heads=2, channels=2, points=1)
+        tensors = arguments(SMALL, queries=20, heads=1, channels=2, points=1)
         self.check(on_kernel, [t.float() for t in tensors])
 
     @pytest.mark.parametrize("fraction", [0.0, 0.5], ids=["on pixels", "between pixels"])
@@ -314,44 +320,50 @@ class TestKernel:
 
     @pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 3)])
     def test_nothing_to_attend(self, on_kernel, batch, queries):
-        self.check(on_kernel, [t.float() for t in arguments(batch=batch, queries=queries)])
+        self.check(on_kernel, [t.float() for t in arguments(SMALL, batch, queries)])
 
-    @pytest.mark.parametrize("steering", [torch.float64, torch.float32, torch.bfloat16])
     @pytest.mark.parametrize(
-        ("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+        ("dtype", "steering", "tolerance"),
+        [
+            (torch.bfloat16, torch.float32, 2e-2),
+            (torch.bfloat16, torch.bfloat16, 2e-2),
+            (torch.float16, torch.float32, 3e-3),
+            (torch.float16, torch.float16, 3e-3),
+            (torch.float32, torch.float64, 1e-4),
+        ],
     )
-    def test_half_precision(self, on_kernel, dtype, tolerance, steering):
-        value, locations, weights = arguments()
+    def test_dtypes(self, on_kernel, dtype, steering, tolerance):
+        value, locations, weights = few()
         tensors = (value.to(dtype), locations.to(steering), weights.to(steering))
-        self.check(on_kernel, tensors, tolerance=max(tolerance, torch.finfo(steering).eps))
+        self.check(on_kernel, tensors, tolerance=tolerance)
 
     def test_bfloat16_gradient_adds_up_where_many_samples_meet(self, on_kernel):
         value = torch.randn(1, 1, 1, 2, dtype=torch.bfloat16, device=on_kernel).requires_grad_()
-        centre = torch.full((1, 1000, 1, 1, 1, 2), 0.5, device=on_kernel)
-        weights = torch.ones(1, 1000, 1, 1, 1, device=on_kernel)
+        centre = torch.full((1, 300, 1, 1, 1, 2), 0.5, device=on_kernel)
+        weights = torch.ones(1, 300, 1, 1, 1, device=on_kernel)
         ms_deform_attn(value, [(1, 1)], centre, weights).sum().backward()
-        assert value.grad.flatten().tolist() == [1000, 1000]
+        assert value.grad.flatten().tolist() == [300, 300]
 
     def test_memory_layout_does_not_matter(self, on_kernel):
-        turned = [t.float().transpose(1, 2).contiguous().transpose(1, 2) for t in arguments()]
+        turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in few()]
         self.check(on_kernel, turned)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -1e30])
     def test_locations_that_are_no_place(self, on_kernel, bad):
-        tensors = [t.float() for t in arguments()]
+        tensors = few()
         tensors[1][0, 2, 1, 0, 0, 1] = bad
         self.check(on_kernel, tensors)
 
     @pytest.mark.parametrize("needed", range(3))
     def test_gradient_of_one_argument_alone(self, on_kernel, needed):
-        tensors = [t.float().to(on_kernel) for t in arguments()]
+        tensors = [t.to(on_kernel) for t in few()]
         everything = [t.clone().requires_grad_() for t in tensors]
-        expected = gradients(attend(everything), everything)[needed]
+        expected = gradients(attend(everything, SMALL), everything)[needed]
         tensors[needed].requires_grad_()
-        found = gradients(attend(tensors), [tensors[needed]])[0]
+        found = gradients(attend(tensors, SMALL), [tensors[needed]])[0]
         torch.testing.assert_close(found, expected)
 
-    @settings(max_examples=8)
+    @settings(max_examples=6)
     @given(
         shapes=st.lists(st.tuples(*[st.integers(1, 6)] * 2), min_size=1, max_size=4),
         batch=st.integers(0, 3),
@@ -371,7 +383,7 @@ class TestKernel:
     )
     def test_deterministic_algorithms(self, on_kernel, monkeypatch, needed, plain):
         """The kernel's gradient of the values is added up in any order, the others are not."""
-        tensors = [t.float().to(on_kernel) for t in arguments()]
+        tensors = [t.to(on_kernel) for t in few()]
         tensors[needed].requires_grad_()
         called = []
         backward = module.weighted_gather_backward
@@ -380,7 +392,7 @@ class TestKernel:
         )
         torch.use_deterministic_algorithms(True)
         try:
-            attend(tensors).sum().backward()
+            attend(tensors, SMALL).sum().backward()
         finally:
             torch.use_deterministic_algorithms(False)
         assert bool(called) == plain
