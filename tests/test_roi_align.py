@@ -19,6 +19,8 @@ from dynamic_detr.ops import assign_levels, pyramid_roi_align
 
 roi_align_module = importlib.import_module("dynamic_detr.ops.roi_align")
 
+CANONICAL = 25  # boxes of small images come from every level
+
 
 def random_boxes(batch: int, queries: int, height: float, width: float) -> Tensor:
     """Corners, some of them beyond the image."""
@@ -322,6 +324,15 @@ def moved(pyramid: Pyramid, device: str, dtype: torch.dtype) -> Pyramid:
     return Pyramid(features, pyramid.strides, pyramid.image_sizes.to(device))
 
 
+def boxes_of_all_sizes() -> Tensor:
+    """Two boxes in each of two images, each from a level of its own if `CANONICAL` is given."""
+    corner = torch.rand(2, 2, 2) * 40 - 5
+    side = torch.tensor([[6.0, 70.0], [18.0, 35.0]])[..., None]
+    boxes = torch.cat([corner, corner + side], dim=-1)
+    assert assign_levels(boxes, STRIDES, CANONICAL).tolist() == [[0, 3], [1, 2]]
+    return boxes
+
+
 class TestKernel:
     def check(self, device, pyramid, boxes, *options, tolerance=1e-4) -> None:
         """Against the plain path in float64 on the same numbers: output and gradient."""
@@ -343,12 +354,14 @@ class TestKernel:
                 error = (value.double().cpu() - right).abs().max()
                 assert error <= tolerance * right.abs().max().clamp(min=1)
 
-    @pytest.mark.parametrize("channels", [1, 5, 16, 300])
+    @pytest.mark.parametrize("channels", [1, 5, 16])
     @pytest.mark.parametrize(("bins", "ratio"), [(7, 2), (3, 1), (1, 3)])
     def test_is_the_plain_path(self, on_kernel, channels, bins, ratio):
-        pyramid, boxes = images_of_two_sizes(channels), random_boxes(2, 2, 60, 60)
-        assert len(assign_levels(boxes, STRIDES, 40).unique()) > 1
-        self.check(on_kernel, pyramid, boxes, bins, ratio, 40)
+        pyramid, boxes = images_of_two_sizes(channels), boxes_of_all_sizes()
+        self.check(on_kernel, pyramid, boxes, bins, ratio, CANONICAL)
+
+    def test_more_channels_than_a_program_owns(self, on_kernel):
+        self.check(on_kernel, images_of_two_sizes(300), boxes_of_all_sizes(), 2, 1, CANONICAL)
 
     @pytest.mark.parametrize("levels", [1, 2])
     def test_few_levels(self, on_kernel, levels):
@@ -379,22 +392,24 @@ class TestKernel:
     )
     def test_half_precision(self, on_kernel, dtype, tolerance):
         pyramid = moved(images_of_two_sizes(6), "cpu", dtype)
-        boxes = random_boxes(2, 2, 60, 60)
-        self.check(on_kernel, pyramid, boxes, 2, 2, 40, tolerance=tolerance)
+        boxes = boxes_of_all_sizes()
+        self.check(on_kernel, pyramid, boxes, 2, 2, CANONICAL, tolerance=tolerance)
 
     def test_bfloat16_gradient_adds_up_where_many_boxes_meet(self, on_kernel):
         feature = torch.randn(1, 2, 1, 1, dtype=torch.bfloat16, device=on_kernel).requires_grad_()
         sizes = torch.tensor([[64, 64]], device=on_kernel)
-        boxes = torch.tensor([0.0, 0.0, 64.0, 64.0], device=on_kernel).expand(1, 1000, 4)
+        boxes = torch.tensor([0.0, 0.0, 64.0, 64.0], device=on_kernel).expand(1, 300, 4)
         pyramid_roi_align(Pyramid((feature,), (64,), sizes), boxes, 1).sum().backward()
-        assert feature.grad.flatten().tolist() == [1000, 1000]
+        assert feature.grad.flatten().tolist() == [300, 300]
 
     def test_memory_layout_does_not_matter(self, on_kernel):
-        pyramid, boxes = images_of_two_sizes(5), random_boxes(2, 2, 60, 60)
+        pyramid, boxes = images_of_two_sizes(5), boxes_of_all_sizes()
         channels_first = pyramid.with_features([f.contiguous() for f in pyramid.features])
         turned = boxes.transpose(1, 2).contiguous().transpose(1, 2)
         sizes = torch.stack([pyramid.image_sizes] * 2, dim=-1)[..., 0]
-        self.check(on_kernel, Pyramid(channels_first.features, STRIDES, sizes), turned, 2, 2, 40)
+        self.check(
+            on_kernel, Pyramid(channels_first.features, STRIDES, sizes), turned, 2, 2, CANONICAL
+        )
 
     @pytest.mark.parametrize(
         "bad",
@@ -406,6 +421,7 @@ class TestKernel:
             [50, 50, 10, 10],
         ],
     )
+    @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, interpreting
     def test_boxes_that_are_no_region(self, on_kernel, bad):
         boxes = random_boxes(2, 3, 60, 60)
         boxes[0, 1] = torch.tensor(bad)
@@ -416,7 +432,7 @@ class TestKernel:
         pyramid = Pyramid(features, (4, 8), torch.tensor([[400, 32000]]))
         self.check(on_kernel, pyramid, random_boxes(1, 5, 32, 32), 2, 2, 40)
 
-    @settings(max_examples=8)
+    @settings(max_examples=6)
     @given(
         sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3),
         queries=st.integers(0, 3),
