@@ -230,12 +230,11 @@ class TestMsDeformAttn:
         assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
-        "shapes", [[], [(5, 8), (0, 4)], [(5.0, 8)], [(5, 8, 1)], [5, 8], torch.ones(4, 2)], ids=str
+        "shapes",
+        [[], [(5, 8), (0, 4)], [(5.0, 8)], [(5, 8, 1)], [5, 8], torch.tensor([[5, 8], [5, 3]])],
     )
     def test_wrong_levels_are_named(self, shapes):
-        if isinstance(shapes, Tensor):  # what others take: reading it would stall the device
-            shapes = list(shapes)
-        with pytest.raises(ValueError, match=r"^ms_deform_attn: spatial_shapes is .*; wants int"):
+        with pytest.raises(ValueError, match=r"^ms_deform_attn: spatial_shapes is .*; wants a l"):
             attend(arguments(), shapes)
 
     def test_wrong_kinds_are_named(self):

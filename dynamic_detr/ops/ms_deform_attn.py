@@ -78,10 +78,10 @@ def _check_shapes(value, spatial_shapes, sampling_locations, attention_weights) 
             f"ms_deform_attn: value has shape {tuple(value.shape)}; wants (B, ΣHW, heads, d), "
             "heads and d at least 1."
         )
-    if not spatial_shapes or not all(_is_size(shape) for shape in spatial_shapes):
+    if not _are_sizes(spatial_shapes):
         raise ValueError(
-            f"ms_deform_attn: spatial_shapes is {spatial_shapes!r}; "
-            "wants integers (H, W) of at least one level, all at least 1."
+            f"ms_deform_attn: spatial_shapes is {' '.join(repr(spatial_shapes).split())}; "
+            "wants a list of integers (H, W) of at least one level, all at least 1."
         )
     batch, rows, heads, _ = value.shape
     positions = sum(height * width for height, width in spatial_shapes)
@@ -104,11 +104,15 @@ def _check_shapes(value, spatial_shapes, sampling_locations, attention_weights) 
         )
 
 
-def _is_size(shape: object) -> bool:
-    return (
+def _are_sizes(shapes: object) -> bool:
+    """Python numbers: reading a tensor's would stall the device."""
+    if not isinstance(shapes, (tuple, list)) or not shapes:
+        return False
+    return all(
         isinstance(shape, (tuple, list))
         and len(shape) == 2
         and all(isinstance(side, (int, torch.SymInt)) and side > 0 for side in shape)
+        for shape in shapes
     )
 
 
