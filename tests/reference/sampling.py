@@ -1,4 +1,5 @@
-"""Reading a map at fractional positions: bilinear samples, deformable convolution, RoIAlign."""
+"""Reading a map at fractional positions: bilinear samples, and the operators made of them:
+deformable convolution, RoIAlign, multi-scale deformable attention."""
 
 import math
 
@@ -95,3 +96,29 @@ def roi_align(
                         y, x = min(max(y, 0), height - 1), min(max(x, 0), width - 1)
                         pooled[row * bins + column] += bilinear(feature, y, x)
     return pooled / sampling_ratio**2
+
+
+def ms_deform_attn(
+    value: np.ndarray,
+    shapes: list[tuple[int, int]],
+    locations: np.ndarray,
+    weights: np.ndarray,
+) -> np.ndarray:
+    """One image and one query: Σ_lp A_mlp · x_l(φ_l(p_mlp)) (Deformable DETR, equation 3).
+
+    value (ΣHW, heads, d), locations (heads, L, P, 2) as x, y in [0, 1], weights (heads, L, P);
+    returns (heads · d). Samples that are not finite are zero.
+    """
+    _, heads, channels = value.shape
+    out = np.zeros((heads, channels))
+    first = 0
+    for level, (height, width) in enumerate(shapes):
+        rows = value[first : first + height * width]
+        first += height * width
+        for head in range(heads):
+            image = rows[:, head].T.reshape(channels, height, width)
+            for (x, y), weight in zip(locations[head, level], weights[head, level], strict=True):
+                if math.isfinite(x) and math.isfinite(y):
+                    sample = bilinear(image, y * height - 0.5, x * width - 0.5)
+                    out[head] += weight * sample
+    return out.reshape(-1)

@@ -1,0 +1,243 @@
+"""RoIAlign over a pyramid: one launch for all levels, images and boxes.
+
+A program owns some bins of any boxes, and a block of channels. It finds the level of each bin's
+box, then gathers whole rows of the table; in the backward pass it adds to them, atomically.
+Consecutive bins are neighbours in the image, so that most rows that meet are in the cache.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .sampling import corners
+
+__all__ = ["backward", "forward"]
+
+TILE = 2048  # elements of the output that a program owns
+MAX_CHANNELS = 256  # of them on one row
+
+
+@triton.jit
+def _place(
+    index, exists, boxes, image_sizes, heights, widths, strides, queries, rows, finest_area,
+    LEVELS: tl.constexpr, BINS: tl.constexpr, RATIO: tl.constexpr,
+):  # fmt: skip
+    """Where the bins lie.
+
+    Returns:
+        first: int64, the table's first row of the level of each bin's box, in its image.
+        row_length: int32, by which a step in y moves in the table.
+        height, width: float32, the true size of the level.
+        y, x: float32, the position of the first sample of each bin.
+        step_y, step_x: float32, from one sample to the next.
+    """
+    region = index // (BINS * BINS)
+    bin_in_region = index - region * (BINS * BINS)
+    row, column = bin_in_region // BINS, bin_in_region % BINS
+    image = region // queries
+    x1 = tl.load(boxes + region * 4, mask=exists, other=0.0).to(tl.float32)
+    y1 = tl.load(boxes + region * 4 + 1, mask=exists, other=0.0).to(tl.float32)
+    x2 = tl.load(boxes + region * 4 + 2, mask=exists, other=0.0).to(tl.float32)
+    y2 = tl.load(boxes + region * 4 + 3, mask=exists, other=0.0).to(tl.float32)
+
+    area = tl.maximum(x2 - x1, 0.0) * tl.maximum(y2 - y1, 0.0)
+    level_row = tl.zeros_like(image)
+    level_height, level_width = tl.zeros_like(area) + heights[0], tl.zeros_like(area) + widths[0]
+    stride = tl.zeros_like(area) + strides[0]
+    start = 0
+    threshold = finest_area
+    for level in tl.static_range(1, LEVELS):
+        start += tl.cast(heights[level - 1], tl.int32) * tl.cast(widths[level - 1], tl.int32)
+        threshold *= 4.0
+        chosen = (area >= threshold) & (area < float("inf"))
+        level_row = tl.where(chosen, start, level_row)
+        level_height = tl.where(chosen, heights[level], level_height)
+        level_width = tl.where(chosen, widths[level], level_width)
+        stride = tl.where(chosen, strides[level], stride)
+
+    true_height = tl.load(image_sizes + image * 2, mask=exists, other=1).to(tl.int32)
+    true_width = tl.load(image_sizes + image * 2 + 1, mask=exists, other=1).to(tl.int32)
+    whole_stride = stride.to(tl.int32)
+    height = ((true_height + whole_stride - 1) // whole_stride).to(tl.float32)
+    width = ((true_width + whole_stride - 1) // whole_stride).to(tl.float32)
+    # an image larger than its features must not be read beyond them
+    height, width = tl.minimum(height, level_height), tl.minimum(width, level_width)
+
+    x1, y1 = x1 / stride - 0.5, y1 / stride - 0.5
+    step_x = (x2 / stride - 0.5 - x1) / (BINS * RATIO)
+    step_y = (y2 / stride - 0.5 - y1) / (BINS * RATIO)
+    y = y1 + step_y * ((row * RATIO).to(tl.float32) + 0.5)
+    x = x1 + step_x * ((column * RATIO).to(tl.float32) + 0.5)
+    first = image.to(tl.int64) * rows + level_row
+    return first, level_width.to(tl.int32), height, width, y, x, step_y, step_x
+
+
+@triton.jit
+def _sample(y, x, height, width, exists):
+    """The corners of samples, moved to the edge or left out as RoIAlign wants it."""
+    inside = exists & (y >= -1.0) & (y <= height) & (x >= -1.0) & (x <= width)
+    y = tl.minimum(tl.maximum(y, 0.0), height - 1.0)
+    x = tl.minimum(tl.maximum(x, 0.0), width - 1.0)
+    y0, x0, fy, fx, _, bottom, _, right = corners(y, x, height, width)
+    return y0, x0, fy, fx, inside, inside & bottom, inside & right, inside & bottom & right
+
+
+@triton.jit
+def _add(total, pointer, weight, inside, channel_exists):
+    keep = inside[:, None] & channel_exists[None, :]
+    return total + tl.load(pointer, mask=keep, other=0.0).to(tl.float32) * weight[:, None]
+
+
+@triton.jit
+def _scatter(pointer, grad, weight, inside, channel_exists):
+    keep = inside[:, None] & channel_exists[None, :]
+    tl.atomic_add(pointer, grad * weight[:, None], mask=keep, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["bins", "queries", "rows"])
+def _forward_kernel(
+    table, boxes, image_sizes, out, heights, widths, strides, bins, queries, rows, finest_area,
+    LEVELS: tl.constexpr, BINS: tl.constexpr, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = index < bins
+    first, row_length, height, width, y_first, x_first, step_y, step_x = _place(
+        index, exists, boxes, image_sizes, heights, widths, strides, queries, rows, finest_area,
+        LEVELS, BINS, RATIO,
+    )  # fmt: skip
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_exists = channel < CHANNELS
+    total = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    for i in range(RATIO):
+        for j in range(RATIO):
+            y0, x0, fy, fx, here, below, right, across = _sample(
+                y_first + step_y * i, x_first + step_x * j, height, width, exists
+            )
+            above = table + ((first + y0 * row_length + x0) * CHANNELS)[:, None] + channel[None, :]
+            under = above + (row_length * CHANNELS)[:, None]
+            total = _add(total, above, (1.0 - fy) * (1.0 - fx), here, channel_exists)
+            total = _add(total, above + CHANNELS, (1.0 - fy) * fx, right, channel_exists)
+            total = _add(total, under, fy * (1.0 - fx), below, channel_exists)
+            total = _add(total, under + CHANNELS, fy * fx, across, channel_exists)
+    total = total / (RATIO * RATIO)
+    at = out + (index.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
+    tl.store(at, total.to(out.dtype.element_ty), mask=exists[:, None] & channel_exists[None, :])
+
+
+@triton.jit(do_not_specialize=["bins", "queries", "rows"])
+def _backward_kernel(
+    grad_out, boxes, image_sizes, grad_table, heights, widths, strides, bins, queries, rows,
+    finest_area,
+    LEVELS: tl.constexpr, BINS: tl.constexpr, RATIO: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    exists = index < bins
+    first, row_length, height, width, y_first, x_first, step_y, step_x = _place(
+        index, exists, boxes, image_sizes, heights, widths, strides, queries, rows, finest_area,
+        LEVELS, BINS, RATIO,
+    )  # fmt: skip
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel_exists = channel < CHANNELS
+    at = grad_out + (index.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
+    grad = tl.load(at, mask=exists[:, None] & channel_exists[None, :], other=0.0).to(tl.float32)
+    grad = grad / (RATIO * RATIO)
+    for i in range(RATIO):
+        for j in range(RATIO):
+            y0, x0, fy, fx, here, below, right, across = _sample(
+                y_first + step_y * i, x_first + step_x * j, height, width, exists
+            )
+            row = (first + y0 * row_length + x0) * CHANNELS
+            above = grad_table + row[:, None] + channel[None, :]
+            under = above + (row_length * CHANNELS)[:, None]
+            _scatter(above, grad, (1.0 - fy) * (1.0 - fx), here, channel_exists)
+            _scatter(above + CHANNELS, grad, (1.0 - fy) * fx, right, channel_exists)
+            _scatter(under, grad, fy * (1.0 - fx), below, channel_exists)
+            _scatter(under + CHANNELS, grad, fy * fx, across, channel_exists)
+
+
+def forward(
+    table: Tensor,
+    boxes: Tensor,
+    image_sizes: Tensor,
+    shapes: Sequence[int],
+    strides: Sequence[int],
+    output_size: int,
+    sampling_ratio: int,
+    finest_area: float,
+) -> Tensor:
+    """Pools all boxes; see `dynamic_detr.ops.pyramid_roi_align`.
+
+    Args:
+        table: (B, ΣHW, C) float32, bfloat16 or float16; made contiguous if it is not.
+        boxes: (B, Q, 4) corners in pixels.
+        image_sizes: (B, 2) integers.
+        shapes: H and W of each level, one after the other.
+        strides: of each level.
+        output_size, sampling_ratio: bins on each side of a box, samples on each side of a bin.
+        finest_area: a box goes to level l > 0 if its area is at least finest_area · 4^l.
+
+    Returns:
+        (B, Q, output_size², C) in the table's dtype.
+    """
+    out = table.new_empty(*boxes.shape[:2], output_size**2, table.shape[-1])
+    _launch(
+        _forward_kernel, table, out, boxes, image_sizes, shapes, strides,
+        output_size, sampling_ratio, finest_area,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    grad_out: Tensor,
+    boxes: Tensor,
+    image_sizes: Tensor,
+    shapes: Sequence[int],
+    strides: Sequence[int],
+    output_size: int,
+    sampling_ratio: int,
+    finest_area: float,
+) -> Tensor:
+    """Gradient of the table (B, ΣHW, C), added up in float32, in the dtype of grad_out."""
+    grad_table = grad_out.new_zeros(
+        boxes.shape[0], _rows(shapes), grad_out.shape[-1], dtype=torch.float32
+    )
+    _launch(
+        _backward_kernel, grad_out, grad_table, boxes, image_sizes, shapes, strides,
+        output_size, sampling_ratio, finest_area,
+    )  # fmt: skip
+    return grad_table.to(grad_out.dtype)
+
+
+def _rows(shapes: Sequence[int]) -> int:
+    return sum(height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
+
+
+def _launch(
+    kernel, source, target, boxes, image_sizes, shapes, strides,
+    output_size, sampling_ratio, finest_area,
+) -> None:  # fmt: skip
+    batch, queries, _ = boxes.shape
+    channels = source.shape[-1]
+    bins = batch * queries * output_size**2
+    if bins * channels == 0:
+        return
+    block_c = min(triton.next_power_of_2(channels), MAX_CHANNELS)
+    block_m = min(TILE // block_c, 64)
+    grid = (triton.cdiv(bins, block_m), triton.cdiv(channels, block_c))
+    # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
+    # of another divisibility, so for many sizes of images.
+    with torch.cuda.device_of(source):  # Triton launches on the current device
+        kernel[grid](
+            source.contiguous(), boxes.contiguous(), image_sizes.contiguous(), target,
+            tuple(float(height) for height in shapes[::2]),
+            tuple(float(width) for width in shapes[1::2]),
+            tuple(float(stride) for stride in strides),
+            bins, queries, _rows(shapes), finest_area,
+            LEVELS=len(strides), BINS=output_size, RATIO=sampling_ratio, CHANNELS=channels,
+            BLOCK_M=block_m, BLOCK_C=block_c,
+        )  # fmt: skip
