@@ -8,7 +8,6 @@ from reference.dyhead import dyhead_block
 from reference.encoder import encoder_block
 from torch import nn
 
-from dynamic_detr import Pyramid
 from dynamic_detr.encoders import ENCODER_REGISTRY, DynamicEncoder, IdentityEncoder, build_encoder
 from dynamic_detr.encoders.dynamic_block import DynamicEncoderBlock
 from dynamic_detr.layers import DyReLU, group_norm_affine
@@ -250,28 +249,6 @@ def test_a_large_mean_does_not_drown_the_statistics():
         expected = block.double()(batch_pyramid(exact, [(50, 70)], (64, 128))).features
     for found, wanted in zip(out, expected, strict=True):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("padded_size", [(50, 70), (64, 128)], ids=["filled", "padded"])
-def test_compiles_without_a_break(padded_size):
-    model = shake(DynamicEncoder(CHANNELS, 1, GROUPS))
-    features = batch_pyramid(
-        [random_levels((50, 70), CHANNELS, STRIDES[:3], torch.float32)],
-        [(50, 70)],
-        padded_size,
-        STRIDES[:3],
-    ).features
-    sizes = torch.tensor([[50, 70]])
-
-    def block(features):
-        return model.blocks[0](Pyramid(features, STRIDES[:3], sizes)).features
-
-    grads = []
-    for function in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        sum(feature.square().sum() for feature in function(features)).backward()
-        grads.append([parameter.grad for parameter in model.parameters()])
-    torch.testing.assert_close(grads[0], grads[1])
 
 
 class TestLayers:

@@ -9,7 +9,6 @@ those of the maps are left to `masked_moments` (which says why).
 import torch
 from torch import Tensor
 
-from . import blend_plain
 from .backend import kernel_serves
 from .masked_moments import MeasuredMaps
 
@@ -62,16 +61,11 @@ def blend_dyrelu(maps: MeasuredMaps, coefficients: Tensor) -> Tensor:
     " Tensor? out_relay, Tensor? coefficient_relay) -> Tensor",
 )
 def _forward(same, finer, coarser, sizes, coefficients, out_relay, coefficient_relay):
-    return blend_plain.blend(same, finer, coarser, sizes, coefficients)
-
-
-@_forward.register_kernel("cuda")
-def _(same, finer, coarser, sizes, coefficients, out_relay, coefficient_relay):
-    if not kernel_serves(same):
-        return blend_plain.blend(same, finer, coarser, sizes, coefficients)
-    from .kernels import blend_dyrelu as kernels
-
-    return kernels.forward(same, finer, coarser, sizes, coefficients)
+    if kernel_serves(same):
+        from .kernels.blend_dyrelu import blend
+    else:
+        from .blend_plain import blend
+    return blend(same, finer, coarser, sizes, coefficients)
 
 
 @_forward.register_fake
@@ -86,17 +80,11 @@ def _(same, finer, coarser, sizes, coefficients, out_relay, coefficient_relay):
     " Tensor coefficients) -> Tensor",
 )
 def _backward(grad_out, same, finer, coarser, sizes, coefficients):
-    return blend_plain.coefficient_gradients(grad_out, same, finer, coarser, sizes, coefficients)
-
-
-@_backward.register_kernel("cuda")
-def _(grad_out, same, finer, coarser, sizes, coefficients):
-    arguments = (grad_out, same, finer, coarser, sizes, coefficients)
-    if not kernel_serves(same):
-        return blend_plain.coefficient_gradients(*arguments)
-    from .kernels import blend_dyrelu as kernels
-
-    return kernels.backward(*arguments)
+    if kernel_serves(same):
+        from .kernels.blend_dyrelu import coefficient_gradients
+    else:
+        from .blend_plain import coefficient_gradients
+    return coefficient_gradients(grad_out, same, finer, coarser, sizes, coefficients)
 
 
 @_backward.register_fake

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import blend_plain
 from .backend import kernel_serves
 
 __all__ = ["MeasuredMaps", "masked_moments"]
@@ -117,18 +116,11 @@ def _check(same, finer, coarser, sizes) -> None:
     " -> (Tensor, Tensor, Tensor)",
 )
 def _forward(same, finer, coarser, sizes, differentiable):
-    moments = blend_plain.moments(same, finer, coarser, sizes)
-    return moments, *_relays(same, moments, differentiable)
-
-
-@_forward.register_kernel("cuda")
-def _(same, finer, coarser, sizes, differentiable):
     if kernel_serves(same):
-        from .kernels import masked_moments as kernels
-
-        moments = kernels.forward(same, finer, coarser, sizes)
+        from .kernels.masked_moments import moments as measure
     else:
-        moments = blend_plain.moments(same, finer, coarser, sizes)
+        from .blend_plain import moments as measure
+    moments = measure(same, finer, coarser, sizes)
     return moments, *_relays(same, moments, differentiable)
 
 
@@ -152,22 +144,15 @@ def _relays(same: Tensor, moments: Tensor, differentiable: bool) -> tuple[Tensor
     "dynamic_detr::masked_moments_backward",
     mutates_args=(),
     schema="(Tensor same, Tensor? finer, Tensor? coarser, Tensor sizes, Tensor moments,"
-    " Tensor grad_moments, Tensor? grad_out, Tensor? coefficients) -> (Tensor, Tensor, Tensor)",
+    " Tensor grad_moments, Tensor grad_out, Tensor coefficients) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients):
-    return blend_plain.map_gradients(
-        same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients
-    )
-
-
-@_backward.register_kernel("cuda")
-def _(same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients):
     arguments = (same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients)
-    if not kernel_serves(same):
-        return blend_plain.map_gradients(*arguments)
-    from .kernels import masked_moments as kernels
-
-    return kernels.backward(*arguments)
+    if kernel_serves(same):
+        from .kernels.map_gradients import map_gradients
+    else:
+        from .blend_plain import map_gradients
+    return map_gradients(*arguments)
 
 
 @_backward.register_fake
@@ -181,17 +166,12 @@ def _(same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients
 
 
 def _save(ctx, inputs, output) -> None:
-    *maps, sizes, ctx.differentiable = inputs
-    ctx.set_materialize_grads(False)
+    *maps, sizes, _ = inputs
     ctx.save_for_backward(*maps, sizes, output[0])
 
 
 def _differentiate(ctx, grad_moments, grad_out, coefficients):
     *maps, sizes, moments = ctx.saved_tensors
-    if grad_moments is None:
-        grad_moments = torch.zeros_like(moments)
-    if not ctx.differentiable or grad_out is None or coefficients is None:  # never blended
-        grad_out, coefficients = None, None
     grads = _backward(*maps, sizes, moments, grad_moments, grad_out, coefficients)
     needed = zip(grads, maps, ctx.needs_input_grad, strict=False)
     return *(g if m is not None and need else None for g, m, need in needed), None, None
