@@ -120,7 +120,8 @@ def _coefficient_kernel(
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
     h, w = true_size(sizes, image, height, width)
-    if slab * SLAB * BLOCK_P < h * w:
+    first_pixel = slab * SLAB * BLOCK_P
+    if first_pixel < h * w:
         start = image.to(tl.int64) * height * width * channels
         half_width = (width + 1) // 2
         half_start = image.to(tl.int64) * ((height + 1) // 2) * half_width * channels
@@ -136,8 +137,8 @@ def _coefficient_kernel(
         b1_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         a2_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         b2_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for tile in range(SLAB):
-            pixel = (slab * SLAB + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
+        for tile in range(tl.cdiv(tl.minimum(h * w - first_pixel, SLAB * BLOCK_P), BLOCK_P)):
+            pixel = first_pixel + tile * BLOCK_P + tl.arange(0, BLOCK_P)
             row, column = pixel // w, pixel % w
             offset = start + (row * width + column).to(tl.int64)[:, None] * channels + c[None, :]
             true = (pixel < h * w)[:, None] & known[None, :]

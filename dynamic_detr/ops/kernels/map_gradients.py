@@ -121,7 +121,7 @@ def _gradient_kernel(
         coefficients, image, batch, channels, c, known
     )
 
-    for step in range(ROWS + 1):
+    for step in range(tl.minimum(ROWS, half_height - first_row) + 1):
         m = first_row + step
         if HAS_COARSER:
             # the two coarse rows, at the three columns that are read
@@ -140,6 +140,7 @@ def _gradient_kernel(
         for parity in tl.static_range(2):
             row = 2 * m - 1 + parity
             owned_row = (row >= 2 * first_row) & (row < 2 * (first_row + ROWS)) & (row < height)
+            # widths, as the interpreter cannot mask with a scalar condition
             owned_width = tl.where(owned_row, width, 0)
             true_width = tl.where((row >= 0) & (row < h), w, 0)
             if HAS_COARSER:

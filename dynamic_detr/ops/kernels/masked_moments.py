@@ -80,15 +80,16 @@ def _measure(
     mean, sum of centred squares, and the sum in which a pixel weighs as many pixels of the level
     as it covers (up to 4 in the half-sized map, else 1).
     """
-    if (slab >= 0) & (slab * SLAB * BLOCK_P < h * w):
+    first = slab * SLAB * BLOCK_P
+    if (first >= 0) & (first < h * w):
         known = c < channels
         lane = tl.arange(0, BLOCK_P)
         mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         covered_sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         count = tl.zeros((BLOCK_P,), tl.float32)
-        for tile in range(SLAB):
-            pixel = (slab * SLAB + tile) * BLOCK_P + lane
+        for tile in range(tl.cdiv(tl.minimum(h * w - first, SLAB * BLOCK_P), BLOCK_P)):
+            pixel = first + tile * BLOCK_P + lane
             row, column = pixel // w, pixel % w
             offset = (row * row_length + column).to(tl.int64)[:, None] * channels + c[None, :]
             true = pixel < h * w
