@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from torch.utils.flop_counter import FlopCounterMode
 
+from dynamic_detr import Pyramid
 from dynamic_detr.engine.setup import read_config
 
 PROJECT = Path(__file__).parents[1]
@@ -19,6 +21,7 @@ import benchmark  # noqa: E402
 import export_weights  # noqa: E402
 import plot_metrics  # noqa: E402
 import quickstart  # noqa: E402
+from benchmarks.usual import usual_operators  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
 
@@ -96,17 +99,41 @@ def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
 
 def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
     target = tmp_path / "times.json"
-    benchmark.main(
-        [
-            *("--config-file", str(PRETRAIN), "--size", "64x64", "--repeats", "1"),
-            *("--json", str(target)),
-        ]
+    options = ["--config-file", str(PRETRAIN), "--size", "64x64", "--repeats", "1", "--batch", "2"]
+    benchmark.main([*options, "--json", str(target)])
+    result = json.loads(target.read_text())
+    models = {row["model"]: row for row in result["models"]}
+    assert (
+        models["Faster R-CNN"]["latency_ratio"] == models["Faster R-CNN"]["train_step_ratio"] == 1
     )
-    rows = {row["what"].strip(): row for row in json.loads(target.read_text())["rows"]}
-    assert rows["Faster R-CNN"]["ratio"] == 1
-    parts = sum(rows[f"its {part}"]["median"] for part in ("backbone", "encoder", "decoder"))
-    assert 0 < parts <= rows["Dynamic DETR"]["median"]
-    assert "naive" in rows and "x Faster R-CNN" in capsys.readouterr().out
+    ours = models["Dynamic DETR"]
+    assert all(ours[key] > 0 for key in ("latency_s", "images_per_s", "train_step_s"))
+    assert ours["parameters_m"] == models["usual operators"]["parameters_m"]
+    parts = sum(ours["gmac"][part] for part in ("backbone", "encoder", "decoder"))
+    assert parts == pytest.approx(ours["gmac"]["all"], rel=1e-3)
+    assert len(result["operators"]) >= 10
+    for row in result["operators"]:
+        assert row["times_bound"] * row["share_of_bound"] == pytest.approx(1)
+    printed = capsys.readouterr().out
+    assert "× Faster R-CNN" in printed and "torchvision" in printed
+
+
+def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
+    """Convolutions 3×3: 9·C² for each pixel that one of them makes."""
+    model = build_model(read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])).eval()
+    encoder, channels = model.encoder, model.encoder.blocks[0].offset.in_channels
+    sizes = [128 // stride for stride in model.strides]
+    pyramid = Pyramid(
+        [torch.randn(1, channels, n, n) for n in sizes],
+        model.strides,
+        torch.tensor([[128, 128]]),
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(pyramid)
+    pixels = [n * n for n in sizes]
+    convolved = sum(pixels) + 2 * sum(pixels[1:])  # same; finer and coarser neighbours
+    wanted = 9 * channels * (channels * convolved + 27 * sum(pixels)) * len(encoder.blocks)
+    assert counter.get_total_flops() / 2 == pytest.approx(wanted, rel=0.01)
 
 
 def test_benchmark_composition_is_the_same_model():
@@ -114,7 +141,7 @@ def test_benchmark_composition_is_the_same_model():
     model = build_model(cfg).eval()
     inputs = [{"image": torch.rand(3, 128, 128) * 255}]  # without padding, where both agree
     _, ours = model.predict(inputs)
-    with benchmark.usual_operators():
+    with usual_operators():
         _, naive = model.predict(inputs)
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=1e-3, atol=1e-3)

@@ -9,7 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["bilinear_corners", "weighted_gather"]
+__all__ = [
+    "bilinear_corners",
+    "bilinear_corners_backward",
+    "weighted_gather",
+    "weighted_gather_backward",
+]
 
 
 def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
@@ -47,6 +52,45 @@ def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     return rows.to(table.dtype)
 
 
+def weighted_gather_backward(
+    grad_out: Tensor,
+    table: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    needs_table: bool = True,
+    needs_weight: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of `weighted_gather`, for operators whose backward pass is not recorded.
+
+    Args:
+        grad_out: (M, C).
+        table, index, weight: as given to `weighted_gather`, M at least 1.
+        needs_table, needs_weight: which gradients to compute.
+
+    Returns:
+        Gradient of the table (N, C) and of the weights (M, J), in float32 or wider; None for one
+        that is not needed.
+    """
+    dtype = torch.promote_types(table.dtype, torch.float32)
+    grad_out = grad_out.to(dtype).contiguous()
+    bags, rows = index.shape
+    index = index.flatten()
+    bag = torch.arange(bags, device=index.device, dtype=index.dtype).repeat_interleave(rows)
+    grad_table = grad_weight = None
+    if needs_table:
+        unused = index[:0]  # asked for by the mean and the maximum
+        grad_table = torch.ops.aten._embedding_bag_dense_backward(
+            *(grad_out, index, bag, unused, unused, table.shape[0], False, 0),
+            weight.to(dtype).flatten(),
+        )
+    if needs_weight:
+        first = torch.arange(0, bags * rows, rows, device=index.device, dtype=index.dtype)
+        grad_weight = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            grad_out, table.to(dtype), index, first, bag, 0
+        ).view(bags, rows)
+    return grad_table, grad_weight
+
+
 def bilinear_corners(
     y: Tensor, x: Tensor, height: Tensor | int, width: Tensor | int, row_length: Tensor | int
 ) -> tuple[Tensor, Tensor]:
@@ -64,22 +108,46 @@ def bilinear_corners(
     Returns:
         index (..., 4) int32 relative to the first row of the map, weight (..., 4) in y's dtype.
     """
-    y0, x0 = y.detach().floor(), x.detach().floor()
-    fraction_y, fraction_x = y - y0, x - x0
-    rows = torch.stack([y0, y0 + 1], dim=-1)  # (..., 2)
-    columns = torch.stack([x0, x0 + 1], dim=-1)
-    weight_y = torch.stack([1 - fraction_y, fraction_y], dim=-1)
-    weight_x = torch.stack([1 - fraction_x, fraction_x], dim=-1)
-    height, width, row_length = (
-        s[..., None] if isinstance(s, Tensor) else s for s in (height, width, row_length)
-    )
-    weight_y = weight_y * ((rows >= 0) & (rows < height))
-    weight_x = weight_x * ((columns >= 0) & (columns < width))
+    rows, weight_y, _ = _neighbours(y, height)
+    columns, weight_x, _ = _neighbours(x, width)
     weight = weight_y[..., :, None] * weight_x[..., None, :]
-    rows = _clamp_index(rows, height)
-    columns = _clamp_index(columns, width)
+    if isinstance(row_length, Tensor):
+        row_length = row_length[..., None]
     index = (rows * row_length)[..., :, None] + columns[..., None, :]
     return index.flatten(-2), weight.flatten(-2)
+
+
+def bilinear_corners_backward(
+    grad_weight: Tensor, y: Tensor, x: Tensor, height: Tensor | int, width: Tensor | int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the positions from those of their bilinear weights.
+
+    Args:
+        grad_weight: (..., 4), of the weights that `bilinear_corners` returned.
+        y, x, height, width: as given to it.
+
+    Returns:
+        Gradients of y and x, in their shape. On a pixel, where the gradient jumps, it is that of
+        the cell below and right of it.
+    """
+    _, weight_y, slope_y = _neighbours(y, height)
+    _, weight_x, slope_x = _neighbours(x, width)
+    grad = grad_weight.unflatten(-1, (2, 2))
+    grad_y = (grad * slope_y[..., :, None] * weight_x[..., None, :]).sum(dim=(-2, -1))
+    grad_x = (grad * weight_y[..., :, None] * slope_x[..., None, :]).sum(dim=(-2, -1))
+    return grad_y, grad_x
+
+
+def _neighbours(position: Tensor, size: Tensor | int) -> tuple[Tensor, Tensor, Tensor]:
+    """Index, weight and derivative of the weight of the two neighbours on one axis: (..., 2)."""
+    first = position.detach().floor()
+    fraction = position - first
+    neighbours = torch.stack([first, first + 1], dim=-1)
+    size = size[..., None] if isinstance(size, Tensor) else size
+    inside = ((neighbours >= 0) & (neighbours < size)).to(position.dtype)
+    weight = torch.stack([1 - fraction, fraction], dim=-1) * inside
+    slope = torch.stack([-inside[..., 0], inside[..., 1]], dim=-1)
+    return _clamp_index(neighbours, size), weight, slope
 
 
 def _clamp_index(index: Tensor, size: Tensor | int) -> Tensor:

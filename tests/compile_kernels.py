@@ -1,0 +1,134 @@
+"""Compiles kernels for GPUs that are not there: what a launch would run is compiled instead, down
+to machine code, and what it will take of the GPU is printed as JSON.
+
+python tests/compile_kernels.py      # without TRITON_INTERPRET
+"""
+
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90)  # A100, H100
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+OPTIONS = ("num_warps", "num_stages")
+
+
+def kind(value: object) -> str:
+    """The type of an argument, as Triton writes it."""
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if abs(value) < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"no kernel takes {value!r}")
+
+
+def source(kernel: JITFunction, arguments: dict[str, object]) -> ASTSource:
+    """The kernel for these arguments, specialised as a launch specialises it: ones and absent
+    tensors are constants, multiples of 16 are known to be so."""
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        place, value = (parameter.num,), arguments[parameter.name]
+        if isinstance(value, tuple):
+            signature[parameter.name] = tuple(kind(item) for item in value)
+            continue
+        one = isinstance(value, int) and value == 1
+        if parameter.is_constexpr or value is None or one:
+            signature[parameter.name] = "constexpr"
+            constants[place] = value
+            continue
+        signature[parameter.name] = kind(value)
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            attributes[place] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and the bytes that it holds in memory for want of them."""
+    reader = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [reader, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": int(re.search(r"REG:(\d+)", said)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", said)[1]),
+    }
+
+
+def compile_launches(run: Callable[[], object]) -> Iterator[dict]:
+    """What every kernel that the function would launch takes."""
+    launches = []
+
+    def record(kernel: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object):
+        options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+        names = [parameter.name for parameter in kernel.params]
+        launches.append((kernel, {**dict(zip(names, args, strict=False)), **kwargs}, options))
+
+    launch, JITFunction.run = JITFunction.run, record
+    try:
+        run()
+    finally:
+        JITFunction.run = launch
+    for kernel, arguments, options in launches:
+        for architecture in ARCHITECTURES:
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+            yield {
+                "kernel": kernel.__name__,
+                "architecture": architecture,
+                "shared": compiled.metadata.shared,
+                **resources(compiled.asm["cubin"]),
+            }
+
+
+def deform_conv(dtype: torch.dtype, channels: int, groups: int) -> None:
+    from dynamic_detr.ops.kernels import deform_conv
+
+    features = torch.empty(1, channels, 20, 30, dtype=dtype)
+    offset, mask = torch.empty(1, 18, 20, 30), torch.empty(1, 9, 20, 30)
+    weight = torch.empty(channels, channels // groups, 3, 3, dtype=dtype)
+    geometry = (1, 1, 1, groups)
+    deform_conv.forward(features, offset, mask, weight, None, *geometry)
+    deform_conv.backward(features, features, offset, mask, weight, *geometry, True, True, True)
+
+
+CASES = {
+    "deform_conv bfloat16": lambda: deform_conv(torch.bfloat16, 256, 1),
+    "deform_conv float32": lambda: deform_conv(torch.float32, 256, 1),
+    "deform_conv bfloat16, 32 groups": lambda: deform_conv(torch.bfloat16, 256, 32),
+}
+
+
+def main() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("compile_kernels.py: TRITON_INTERPRET is set; nothing would be compiled.")
+    for case, run in CASES.items():
+        for said in compile_launches(run):
+            print(json.dumps({"case": case, **said}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Whole detectors in one run: Dynamic DETR, the same model put together from the usual operators,
+and Detectron2's own detectors."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynamic_detr.engine.setup import find_config, read_config
+
+from .timing import Timing, time_in_turns
+from .usual import usual_operators
+
+__all__ = ["PARTS", "measure_models"]
+
+PARTS = ("backbone", "encoder", "decoder")
+OBJECTS = 8  # in each training image
+
+
+def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
+    """A row for each detector."""
+    runs = {"Dynamic DETR": _Run(args.config_file, args, device)}
+    if not args.no_naive:
+        runs["usual operators"] = _Run(runs["Dynamic DETR"], args, device)
+    for name, config in (("Faster R-CNN", args.peer), ("RetinaNet", args.second_peer)):
+        runs[name] = _Run(config, args, device)
+
+    def timings(title: str, function: Callable[["_Run"], Callable]) -> dict[str, Timing]:
+        calls = {name: function(run) for name, run in runs.items()}
+        return time_in_turns(calls, device, args.repeats, args.budget, title)
+
+    latency = timings("one image", lambda run: lambda: run.infer(1))
+    throughput = timings(f"{args.batch} images", lambda run: lambda: run.infer(args.batch))
+    training = timings("training step", lambda run: lambda: run.train(args.train_batch))
+    peer = "Faster R-CNN"
+    rows = []
+    for name, run in runs.items():
+        peak = training[name].peak_bytes
+        rows.append(
+            {
+                "model": name,
+                "latency_s": latency[name].median,
+                "latency_spread": latency[name].spread,
+                "latency_ratio": latency[name].median / latency[peer].median,
+                "images_per_s": args.batch / throughput[name].median,
+                "train_step_s": training[name].median,
+                "train_step_ratio": training[name].median / training[peer].median,
+                "train_peak_gb": None if peak is None else peak / 1e9,
+                "parameters_m": sum(p.numel() for p in run.model.parameters()) / 1e6,
+                "gmac": run.gmac(),
+            }
+        )
+    return rows
+
+
+class _Run:
+    """A detector with random weights (they change no shape), as it is or, if another run is
+    given, that one's on the usual operators."""
+
+    def __init__(self, source: "str | _Run", args: argparse.Namespace, device: str) -> None:
+        self.operators = usual_operators if isinstance(source, _Run) else nullcontext
+        self.size, self.device, self.dtype = args.size, device, getattr(torch, args.dtype)
+        self.model = source.model if isinstance(source, _Run) else _build(source, device)
+        self.image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8)
+        corners = torch.rand(OBJECTS, 2, 2).sort(dim=1).values.flatten(1)
+        self.instances = Instances(
+            args.size,
+            gt_boxes=Boxes(corners * torch.tensor([args.size[1], args.size[0]] * 2)),
+            gt_classes=torch.arange(OBJECTS) % 80,
+        )
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        half = self.dtype != torch.float32
+        with self.operators(), torch.autocast(self.device, self.dtype, enabled=half):
+            yield
+
+    def infer(self, batch: int) -> object:
+        inputs = [{"image": self.image, "height": self.size[0], "width": self.size[1]}] * batch
+        with torch.no_grad(), self._settings():
+            return self.model.eval()(inputs)
+
+    def train(self, batch: int) -> None:
+        """Forward and backward; what the optimiser adds is the same for all."""
+        with self._settings():
+            inputs = [{"image": self.image, "instances": self.instances}] * batch
+            loss = sum(self.model.train()(inputs).values())
+        loss.backward()
+        self.model.zero_grad()
+
+    def gmac(self) -> dict[str, float] | None:
+        """Multiplications and additions of one image, in thousands of millions, by part; None on
+        operators that PyTorch cannot count."""
+        if self.operators is usual_operators:
+            return None
+        with FlopCounterMode(self.model, display=False) as counter:
+            self.infer(1)
+        counts = {name: sum(ops.values()) / 2e9 for name, ops in counter.get_flop_counts().items()}
+        root = type(self.model).__name__
+        parts = {part: counts.get(f"{root}.{part}", 0.0) for part in PARTS}
+        return {**{k: v for k, v in parts.items() if v}, "all": counts["Global"]}
+
+
+def _build(config: str, device: str) -> nn.Module:
+    cfg = read_config(find_config(str(config)), [])
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
+    return build_model(cfg)

@@ -1,0 +1,203 @@
+"""Each operator beside the usual one, and beside what bounds it: the plain convolution or matrix
+product with as much arithmetic, or a copy of as many bytes."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynamic_detr import Pyramid
+from dynamic_detr.ops import deform_conv2d, dynamic_conv, ms_deform_attn, pyramid_roi_align
+
+from .timing import time_in_turns
+from .usual import usual_deform_conv2d, usual_ms_deform_attn, usual_roi_align
+
+__all__ = ["measure_operators"]
+
+CHANNELS = 256
+STRIDES = (4, 8, 16, 32, 64)
+QUERIES = 300
+DYNAMIC_DIM = 64
+POOLING = (7, 2, 224.0)  # bins on each side, samples on each side of a bin, canonical size
+HEADS, POINTS = 8, 4
+
+Function = Callable[..., Tensor]
+
+
+@dataclass
+class Case:
+    """An operator with its arguments.
+
+    Args:
+        name: what it is.
+        tensors: arguments that get gradients in the backward pass.
+        ours: the operator, of these tensors.
+        bound: name of what bounds it, function, and the function's tensors.
+        usual: name of what it is compared to, and function.
+    """
+
+    name: str
+    tensors: tuple[Tensor, ...]
+    ours: Function
+    bound: tuple[str, Function, tuple[Tensor, ...]]
+    usual: tuple[str, Function] | None = None
+
+
+def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
+    """A row for each operator and pass."""
+    dtype = getattr(torch, args.dtype)
+    rows = []
+    for build in (_deform_conv, _grouped_deform_conv, _roi_align, _dynamic_conv, _attention):
+        case = build(args.size, dtype, device)
+        for backward in (False, True):
+            rows.append(_row(case, backward, args, device))
+    return rows
+
+
+def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> dict:
+    calls = {"ours": _call(case.ours, case.tensors, backward)}
+    calls["bound"] = _call(*case.bound[1:], backward)
+    if case.usual:
+        calls["usual"] = _call(case.usual[1], case.tensors, backward)
+    name = f"{case.name}, " + ("forward + backward" if backward else "forward")
+    timings = time_in_turns(calls, device, args.repeats, args.budget, name)
+    ours, bound = timings["ours"], timings["bound"]
+    usual = timings.get("usual")
+    return {
+        "operator": name,
+        "milliseconds": 1e3 * ours.median,
+        "spread": ours.spread,
+        "bound": case.bound[0],
+        "share_of_bound": bound.median / ours.median,
+        "times_bound": ours.median / bound.median,
+        "usual": case.usual[0] if case.usual else None,
+        "faster_than_usual": usual.median / ours.median if usual else None,
+    }
+
+
+def _call(function: Function, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object]:
+    if not backward:
+
+        def forward() -> Tensor:
+            with torch.no_grad():
+                return function(*tensors)
+
+        return forward
+
+    leaves = tuple(t.detach().requires_grad_() for t in tensors)
+    with torch.no_grad():
+        upstream = torch.ones_like(function(*tensors))
+
+    def both() -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
+
+    return both
+
+
+def _map(height: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
+    values = torch.randn(1, height, width, CHANNELS, dtype=dtype, device=device)
+    return values.permute(0, 3, 1, 2)  # channels-last
+
+
+def _copy(elements: int, dtype: torch.dtype, device: str) -> tuple[Function, tuple[Tensor]]:
+    """A read and a write of as many numbers, and once more in the backward pass."""
+    return lambda numbers: numbers * 2, (torch.ones(elements, dtype=dtype, device=device),)
+
+
+def _deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str, groups: int = 1) -> Case:
+    height, width = size[0] // STRIDES[0], size[1] // STRIDES[0]
+    weight = 0.02 * torch.randn(CHANNELS, CHANNELS // groups, 3, 3, dtype=dtype, device=device)
+    tensors = (
+        _map(height, width, dtype, device),
+        torch.randn(1, 18, height, width, device=device),
+        torch.rand(1, 9, height, width, device=device),
+        weight,
+    )
+    grouped = f", {groups} groups" if groups > 1 else ""
+
+    def ours(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        return deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, groups)
+
+    def usual(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        return usual_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1)
+
+    return Case(
+        f"deformable 3×3, {CHANNELS} → {CHANNELS}{grouped}, {height} × {width}",
+        tensors,
+        ours,
+        (
+            "plain convolution",
+            lambda x, weight: F.conv2d(x, weight, padding=1, groups=groups),
+            (tensors[0], weight),
+        ),
+        ("torchvision", usual),
+    )
+
+
+def _grouped_deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    """As res3 of a ResNeXt-101 32x8d, at half of the resolution."""
+    return _deform_conv((size[0] // 2, size[1] // 2), dtype, device, groups=32)
+
+
+def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    maps = tuple(_map(size[0] // s, size[1] // s, dtype, device) for s in STRIDES)
+    sizes = torch.tensor([size], device=device)
+    limit = torch.tensor([size[1], size[0]] * 2, device=device)
+    corners = torch.rand(1, QUERIES, 2, 2, device=device).sort(dim=2).values
+    boxes = corners.flatten(2) * limit
+    bins = POOLING[0] ** 2
+
+    def ours(*maps: Tensor) -> Tensor:
+        return pyramid_roi_align(Pyramid(maps, STRIDES, sizes), boxes, *POOLING)
+
+    def usual(*maps: Tensor) -> Tensor:
+        pyramid = Pyramid(tuple(m.to(pooled) for m in maps), STRIDES, sizes)
+        return usual_roi_align(pyramid, boxes, *POOLING).to(maps[0].dtype)
+
+    pooled = torch.float32 if dtype == torch.bfloat16 else dtype
+    return Case(
+        f"RoIAlign, {QUERIES} boxes, {len(STRIDES)} levels",
+        maps,
+        ours,
+        ("copy of the result", *_copy(QUERIES * bins * CHANNELS, dtype, device)),
+        ("Detectron2's ROIPooler", usual),
+    )
+
+
+def _dynamic_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    positions = POOLING[0] ** 2
+    regions = torch.randn(QUERIES, positions, CHANNELS, dtype=dtype, device=device)
+    filters = torch.randn(QUERIES, CHANNELS, DYNAMIC_DIM, dtype=dtype, device=device)
+    return Case(
+        f"dynamic convolution, {QUERIES} queries, {CHANNELS} → {DYNAMIC_DIM}",
+        (regions, filters),
+        dynamic_conv,
+        ("matrix product", torch.bmm, (regions, filters)),
+    )
+
+
+def _attention(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    shapes = [(size[0] // s, size[1] // s) for s in STRIDES[1:]]
+    rows = sum(height * width for height, width in shapes)
+    value = torch.randn(1, rows, HEADS, CHANNELS // HEADS, dtype=dtype, device=device)
+    locations = torch.rand(1, rows, HEADS, len(shapes), POINTS, 2, device=device)
+    weights = torch.rand(1, rows, HEADS, len(shapes) * POINTS, device=device).softmax(dim=-1)
+    weights = weights.unflatten(-1, (len(shapes), POINTS))
+
+    def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn(value, shapes, locations, weights)
+
+    def usual(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return usual_ms_deform_attn(value, shapes, locations, weights)
+
+    elements = value.numel() + (locations.numel() + weights.numel()) * 4 // dtype.itemsize
+    return Case(
+        f"multi-scale deformable attention, {rows} queries, {len(shapes)} levels",
+        (value, locations, weights),
+        ours,
+        ("copy of the arguments", *_copy(elements, dtype, device)),
+        ("grid_sample of each level", usual),
+    )
