@@ -18,8 +18,8 @@ of a level's size, for a level with both neighbours (the map of the coarser one 
 Every one of them is needed: the statistics of a whole map come before its first normalised pixel,
 and the gradients of the statistics before the gradient of its first pixel. All else, the norms,
 weights and DyReLUs of all levels at once, happens on (L, 3, B, C) numbers, in float32. Operation by
-operation, with biases, norms, upsampling, weighting and masking each on its own, it was some 40
-trips forward and more backward.
+operation it would be 40 ½ trips forward, without any padding to mask: biases 4 ½, norms 6 ¾,
+upsampling 1 ¼, means 3, weighting 6, adding up 8, DyReLU 11; and more backward.
 """
 
 import torch

@@ -172,7 +172,7 @@ def _line_gradients(grad: Tensor, x: Tensor, own: Tensor) -> tuple[Tensor, Tenso
     """What of the gradient of the result each line receives; half each where they meet, as
     `torch.maximum` has it."""
     first, second = _lines(x, own)
-    share = torch.heaviside(first.sub_(second), first.new_full((), 0.5))
+    share = first.sub_(second).sign_().add_(1).mul_(0.5)
     to_first = share.mul_(grad)
     return to_first, grad - to_first
 

@@ -47,8 +47,8 @@ def masked_moments(
 ) -> tuple[Tensor, MeasuredMaps]:
     """Moments of up to three maps over their true pixels.
 
-    On the CPU, and where kernels cannot run, plain PyTorch in pieces that stay in cache. Variances
-    come from centred squares, combined by Chan's rule, so that a large mean does not drown them.
+    On the CPU, and where kernels cannot run, plain PyTorch in bands that stay in cache. Variances
+    come from centred squares, so that a large mean does not drown them. Autocast changes nothing.
     Gradients flow to the maps once; there are no gradients of gradients.
 
     Args:
