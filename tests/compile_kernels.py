@@ -115,10 +115,26 @@ def deform_conv(dtype: torch.dtype, channels: int, groups: int) -> None:
     deform_conv.backward(features, features, offset, mask, weight, *geometry, True, True, True)
 
 
+def encoder_level(dtype: torch.dtype, neighbours: bool) -> None:
+    from dynamic_detr.ops.kernels import blend_dyrelu, map_gradients, masked_moments
+
+    same = torch.empty(1, 256, 20, 30, dtype=dtype)
+    finer, coarser = (same, same[..., ::2, ::2]) if neighbours else (None, None)
+    maps = (same, finer, coarser, torch.ones(1, 2, dtype=torch.int64))
+    moments, coefficients = torch.empty(3, 3, 1, 256), torch.empty(7, 1, 256)
+    masked_moments.moments(*maps)
+    blend_dyrelu.blend(*maps, coefficients)
+    blend_dyrelu.coefficient_gradients(same, *maps, coefficients)
+    map_gradients.map_gradients(*maps, moments, moments, same, coefficients)
+
+
 CASES = {
     "deform_conv bfloat16": lambda: deform_conv(torch.bfloat16, 256, 1),
     "deform_conv float32": lambda: deform_conv(torch.float32, 256, 1),
     "deform_conv bfloat16, 32 groups": lambda: deform_conv(torch.bfloat16, 256, 32),
+    "encoder level bfloat16": lambda: encoder_level(torch.bfloat16, True),
+    "encoder level float32": lambda: encoder_level(torch.float32, True),
+    "encoder level bfloat16, no neighbours": lambda: encoder_level(torch.bfloat16, False),
 }
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from dynamic_detr.encoders import ENCODER_REGISTRY, DynamicEncoder, IdentityEncoder, build_encoder
 from dynamic_detr.encoders.dynamic_block import DynamicEncoderBlock
-from dynamic_detr.layers import DyReLU, MaskedGroupNorm, masked_mean
+from dynamic_detr.layers import DyReLU, group_norm_affine
 
 CHANNELS, GROUPS = 8, 4
 
@@ -108,8 +108,6 @@ def test_an_offset_means_one_place_of_the_image(direction):
         for branch in (block.coarser, block.same, block.finer):
             branch.conv.weight.zero_()
             branch.conv.weight[:, :, 1, 1] = torch.eye(4)
-            branch.conv.bias.zero_()
-            branch.norm = _Identity()
         block.offset.bias[0:18:2] = distance * direction[0]
         block.offset.bias[1:18:2] = distance * direction[1]
         block.offset.bias[18:] = 100.0  # modulation 1
@@ -121,23 +119,15 @@ def test_an_offset_means_one_place_of_the_image(direction):
         features.append(torch.stack([y, x, y, x]))
     pyramid = batch_pyramid([features], [(512, 512)], (512, 512), strides)
 
-    read = {}
-    block.same.norm.register_forward_hook(lambda m, i, out: read.update(same=out))
-    block.finer.norm.register_forward_hook(lambda m, i, out: read.update(finer=out))
-    block.coarser.norm.register_forward_hook(lambda m, i, out: read.update(coarser=out))
     with torch.no_grad():
-        block._level(pyramid, level)
+        maps = block._convolve(pyramid, level)
+    read = dict(zip(("same", "finer", "coarser"), maps, strict=True))
     shift = distance * torch.tensor(direction * 2, dtype=torch.float64) * strides[level]
     # A stride-2 convolution is centred on the upper left of the four pixels below its own.
     sources = {"finer": features[0][:, ::2, ::2], "same": features[1], "coarser": features[2]}
     for name, source in sources.items():
         moved = (read[name][0] - source)[:, 4:-4, 4:-4]
         torch.testing.assert_close(moved, shift[:, None, None].expand_as(moved))
-
-
-class _Identity(nn.Module):
-    def forward(self, features, pyramid, level):
-        return features
 
 
 def test_offsets_start_at_zero_and_modulations_at_one_half():
@@ -231,39 +221,44 @@ def test_bad_options_are_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision(dtype):
+    """What normalises and weights is computed in float32 all the same."""
+    model = shake(DynamicEncoder(CHANNELS, 2, GROUPS), 0.1).to(dtype)
+    levels = [random_levels((50, 70), CHANNELS, dtype=dtype)]
+    out = model(batch_pyramid(levels, [(50, 70)], (64, 128))).features
+    exact = [[level.float() for level in levels[0]]]
+    expected = model.float()(batch_pyramid(exact, [(50, 70)], (64, 128))).features
+    for found, wanted in zip(out, expected, strict=True):
+        assert found.dtype == dtype
+        error = (found.float() - wanted).square().mean().sqrt()
+        assert error < 0.1 * wanted.square().mean().sqrt()
+
+
+def test_a_large_mean_does_not_drown_the_statistics():
+    """A mean of 1000 with a spread of 1: sums of squares in float32 would lose the spread."""
+    block = shake(DynamicEncoderBlock(CHANNELS, GROUPS))
+    with torch.no_grad():
+        for branch in (block.coarser, block.same, block.finer):
+            branch.conv.weight.zero_()
+            branch.conv.weight[:, :, 1, 1] = torch.eye(CHANNELS)
+    levels = [[level + 1000 for level in random_levels((50, 70), CHANNELS, dtype=torch.float32)]]
+    with torch.no_grad():
+        out = block(batch_pyramid(levels, [(50, 70)], (64, 128))).features
+        exact = [[level.double() for level in levels[0]]]
+        expected = block.double()(batch_pyramid(exact, [(50, 70)], (64, 128))).features
+    for found, wanted in zip(out, expected, strict=True):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+
+
 class TestLayers:
-    def pyramid(self, dtype=torch.float64):
-        sizes = [(25, 37), (40, 11)]
-        images = [random_levels(size, CHANNELS, (4,), dtype) for size in sizes]
-        padded = batch_pyramid(images, sizes, (48, 40), (4,), garbage=9.0)
-        return images, padded
-
-    def test_mean_and_norm_count_true_pixels(self):
-        images, pyramid = self.pyramid()
-        norm = shake(MaskedGroupNorm(GROUPS, CHANNELS).double())
-        plain = nn.GroupNorm(GROUPS, CHANNELS).double()
-        plain.load_state_dict(norm.state_dict())
-        mean = masked_mean(pyramid.features[0], pyramid, 0)
-        out = norm(pyramid.features[0], pyramid, 0)
-        for index, (feature,) in enumerate(images):
-            torch.testing.assert_close(mean[index], feature.mean(dim=(1, 2)))
-            _, height, width = feature.shape
-            torch.testing.assert_close(out[index, :, :height, :width], plain(feature[None])[0])
-
-    def test_statistics_are_float32(self):
-        """A mean of 1000 with a spread of 1: squares in bfloat16 or float16 would drown it."""
-        _, pyramid = self.pyramid(torch.float32)
-        features = pyramid.features[0] + 1000
-        norm = MaskedGroupNorm(GROUPS, CHANNELS)
-        out = norm(features.half(), pyramid, 0)
-        assert out.dtype == torch.float16
-        torch.testing.assert_close(
-            out.float() * pyramid.valid(0),
-            norm(features.half().float(), pyramid, 0) * pyramid.valid(0),
-            rtol=1e-2,
-            atol=1e-2,
-        )
-        assert masked_mean(features.half(), pyramid, 0).dtype == torch.float32
+    def test_group_norm_is_a_gain_and_a_shift(self):
+        features = torch.randn(2, CHANNELS, 5, 6, dtype=torch.float64) + 3
+        norm = shake(nn.GroupNorm(GROUPS, CHANNELS).double())
+        variance, mean = torch.var_mean(features, dim=(2, 3), correction=0)
+        gain, shift = group_norm_affine(mean, variance, norm.weight, norm.bias, GROUPS, norm.eps)
+        found = features * gain[:, :, None, None] + shift[:, :, None, None]
+        torch.testing.assert_close(found, norm(features))
 
     def test_dyrelu_starts_near_relu(self):
         """With y near ½ the slopes are near 1 and 0, the intercepts near 0."""
@@ -271,5 +266,6 @@ class TestLayers:
         nn.init.zeros_(layer.expand.weight)
         nn.init.zeros_(layer.expand.bias)
         features = torch.randn(2, CHANNELS, 3, 4)
-        out = layer(features, features.mean(dim=(2, 3)))
+        a1, b1, a2, b2 = (c[:, :, None, None] for c in layer(features.mean(dim=(2, 3))))
+        out = torch.maximum(a1 * features + b1, a2 * features + b2)
         torch.testing.assert_close(out, features.relu())

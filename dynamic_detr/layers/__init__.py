@@ -1,6 +1,6 @@
-"""Learnable blocks that more than one room uses; all of them look at true pixels only."""
+"""Learnable blocks that more than one room uses."""
 
-from .dyrelu import DyReLU
-from .masked import MaskedGroupNorm, masked_mean, replicate_edge, upsample_twice
+from .dyrelu import DyReLU, hard_sigmoid
+from .group_norm import group_norm_affine
 
-__all__ = ["DyReLU", "MaskedGroupNorm", "masked_mean", "replicate_edge", "upsample_twice"]
+__all__ = ["DyReLU", "group_norm_affine", "hard_sigmoid"]

@@ -1,7 +1,6 @@
 """Dynamic ReLU (equation 6): the slopes and intercepts of two lines are read off the whole map,
 and each pixel takes the larger of the two. It is the channel attention of the encoder."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ def hard_sigmoid(x: Tensor) -> Tensor:
 
 
 class DyReLU(nn.Module):
-    """max(a1·x + b1, a2·x + b2) with coefficients per image and channel.
+    """The lines of max(a1·x + b1, a2·x + b2), with coefficients per image and channel.
 
     Args:
         channels: C.
@@ -26,13 +25,13 @@ class DyReLU(nn.Module):
         self.reduce = nn.Linear(channels, channels // reduction)
         self.expand = nn.Linear(channels // reduction, 4 * channels)
 
-    def coefficients(self, pooled: Tensor) -> tuple[Tensor, ...]:
-        """a1, b1, a2, b2, each (B, C, 1, 1), from the mean of the map (B, C)."""
-        y = hard_sigmoid(self.expand(F.relu(self.reduce(pooled)))) - 0.5
-        a1, b1, a2, b2 = y[:, :, None, None].chunk(4, dim=1)
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a1, b1, a2, b2, each (..., C), from the mean of the map (..., C), in its dtype."""
+        hidden = F.relu(linear(pooled, self.reduce))
+        a1, b1, a2, b2 = (hard_sigmoid(linear(hidden, self.expand)) - 0.5).chunk(4, dim=-1)
         return 2 * a1 + 1, b1, 2 * a2, b2
 
-    def forward(self, features: Tensor, pooled: Tensor) -> Tensor:
-        """(B, C, H, W) features and their mean over true pixels (B, C) to (B, C, H, W)."""
-        a1, b1, a2, b2 = (c.to(features.dtype) for c in self.coefficients(pooled))
-        return torch.maximum(features * a1 + b1, features * a2 + b2)
+
+def linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """A linear layer in the dtype of x, whatever that of its parameters."""
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
