@@ -63,4 +63,20 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     # L1 of "cxcywh", as DETR and Deformable DETR, or of "xyxy", as Sparse R-CNN.
     node.LOSS.L1_FORMAT = "cxcywh"
 
+    # Activation checkpointing: in training, keep only the input of each part and compute the rest
+    # again in the backward pass. Less memory for about a third more time in that part; losses and
+    # gradients are the same.
+    node.CHECKPOINT = CfgNode()
+    node.CHECKPOINT.ENCODER_BLOCKS = False
+    node.CHECKPOINT.DECODER_STAGES = False
+    node.CHECKPOINT.BACKBONE_STAGES = False  # of a ResNet, res2 to res5, alone or under an FPN
+
+    node.INFERENCE = CfgNode()
+    # Launch the whole network as one CUDA graph, captured once for each padded size of a batch;
+    # the GRAPH_CACHE sizes that were used last are kept. Without a GPU it does nothing.
+    node.INFERENCE.CUDA_GRAPHS = False
+    node.INFERENCE.GRAPH_CACHE = 8
+    # Compile the network with torch.compile (inductor); the first image of a new size waits for it.
+    node.INFERENCE.COMPILE = False
+
     add_solver_config(cfg)
