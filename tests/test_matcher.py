@@ -158,7 +158,9 @@ class TestAssignment:
         for stage in range(stages):
             for image, cost in enumerate(costs[:, stage].split(counts)):
                 expected = linear_sum_assignment(cost.T.numpy())
-                assert found[stage][image] == list(zip(*map(np.ndarray.tolist, expected)))
+                assert found[stage][image] == list(
+                    zip(*map(np.ndarray.tolist, expected), strict=True)
+                )
 
     @given(
         st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 6), st.integers(1, 5)
