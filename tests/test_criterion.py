@@ -283,7 +283,10 @@ class TestGradients:
                 total += 2 * (1 - overlap).sum() / objects
             if class_head == "softmax":
                 weight = torch.tensor([1.0] * (logits.shape[2] - 1) + [0.1])
-                total += 2 * F.cross_entropy(logits.flatten(0, 1), classes.flatten(), weight)
+                costs = F.cross_entropy(
+                    logits.flatten(0, 1), classes.flatten(), weight, reduction="sum"
+                )
+                total += 2 * costs / max(weight[classes].sum().item(), 1)
             else:
                 yes = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].float()
                 total += 2 * sigmoid_focal_loss(logits, yes, 0.25, 2, "sum") / objects
