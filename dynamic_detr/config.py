@@ -71,12 +71,13 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     node.CHECKPOINT.DECODER_STAGES = False
     node.CHECKPOINT.BACKBONE_STAGES = False  # of a ResNet, res2 to res5, alone or under an FPN
 
+    # Neither changes the results; what is set up for a size makes its first images slow.
     node.INFERENCE = CfgNode()
-    # Launch the whole network as one CUDA graph, captured once for each padded size of a batch;
-    # the GRAPH_CACHE sizes that were used last are kept. Without a GPU it does nothing.
-    node.INFERENCE.CUDA_GRAPHS = False
-    node.INFERENCE.GRAPH_CACHE = 8
-    # Compile the network with torch.compile (inductor); the first image of a new size waits for it.
+    # On a GPU, launch the whole network at once, as a CUDA graph. There is one for each padded size
+    # of a batch, and this many, those that were used last, are kept; 0: none.
+    node.INFERENCE.CUDA_GRAPHS = 0
+    # Compile the network with torch.compile, which needs a C++ compiler on a CPU, and Triton on a
+    # GPU.
     node.INFERENCE.COMPILE = False
 
     add_solver_config(cfg)

@@ -7,17 +7,17 @@ them all at once, on buffers of its own: inputs are copied in, predictions are c
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .structures import Prediction
 
 __all__ = ["CapturedNetwork", "GraphCache", "capture_network"]
 
-WARM_UP_RUNS = 3  # in which libraries choose algorithms, and what is compiled later is compiled
+WARM_UP_RUNS = 3  # in which libraries choose algorithms, and kernels are compiled
 
 Network = Callable[[Tensor, Tensor], list[Prediction]]
 
@@ -85,30 +85,21 @@ class GraphCache:
     There is one graph for each shape of inputs, dtype under autocast and choice of deterministic
     algorithms; those that were used last are kept. They share their memory, so that together they
     need little more than the largest. Graphs read the weights where they lie: a change in place
-    is seen; if a weight is found to have moved, all graphs are captured anew.
+    is seen; if a weight is found to have moved or to be another, all graphs are captured anew.
 
     On the CPU, with gradients, and within a capture of the caller's own the network runs as it is;
     and, with one warning, from the first capture on that fails.
 
     Args:
         network: `(images, image_sizes) -> list[Prediction]`.
-        weights: gives the tensors that the network reads besides its inputs.
-        size: the number of graphs that are kept.
-
-    Raises:
-        ValueError: size is not a positive number.
+        module: whose parameters and buffers the network reads besides its inputs.
+        size: the number of graphs that are kept, at least 1.
     """
 
-    def __init__(
-        self, network: Network, weights: Callable[[], Iterable[Tensor]], size: int
-    ) -> None:
-        if size < 1:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DETR.INFERENCE.GRAPH_CACHE is {size}; wants at least 1."
-            )
+    def __init__(self, network: Network, module: nn.Module, size: int) -> None:
         self.network = network
+        self.module = module
         self.size = size
-        self._weights = weights
         self._failed = False
         self._lock = threading.Lock()
         self.clear()
@@ -117,7 +108,7 @@ class GraphCache:
         """Forgets all graphs, which frees their memory."""
         self._graphs: OrderedDict[tuple, CapturedNetwork] = OrderedDict()
         self._pool = None
-        self._read: list[tuple[Tensor, int]] = []
+        self._weights: list[tuple[dict[str, Tensor | None], str, int]] = []
         self._finished = None
 
     def __call__(self, *inputs: Tensor) -> list[Prediction]:
@@ -151,14 +142,14 @@ class GraphCache:
 
     def _find(self, inputs: tuple[Tensor, ...]) -> CapturedNetwork | None:
         """The graph for these inputs, captured now if there is none; None if that fails."""
-        if any(tensor.data_ptr() != address for tensor, address in self._read):
+        if any(_address(tensors, name) != address for tensors, name, address in self._weights):
             self.clear()
         key = self._key(inputs)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         if not self._graphs:
-            self._read = [(tensor, tensor.data_ptr()) for tensor in self._weights()]
+            self._weights = _addresses(self.module)
             self._pool = self._new_pool()
         try:
             self._graphs[key] = self._capture(inputs)
@@ -192,3 +183,22 @@ class GraphCache:
         outputs = captured(*inputs)
         self._finished.record(stream)
         return outputs
+
+
+def _addresses(module: nn.Module) -> list[tuple[dict[str, Tensor | None], str, int]]:
+    """Where each parameter and buffer lies: the dictionary that holds it, its name, its address.
+
+    They are looked up there before every run: to walk through all modules would take longer than
+    to launch the graph.
+    """
+    return [
+        (tensors, name, _address(tensors, name))
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for name in tensors
+    ]
+
+
+def _address(tensors: dict[str, Tensor | None], name: str) -> int:
+    tensor = tensors.get(name)
+    return 0 if tensor is None else tensor.data_ptr()

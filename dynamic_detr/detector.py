@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,6 +11,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from .backbones import checkpoint_resnet_stages
+from .compilation import compile_network
 from .cuda_graphs import GraphCache
 from .decoders import build_decoder
 from .encoders import build_encoder
@@ -41,13 +42,14 @@ class DynamicDETR(nn.Module):
         class_head: "focal" or "softmax".
         pixel_mean, pixel_std: of each channel of the input.
         max_detections: boxes returned for each image.
-        graph_cache: at inference on a GPU, the number of input sizes for which the network is
+        cuda_graphs: at inference on a GPU, the number of input sizes for which the network is
             kept as a CUDA graph; 0 for none. See `GraphCache`.
-        compile_backend: at inference, the backend that `torch.compile` is given the network with;
+        compile_backend: at inference, the backend with which `torch.compile` is given the network;
             None to run it as it is.
 
     Raises:
-        ValueError: the backbone has no such outputs, or their channels or strides do not fit.
+        ValueError: the backbone has no such outputs, or their channels or strides do not fit; or
+            cuda_graphs is negative.
     """
 
     @configurable
@@ -65,7 +67,7 @@ class DynamicDETR(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         max_detections: int = 100,
-        graph_cache: int = 0,
+        cuda_graphs: int = 0,
         compile_backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -95,7 +97,12 @@ class DynamicDETR(nn.Module):
         self.num_classes = num_classes
         self.class_head = class_head
         self.max_detections = max_detections
-        self.graph_cache = graph_cache
+        if cuda_graphs < 0:
+            raise ValueError(
+                f"MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS is {cuda_graphs}; wants the number of "
+                "graphs to keep, or 0."
+            )
+        self.cuda_graphs = cuda_graphs
         self.compile_backend = compile_backend
         self._inference: Callable[[Tensor, Tensor], list[Prediction]] | None = None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
@@ -111,8 +118,8 @@ class DynamicDETR(nn.Module):
         if inference.CUDA_GRAPHS and not cfg.MODEL.DEVICE.startswith("cuda"):
             # results are the same without: a config may come along from another machine
             warnings.warn(
-                "MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS does nothing with MODEL.DEVICE "
-                f"{cfg.MODEL.DEVICE!r}.",
+                f"MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS is {inference.CUDA_GRAPHS}, but "
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: the network runs without.",
                 stacklevel=2,
             )
         return {
@@ -127,7 +134,7 @@ class DynamicDETR(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
-            "graph_cache": inference.GRAPH_CACHE if inference.CUDA_GRAPHS else 0,
+            "cuda_graphs": inference.CUDA_GRAPHS,
             "compile_backend": "inductor" if inference.COMPILE else None,
         }
 
@@ -191,15 +198,12 @@ class DynamicDETR(nn.Module):
 
     def _inference_network(self) -> Callable[[Tensor, Tensor], list[Prediction]]:
         if self._inference is None:
-            self._inference = self._network
-            if self.compile_backend:
-                self._inference = torch.compile(self._inference, backend=self.compile_backend)
-            if self.graph_cache:
-                self._inference = GraphCache(
-                    self._inference,
-                    lambda: chain(self.parameters(), self.buffers()),
-                    self.graph_cache,
-                )
+            network = self._network
+            if self.compile_backend is not None:
+                network = compile_network(network, self.compile_backend)
+            if self.cuda_graphs:
+                network = GraphCache(network, self, self.cuda_graphs)
+            self._inference = network
         return self._inference
 
     def train(self, mode: bool = True) -> "DynamicDETR":

@@ -1,13 +1,17 @@
 """Encoder and decoder are one graph each for torch.compile, whatever the true sizes; and nothing
-between image and boxes asks the device for a value."""
+between image and boxes makes the host wait for the device."""
 
 import pytest
 import torch
 from helpers import batch_pyramid, random_image, random_levels, shake, small_config, small_model
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-from dynamic_detr import DynamicDETR, Pyramid
-from dynamic_detr.decoders import DynamicDecoder
+from dynamic_detr import DynamicDETR, Prediction, Pyramid
+from dynamic_detr.compilation import CompilationError
+from dynamic_detr.decoders import DynamicDecoder, dynamic_stage
 from dynamic_detr.encoders import DynamicEncoder
 
 CHANNELS = 16
@@ -24,6 +28,20 @@ def nothing_compiled():
     torch.compiler.reset()
 
 
+def encoder() -> nn.Module:
+    return shake(DynamicEncoder(CHANNELS, num_blocks=1, num_groups=4), 0.1)
+
+
+def decoder() -> nn.Module:
+    options = {"num_queries": 4, "num_stages": 2, "ffn_dim": 16, "pooling_size": 2}
+    return shake(DynamicDecoder(CHANNELS, 3, **options, dynamic_dim=4), 0.1)
+
+
+def fresh(pyramid: Pyramid) -> Pyramid:
+    """Without anything that was computed before."""
+    return Pyramid(pyramid.features, pyramid.strides, pyramid.image_sizes)
+
+
 def pyramids() -> list[Pyramid]:
     """Two batches of one padded size and different true sizes."""
     return [
@@ -38,51 +56,53 @@ def pyramids() -> list[Pyramid]:
     ]
 
 
-def fresh(pyramid: Pyramid) -> Pyramid:
-    """Without anything that was computed before."""
-    return Pyramid(pyramid.features, pyramid.strides, pyramid.image_sizes)
+def outputs(found: Pyramid | list[Prediction]) -> list[Tensor]:
+    if isinstance(found, Pyramid):
+        return list(found.features)
+    return [tensor for p in found for tensor in (p.pred_logits, p.pred_boxes)]
 
 
+@pytest.mark.parametrize("make", [encoder, decoder])
 @torch.no_grad()
-def test_encoder_is_one_graph_for_all_true_sizes():
-    model = shake(DynamicEncoder(CHANNELS, num_blocks=1, num_groups=4), 0.1).eval()
+def test_is_one_graph_for_all_true_sizes(make):
+    model = make().eval()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     for pyramid in pyramids():
-        found = compiled(fresh(pyramid))
-        for a, b in zip(found.features, model(fresh(pyramid)).features, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        found, wanted = outputs(compiled(fresh(pyramid))), outputs(model(fresh(pyramid)))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
 
 
-@torch.no_grad()
-def test_decoder_is_one_graph_for_all_true_sizes():
-    model = DynamicDecoder(
-        CHANNELS, 3, num_queries=4, num_stages=2, ffn_dim=16, pooling_size=2, dynamic_dim=4
-    )
-    shake(model, 0.1).eval()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for pyramid in pyramids():
-        found = compiled(fresh(pyramid))
-        for a, b in zip(found, model(fresh(pyramid)), strict=True):
-            torch.testing.assert_close(a.pred_boxes, b.pred_boxes, rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=1e-4, atol=1e-5)
-    assert counter.frame_count == 1
+@pytest.mark.parametrize("make", [encoder, decoder])
+def test_gradients_are_the_same(make):
+    model = make()
+    results = []
+    for part in (torch.compile(model, backend="aot_eager"), model):
+        torch.manual_seed(0)
+        pyramid = pyramids()[0]
+        inputs = [*pyramid.features, *model.parameters()]
+        for tensor in pyramid.features:
+            tensor.requires_grad_()
+        total = sum(output.square().sum() for output in outputs(part(pyramid)))
+        results.append(torch.autograd.grad(total, inputs, materialize_grads=True))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
-def test_detector_compiles_at_inference_only():
-    model = shake(small_model(**SMALL), 0.01).eval()
-    batch = [{"image": random_image(50, 64)}]
-    wanted = model.predict(batch)[1][-1]
+def test_detector_is_compiled_at_inference_only():
+    """First for one size, then for any."""
+    model = shake(small_model(**SMALL, IN_FEATURES=["p4", "p5"]), 0.01).eval()
+    batches = [[{"image": random_image(*size)}] for size in ((50, 64), (90, 130), (60, 100))]
+    wanted = [model.predict(batch)[1][-1] for batch in batches]
     counter = CompileCounterWithBackend("aot_eager")
     model.compile_backend, model._inference = counter, None
-    found = model.predict(batch)[1][-1]
-    torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(found.pred_logits, wanted.pred_logits, rtol=1e-3, atol=1e-4)
-    assert counter.frame_count == 1
-    model.train()._predict(batch)
-    assert counter.frame_count == 1
+    for batch, expected in zip(batches, wanted, strict=True):
+        found = model.predict(batch)[1][-1]
+        torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.pred_logits, expected.pred_logits, rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 2
+    model.train()._predict(batches[0])
+    assert counter.frame_count == 2
 
 
 def test_config_chooses_the_backend():
@@ -91,9 +111,47 @@ def test_config_chooses_the_backend():
     assert DynamicDETR.from_config(cfg)["compile_backend"] == "inductor"
 
 
-def test_the_network_asks_for_no_value():
-    """Tensors of the device "meta" have none: whoever asks, fails."""
-    model = small_model().eval().to("meta")
-    sizes, predictions = model.predict([{"image": random_image(60, 90)}])
-    assert sizes == [(60, 90)]
-    assert predictions[-1].pred_boxes.shape == (1, 32, 4)
+def test_a_compiler_that_fails_is_one_line():
+    def backend(graph, inputs):
+        raise RuntimeError("no working C++ compiler\nfound")
+
+    model = small_model(**SMALL, IN_FEATURES=["p5"]).eval()
+    model.compile_backend = backend
+    with pytest.raises(
+        CompilationError, match=r"COMPILE is True, .* C\+\+ compiler found"
+    ) as error:
+        model.predict([{"image": random_image(64, 64)}])
+    assert "\n" not in str(error.value)
+
+
+class StaysOnTheDevice(TorchFunctionMode):
+    """Refuses tensors on the host, and those that come to the device from there."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            assert found.is_cuda, function
+            assert function not in (torch.tensor, torch.as_tensor, Tensor.new_tensor), args
+        return found
+
+
+def test_the_host_does_not_wait_within_the_network(monkeypatch):
+    """On a GPU that is feigned: whoever asks it for a value, fails. (RoIAlign on its own.)"""
+
+    def no_regions(pyramid: Pyramid, boxes: Tensor, bins: int, *_) -> Tensor:
+        return boxes.new_empty(*boxes.shape[:2], bins**2, pyramid.channels)
+
+    monkeypatch.setattr(dynamic_stage, "pyramid_roi_align", no_regions)
+    model = small_model(**SMALL).eval()
+    with FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        kind = {"dtype": tensor.dtype, "device": "cuda"}
+                        tensors[name] = torch.empty(tensor.shape, **kind)
+        images = torch.empty(2, 3, 64, 128, device="cuda")
+        sizes = torch.empty(2, 2, dtype=torch.int64, device="cuda")
+        with StaysOnTheDevice():
+            (prediction,) = model._network(images, sizes)
+    assert prediction.pred_boxes.shape == (2, 4, 4)

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import random_image, shake, small_config, small_model
+from helpers import random_image, shake, small_model
 from torch import Tensor, nn
 
 from dynamic_detr import Prediction, detector
@@ -47,7 +47,7 @@ class FakeCache(GraphCache):
         if self.error is not None:
             raise self.error
         self.captures += 1
-        buffers = tuple(torch.full_like(tensor, -1) for tensor in inputs)
+        buffers = tuple(torch.ones_like(tensor) for tensor in inputs)
         outputs = self.network(*buffers)
         return CapturedNetwork(FakeGraph(self.network, buffers, outputs), buffers, outputs)
 
@@ -55,21 +55,22 @@ class FakeCache(GraphCache):
         return captured(*inputs)
 
 
-class Network:
+class Network(nn.Module):
     """Scales what it is given; counts its runs."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.weight = nn.Parameter(torch.tensor(2.0))
         self.runs = 0
 
-    def __call__(self, images: Tensor, sizes: Tensor) -> list[Prediction]:
+    def forward(self, images: Tensor, sizes: Tensor) -> list[Prediction]:
         self.runs += 1
         return [Prediction(images * self.weight, images + sizes.sum(), is_proposal=True)]
 
 
 def cached(size: int = 2) -> tuple[Network, FakeCache]:
     network = Network()
-    return network, FakeCache(network, lambda: [network.weight], size)
+    return network, FakeCache(network, network, size)
 
 
 def inputs(height: int, value: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -139,6 +140,9 @@ def test_weights_may_change_in_place_and_may_move():
     network.weight.data = average
     assert_same(cache(*inputs(3)), network(*inputs(3)))
     assert cache.captures == 3
+    network.load_state_dict({"weight": torch.tensor(11.0)}, assign=True)
+    assert_same(cache(*inputs(3)), network(*inputs(3)))
+    assert cache.captures == 4
 
 
 def test_gradients_need_the_network_itself():
@@ -150,7 +154,7 @@ def test_gradients_need_the_network_itself():
 
 def test_the_cpu_has_no_graphs():
     network = Network()
-    cache = GraphCache(network, lambda: [network.weight], 2)
+    cache = GraphCache(network, network, 2)
     with torch.no_grad():
         assert_same(cache(*inputs(3)), network(*inputs(3)))
 
@@ -171,18 +175,12 @@ def test_what_cannot_be_captured_runs_without_and_says_so_once():
     assert cache.captures == 1
 
 
-@pytest.mark.parametrize("size", [0, -1])
-def test_no_room_is_one_line(size):
-    with pytest.raises(ValueError, match=r"GRAPH_CACHE is -?\d; wants at least 1\.$"):
-        cached(size)
-
-
 class TestDetector:
     @pytest.fixture
     def model(self, monkeypatch):
         monkeypatch.setattr(detector, "GraphCache", FakeCache)
         model = shake(small_model(**SMALL), 0.01).eval()
-        model.graph_cache = 2
+        model.cuda_graphs = 2
         return model
 
     def test_results_are_the_same_and_training_frees_the_graphs(self, model):
@@ -203,7 +201,7 @@ class TestDetector:
     @staticmethod
     def eager(model: nn.Module, batch: list[dict]) -> list[dict]:
         plain = copy.deepcopy(model)
-        plain.graph_cache = 0
+        plain.cuda_graphs = 0
         return plain(batch)
 
     def test_a_copy_captures_for_itself(self, model):
@@ -218,12 +216,19 @@ class TestDetector:
 
 
 def test_config_without_a_gpu_warns_and_does_nothing():
-    options = {**SMALL, "INFERENCE__CUDA_GRAPHS": True, "INFERENCE__GRAPH_CACHE": 3}
-    with pytest.warns(UserWarning, match=r"CUDA_GRAPHS does nothing with MODEL\.DEVICE 'cpu'"):
-        model = small_model(**options).eval()
-    assert model.graph_cache == 3
+    message = (
+        r"INFERENCE\.CUDA_GRAPHS is 3, but MODEL\.DEVICE is 'cpu': the network runs without\.$"
+    )
+    with pytest.warns(UserWarning, match=message):
+        model = small_model(**SMALL, INFERENCE__CUDA_GRAPHS=3).eval()
+    assert model.cuda_graphs == 3
     assert len(model([{"image": random_image(64, 64)}])) == 1
-    assert detector.DynamicDETR.from_config(small_config())["graph_cache"] == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA_GRAPHS")
+def test_a_negative_number_of_graphs_is_one_line():
+    with pytest.raises(ValueError, match=r"^MODEL\.[\w.]*CUDA_GRAPHS is -1; wants .* or 0\.$"):
+        small_model(**SMALL, INFERENCE__CUDA_GRAPHS=-1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -238,7 +243,7 @@ class TestOnGPU:
                 return [model.predict(batch)[1] for batch in batches]
 
         wanted = run()
-        model.graph_cache, model._inference = 2, None
+        model.cuda_graphs, model._inference = 2, None
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # the capture must not fail
             found = [run() for _ in range(2)]
