@@ -5,7 +5,6 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
 
-import torch
 from detectron2.modeling.backbone.resnet import ResNet
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +20,7 @@ class CheckpointedStage(nn.Sequential):
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        if not (self.training and torch.is_grad_enabled()):
+        if not self.training:
             return super().forward(features)
         return checkpoint(
             super().forward,
