@@ -16,8 +16,8 @@ class CompilationError(UserError):
 def compile_network(network: Callable, backend: str | Callable) -> Callable:
     """The same function, compiled when it is first called.
 
-    A second size of input is compiled for any size. What cannot be compiled for yet another kind
-    of input runs as it is.
+    After the first size of input it is compiled for any size, as far as the compiler can; after too
+    many kinds of input it runs as it is.
 
     Args:
         network: of tensors.
