@@ -63,4 +63,21 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     # L1 of "cxcywh", as DETR and Deformable DETR, or of "xyxy", as Sparse R-CNN.
     node.LOSS.L1_FORMAT = "cxcywh"
 
+    # Activation checkpointing: in training, keep only the input of each part and compute the rest
+    # again in the backward pass. Less memory for about a third more time in that part; losses and
+    # gradients are the same.
+    node.CHECKPOINT = CfgNode()
+    node.CHECKPOINT.ENCODER_BLOCKS = False
+    node.CHECKPOINT.DECODER_STAGES = False
+    node.CHECKPOINT.BACKBONE_STAGES = False  # of a ResNet, res2 to res5, alone or under an FPN
+
+    # Neither changes the results; what is set up for a size makes its first images slow.
+    node.INFERENCE = CfgNode()
+    # On a GPU, launch the whole network at once, as a CUDA graph. There is one for each padded size
+    # of a batch, and this many, those that were used last, are kept; 0: none.
+    node.INFERENCE.CUDA_GRAPHS = 0
+    # Compile the network with torch.compile, which needs a C++ compiler on a CPU, and Triton on a
+    # GPU.
+    node.INFERENCE.COMPILE = False
+
     add_solver_config(cfg)

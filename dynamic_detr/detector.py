@@ -1,19 +1,25 @@
 """The meta-architecture: backbone, encoder, decoder and set loss, as Figure 2 of the paper."""
 
+import warnings
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.modeling import META_ARCH_REGISTRY, build_backbone, detector_postprocess
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
+from .backbones import checkpoint_resnet_stages
+from .compilation import compile_network
+from .cuda_graphs import GraphCache
 from .decoders import build_decoder
 from .encoders import build_encoder
 from .errors import UserError
 from .losses import build_criterion
 from .losses.criterion import Target
 from .structures import Prediction, Pyramid, box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+from .transfers import to_device
 
 __all__ = ["DynamicDETR", "UnknownClassError"]
 
@@ -36,9 +42,14 @@ class DynamicDETR(nn.Module):
         class_head: "focal" or "softmax".
         pixel_mean, pixel_std: of each channel of the input.
         max_detections: boxes returned for each image.
+        cuda_graphs: at inference on a GPU, the number of input sizes for which the network is
+            kept as a CUDA graph; 0 for none. See `GraphCache`.
+        compile_backend: at inference, the backend with which `torch.compile` is given the network;
+            None to run it as it is.
 
     Raises:
-        ValueError: the backbone has no such outputs, or their channels or strides do not fit.
+        ValueError: the backbone has no such outputs, or their channels or strides do not fit; or
+            cuda_graphs is negative.
     """
 
     @configurable
@@ -56,6 +67,8 @@ class DynamicDETR(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         max_detections: int = 100,
+        cuda_graphs: int = 0,
+        compile_backend: str | None = None,
     ) -> None:
         super().__init__()
         shapes = backbone.output_shape()
@@ -84,14 +97,33 @@ class DynamicDETR(nn.Module):
         self.num_classes = num_classes
         self.class_head = class_head
         self.max_detections = max_detections
+        if cuda_graphs < 0:
+            raise ValueError(
+                f"MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS is {cuda_graphs}; wants the number of "
+                "graphs to keep, or 0."
+            )
+        self.cuda_graphs = cuda_graphs
+        self.compile_backend = compile_backend
+        self._inference: Callable[[Tensor, Tensor], list[Prediction]] | None = None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         node = cfg.MODEL.DYNAMIC_DETR
+        backbone = build_backbone(cfg)
+        if node.CHECKPOINT.BACKBONE_STAGES:
+            checkpoint_resnet_stages(backbone)
+        inference = node.INFERENCE
+        if inference.CUDA_GRAPHS and not cfg.MODEL.DEVICE.startswith("cuda"):
+            # results are the same without: a config may come along from another machine
+            warnings.warn(
+                f"MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS is {inference.CUDA_GRAPHS}, but "
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: the network runs without.",
+                stacklevel=2,
+            )
         return {
-            "backbone": build_backbone(cfg),
+            "backbone": backbone,
             "in_features": node.IN_FEATURES,
             "encoder": build_encoder(cfg),
             "decoder": build_decoder(cfg),
@@ -102,6 +134,8 @@ class DynamicDETR(nn.Module):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "cuda_graphs": inference.CUDA_GRAPHS,
+            "compile_backend": "inductor" if inference.COMPILE else None,
         }
 
     @property
@@ -121,52 +155,78 @@ class DynamicDETR(nn.Module):
             Instances} with pred_boxes (corners in pixels of the output), scores, pred_classes.
         """
         if self.training:
-            images, predictions = self._predict(batched_inputs)
-            return self.criterion(predictions, self._targets(batched_inputs, images))
+            targets = self._targets(batched_inputs)
+            return self.criterion(self._predict(batched_inputs)[1], targets)
         image_sizes, predictions = self.predict(batched_inputs)
-        results = self.to_instances(predictions[-1], image_sizes)
-        return [
-            {
-                "instances": detector_postprocess(
-                    result,
-                    inputs.get("height", result.image_size[0]),
-                    inputs.get("width", result.image_size[1]),
-                )
-            }
-            for result, inputs in zip(results, batched_inputs, strict=True)
+        output_sizes = [
+            (inputs.get("height", height), inputs.get("width", width))
+            for inputs, (height, width) in zip(batched_inputs, image_sizes, strict=True)
         ]
+        results = self.to_instances(predictions[-1], output_sizes)
+        return [{"instances": result} for result in results]
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> tuple[list[tuple[int, int]], list[Prediction]]:
         """What every stage says: sizes (height, width) of the images as the network saw them, and
         one prediction per stage, the last one final."""
-        images, predictions = self._predict(batched_inputs)
+        return self._predict(batched_inputs)
+
+    def _predict(
+        self, batched_inputs: list[dict]
+    ) -> tuple[list[tuple[int, int]], list[Prediction]]:
+        images = self._images(batched_inputs)
+        network = self._network if self.training else self._inference_network()
+        predictions = network(
+            images.tensor.contiguous(memory_format=torch.channels_last),
+            to_device(torch.tensor(images.image_sizes), self.device),
+        )
         return images.image_sizes, predictions
 
-    def _predict(self, batched_inputs: list[dict]) -> tuple[ImageList, list[Prediction]]:
-        images = self._images(batched_inputs)
-        features = self.backbone(images.tensor.contiguous(memory_format=torch.channels_last))
+    def _network(self, images: Tensor, image_sizes: Tensor) -> list[Prediction]:
+        """From normalised, padded images (B, 3, H, W) and their true sizes (B, 2) to predictions,
+        without a look at any value on the device."""
+        features = self.backbone(images)
         pyramid = Pyramid(
             [
                 features[name].contiguous(memory_format=torch.channels_last)
                 for name in self.in_features
             ],
             self.strides,
-            torch.tensor(images.image_sizes, device=self.device),
+            image_sizes,
         )
-        return images, self.decoder(self.encoder(pyramid))
+        return self.decoder(self.encoder(pyramid))
+
+    def _inference_network(self) -> Callable[[Tensor, Tensor], list[Prediction]]:
+        if self._inference is None:
+            network = self._network
+            if self.compile_backend is not None:
+                network = compile_network(network, self.compile_backend)
+            if self.cuda_graphs:
+                network = GraphCache(network, self, self.cuda_graphs)
+            self._inference = network
+        return self._inference
+
+    def train(self, mode: bool = True) -> "DynamicDETR":
+        """Training gives back the memory of graphs that inference has captured."""
+        if mode and isinstance(self._inference, GraphCache):
+            self._inference.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:
+        """A copy compiles and captures for itself, as it has weights of its own."""
+        return {**self.__dict__, "_inference": None}
 
     def _images(self, batched_inputs: list[dict]) -> ImageList:
         images = [
-            (inputs["image"].to(self.device) - self.pixel_mean) / self.pixel_std
+            (to_device(inputs["image"], self.device) - self.pixel_mean) / self.pixel_std
             for inputs in batched_inputs
         ]
         divisibility = max(self.backbone.size_divisibility, *self.strides)
         return ImageList.from_tensors(images, divisibility)
 
-    def _targets(self, batched_inputs: list[dict], images: ImageList) -> list[Target]:
-        targets = []
-        for inputs, (height, width) in zip(batched_inputs, images.image_sizes, strict=True):
+    def _targets(self, batched_inputs: list[dict]) -> list[Target]:
+        labels, boxes = [], []
+        for inputs in batched_inputs:
             instances = inputs["instances"]
             # asked before they move: a wrong index on a GPU kills the process
             if len(instances) and int(instances.gt_classes.max()) >= self.num_classes:
@@ -175,46 +235,53 @@ class DynamicDETR(nn.Module):
                     f"{int(instances.gt_classes.max())}, counted from 0, but "
                     f"MODEL.DYNAMIC_DETR.NUM_CLASSES is {self.num_classes}."
                 )
-            instances = instances.to(self.device)
-            size = torch.tensor([width, height, width, height], device=self.device)
-            boxes = box_xyxy_to_cxcywh(instances.gt_boxes.tensor / size)
-            targets.append((instances.gt_classes, boxes))
-        return targets
+            height, width = inputs["image"].shape[-2:]
+            corners = instances.gt_boxes.tensor
+            size = corners.new_tensor([width, height, width, height])
+            labels.append(instances.gt_classes)
+            boxes.append(box_xyxy_to_cxcywh(corners / size))
+        counts = [len(part) for part in labels]
+        # all images in one transfer each
+        labels = to_device(torch.cat(labels), self.device).split(counts)
+        boxes = to_device(torch.cat(boxes), self.device).split(counts)
+        return list(zip(labels, boxes, strict=True))
 
-    def to_instances(
-        self, prediction: Prediction, image_sizes: list[tuple[int, int]]
-    ) -> list[Instances]:
+    def to_instances(self, prediction: Prediction, sizes: list[tuple[int, int]]) -> list[Instances]:
         """The best boxes of each image, without non-maximum suppression.
+
+        The host waits for the device once, to learn how many boxes each image has.
 
         Args:
             prediction: of any stage.
-            image_sizes: (height, width) of each image in pixels.
+            sizes: (height, width) of each image in the pixels that the boxes are wanted in.
 
         Returns:
-            For each image at most `max_detections` boxes (corners in pixels of the image), best
+            For each image at most `max_detections` boxes (corners, clipped to the size), best
             first. A query may answer for several classes, as in Deformable DETR, with the focal
-            head. What is not finite is left out.
+            head. What is not finite or has no area within the image is left out.
         """
         logits = prediction.pred_logits.float()
         scores = logits.sigmoid() if self.class_head == "focal" else logits.softmax(-1)[..., :-1]
         num_classes = scores.shape[-1]
-        sizes = torch.tensor([(w, h, w, h) for h, w in image_sizes], device=logits.device)
-        corners = box_cxcywh_to_xyxy(prediction.pred_boxes.float()) * sizes[:, None]
+        limits = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=logits.dtype)
+        limits = to_device(limits, logits.device)[:, None]
+        corners = box_cxcywh_to_xyxy(prediction.pred_boxes.float()) * limits
         finite = corners.isfinite().all(dim=-1) & scores.isfinite().all(dim=-1)  # (B, Q)
-        scores = scores.masked_fill(~finite[..., None], -1).flatten(1)  # (B, Q·K)
+        corners = torch.minimum(corners.clamp(min=0), limits)
+        kept = finite & (corners[..., 2:] > corners[..., :2]).all(dim=-1)
+        scores = scores.masked_fill(~kept[..., None], -1).flatten(1)  # (B, Q·K)
         scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
-        results = []
-        for image, size in enumerate(image_sizes):
-            kept = scores[image] >= 0
-            best = index[image][kept]
-            boxes = Boxes(corners[image, best // num_classes])
-            boxes.clip(size)
-            results.append(
-                Instances(
-                    size,
-                    pred_boxes=boxes,
-                    scores=scores[image][kept],
-                    pred_classes=best % num_classes,
-                )
+        query = index.div(num_classes, rounding_mode="floor")
+        boxes = corners.gather(1, query[..., None].expand(-1, -1, 4))
+        classes = index % num_classes
+        # what is left out has the lowest scores, and so comes last
+        counts = (scores >= 0).sum(dim=1).tolist()
+        return [
+            Instances(
+                size,
+                pred_boxes=Boxes(boxes[image, :count]),
+                scores=scores[image, :count],
+                pred_classes=classes[image, :count],
             )
-        return results
+            for image, (size, count) in enumerate(zip(sizes, counts, strict=True))
+        ]

@@ -4,8 +4,7 @@ Shape letters, used in the comments of every file: B images, L levels, Q queries
 K classes, S stages, R the side of the pooled region.
 """
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,6 +32,10 @@ class Pyramid:
     features: tuple[Tensor, ...]
     strides: tuple[int, ...]
     image_sizes: Tensor
+    # What was computed once: of the sizes, shared with the same pyramid with other features; and
+    # of the features. (torch.compile cannot trace the lock in Python 3.11's cached_property.)
+    _of_sizes: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    _of_features: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -68,45 +71,37 @@ class Pyramid:
             self.strides[level], rounding_mode="floor"
         )
 
-    @cached_property
-    def _valid(self) -> tuple[Tensor, ...]:
-        masks = []
-        for level, feature in enumerate(self.features):
-            height, width = feature.shape[-2:]
-            sizes = self.sizes(level)
-            rows = torch.arange(height, device=feature.device) < sizes[:, :1]  # (B, H)
-            columns = torch.arange(width, device=feature.device) < sizes[:, 1:]  # (B, W)
-            masks.append((rows[:, :, None] & columns[:, None, :])[:, None])
-        return tuple(masks)
-
     def valid(self, level: int) -> Tensor:
         """True where a position of the level belongs to the image: (B, 1, H, W) bool."""
-        return self._valid[level]
-
-    @cached_property
-    def _filled(self) -> tuple[bool, ...]:
-        if self.image_sizes.device.type != "cpu":  # reading it would stall the device
-            return (False,) * len(self)
-        return tuple(
-            bool((self.sizes(level) >= torch.tensor(feature.shape[-2:])).all())
-            for level, feature in enumerate(self.features)
-        )
+        key = "valid", level
+        if key not in self._of_sizes:
+            feature, sizes = self.features[level], self.sizes(level)
+            height, width = feature.shape[-2:]
+            rows = torch.arange(height, device=feature.device) < sizes[:, :1]  # (B, H)
+            columns = torch.arange(width, device=feature.device) < sizes[:, 1:]  # (B, W)
+            self._of_sizes[key] = (rows[:, :, None] & columns[:, None, :])[:, None]
+        return self._of_sizes[key]
 
     def filled(self, level: int) -> bool:
-        """Whether the level is known to hold no padding; False where asking would cost a stall."""
-        return self._filled[level]
+        """Whether the level is known to hold no padding; False where asking would cost a stall,
+        and in what is compiled, which serves images of any true size."""
+        if self.image_sizes.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        key = "filled", level
+        if key not in self._of_sizes:
+            padded = torch.tensor(self.features[level].shape[-2:])
+            self._of_sizes[key] = bool((self.sizes(level) >= padded).all())
+        return self._of_sizes[key]
 
     def with_features(self, features: list[Tensor] | tuple[Tensor, ...]) -> "Pyramid":
         """The same pyramid with other features of the same spatial sizes."""
         pyramid = replace(self, features=tuple(features))
-        for name in ("_valid", "_filled"):  # they depend on the sizes only
-            if name in self.__dict__:
-                pyramid.__dict__[name] = self.__dict__[name]
+        object.__setattr__(pyramid, "_of_sizes", self._of_sizes)
         return pyramid
 
     def masked(self) -> "Pyramid":
         """The same pyramid with zeros beyond the true sizes."""
-        if all(self._filled):
+        if all(self.filled(level) for level in range(len(self))):
             return self
         return self.with_features(
             [
@@ -115,16 +110,16 @@ class Pyramid:
             ]
         )
 
-    @cached_property
-    def _table(self) -> Tensor:
-        return torch.cat([f.permute(0, 2, 3, 1).flatten(1, 2) for f in self.features], dim=1)
-
     def table(self) -> Tensor:
         """All levels as one table of positions, fine to coarse, row by row: (B, ΣHW, C).
 
         It is built once; later calls return the same tensor.
         """
-        return self._table
+        if "table" not in self._of_features:
+            self._of_features["table"] = torch.cat(
+                [f.permute(0, 2, 3, 1).flatten(1, 2) for f in self.features], dim=1
+            )
+        return self._of_features["table"]
 
 
 @dataclass(frozen=True)

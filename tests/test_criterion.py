@@ -4,20 +4,29 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from detectron2.utils import comm
+from fvcore.nn import sigmoid_focal_loss
 from helpers import small_config
 from reference.matching import cheapest_pairs, cost_matrix, focal, giou, l1
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dynamic_detr import Prediction
-from dynamic_detr.losses import HungarianMatcher, SetCriterion, build_criterion
+from dynamic_detr.losses import (
+    HungarianMatcher,
+    SetCriterion,
+    build_criterion,
+    generalized_iou,
+)
+from dynamic_detr.structures import box_cxcywh_to_xyxy
 
 Target = tuple[Tensor, Tensor]
 
 
-def criterion(num_classes: int = 2, **options) -> SetCriterion:
+def criterion(**options) -> SetCriterion:
     shared = {key: options[key] for key in ("class_head", "l1_format") if key in options}
-    return SetCriterion(num_classes, HungarianMatcher(**shared), **options)
+    return SetCriterion(HungarianMatcher(**shared), **options)
 
 
 def target(labels=(), boxes=()) -> Target:
@@ -92,7 +101,7 @@ def test_is_the_loop(l1_format):
         Prediction(torch.randn(3, queries, classes), boxes(3, queries)) for _ in range(2)
     ]
     targets = [(torch.randint(0, classes, (count,)), boxes(count)) for count in counts]
-    losses = criterion(classes, l1_format=l1_format)(predictions, targets)
+    losses = criterion(l1_format=l1_format)(predictions, targets)
     for prediction, suffix in zip(predictions, ("_0", ""), strict=True):
         expected = {"class": 0.0, "l1": 0.0, "giou": 0.0}
         for image, (labels, objects) in enumerate(targets):
@@ -152,10 +161,15 @@ def test_empty_images_count_in_the_class_loss_only():
 class TestSeveralProcesses:
     @pytest.fixture
     def two_processes(self, monkeypatch):
-        """A world of two: what the other process adds to each sum is given by the test."""
+        """A world of two: what the other process adds to the sums of objects and of class
+        weights is given by the test."""
         additions = []
+
+        def all_reduce(sums: Tensor) -> None:
+            sums += torch.tensor(additions.pop(0))
+
         monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda t: t.add_(additions.pop(0)))
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         return additions
 
     @pytest.mark.parametrize("class_head", ["focal", "softmax"])
@@ -164,16 +178,17 @@ class TestSeveralProcesses:
         classes = 2 + (class_head == "softmax")
         logits, boxes = torch.randn(2, 3, classes), torch.rand(2, 3, 4) * 0.4 + 0.1
         targets = [target([0, 1], [OBJECT, BOXES[0]]), target()]
-        weights = [2 * 1 + 0.1, 3 * 0.1]  # of the softmax head's entries in each process
+        # by which the class loss is divided, of each process: objects, or weights of all entries
+        totals = [2.0, 0.0] if class_head == "focal" else [2 * 1 + 0.1, 3 * 0.1]
         loss = criterion(class_head=class_head)
 
-        def process(images, *others):
-            two_processes[:] = others
+        def process(images, *other):
+            two_processes[:] = [other]
             part = Prediction(logits[images], boxes[images])
             return loss([part], targets[images])
 
-        first = process(slice(0, 1), 0.0, weights[1])
-        second = process(slice(1, 2), 2.0, weights[0])
+        first = process(slice(0, 1), 0.0, totals[1])
+        second = process(slice(1, 2), 2.0, totals[0])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(comm, "get_world_size", lambda: 1)
             whole = loss([Prediction(logits, boxes)], targets)
@@ -183,22 +198,22 @@ class TestSeveralProcesses:
 
     def test_fewer_objects_than_processes(self, two_processes):
         """One object among two processes divides by ½ each, not by 1."""
-        two_processes[:] = [0.0]
+        two_processes[:] = [(0.0, 0.0)]
         losses = criterion()([simple_prediction()], [target([1], [OBJECT])])
         assert losses["loss_l1"].item() == pytest.approx(2 * 5 * 0.1)
 
     def test_no_object_anywhere(self, two_processes):
-        two_processes[:] = [0.0]
+        two_processes[:] = [(0.0, 0.0)]
         losses = criterion()([simple_prediction()], [target()])
         assert losses["loss_l1"] == 0
         assert losses["loss_class"].isfinite()
 
     def test_every_process_joins_in_the_sums(self, two_processes):
         """Also one whose images are empty: else the others would wait for it."""
-        two_processes[:] = [0.0, 0.0, 0.0]
+        two_processes[:] = [(0.0, 0.0)]
         stages = [simple_prediction(3), simple_prediction(3)]
         criterion(class_head="softmax")(stages, [target()])
-        assert not two_processes  # objects once, class weights of each stage
+        assert not two_processes  # once for all stages
 
 
 class TestBadBoxes:
@@ -248,6 +263,75 @@ class TestBadBoxes:
         assert 0 <= losses["loss_giou"].item() <= 2 * 2 + 1e-4
 
 
+class TestGradients:
+    """Against the loss written down stage by stage, with fvcore's focal loss."""
+
+    @staticmethod
+    def plain(class_head: str, predictions, targets, matches) -> Tensor:
+        """The sum of all losses; `matches`: for each stage, for each image, queries and objects."""
+        objects = max(sum(len(labels) for labels, _ in targets), 1)
+        total = 0.0
+        for prediction, pairs in zip(predictions, matches, strict=True):
+            logits, boxes = prediction.pred_logits, prediction.pred_boxes
+            classes = torch.full(logits.shape[:2], logits.shape[2] - (class_head == "softmax"))
+            for image, (queries, found) in enumerate(pairs):
+                labels, wanted = targets[image]
+                classes[image, queries] = labels[found]
+                box, wanted = boxes[image, queries], wanted[found]
+                overlap = generalized_iou(box_cxcywh_to_xyxy(box), box_cxcywh_to_xyxy(wanted))
+                total += 5 * (box - wanted).abs().sum() / objects
+                total += 2 * (1 - overlap).sum() / objects
+            if class_head == "softmax":
+                weight = torch.tensor([1.0] * (logits.shape[2] - 1) + [0.1])
+                costs = F.cross_entropy(
+                    logits.flatten(0, 1), classes.flatten(), weight, reduction="sum"
+                )
+                total += 2 * costs / max(weight[classes].sum().item(), 1)
+            else:
+                yes = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].float()
+                total += 2 * sigmoid_focal_loss(logits, yes, 0.25, 2, "sum") / objects
+        return total
+
+    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    @pytest.mark.parametrize("counts", [[2, 0, 6], [1], [0, 0]], ids=str)
+    def test_are_those_of_the_plain_loss(self, class_head, counts):
+        stages, queries, classes = 3, 4, 5
+        shape = (stages, len(counts), queries)
+        logits = (torch.randn(*shape, classes + (class_head == "softmax")) * 3).requires_grad_()
+        boxes = (torch.rand(*shape, 4) * 0.4 + 0.1).requires_grad_()
+        predictions = [Prediction(*pair) for pair in zip(logits, boxes, strict=True)]
+        targets = [
+            (torch.randint(0, classes, (count,)), torch.rand(count, 4) * 0.4 + 0.1)
+            for count in counts
+        ]
+        loss = criterion(class_head=class_head)
+        total = sum(loss(predictions, targets).values())
+        found = torch.autograd.grad(total, (logits, boxes))
+
+        labels, wanted = (torch.cat(part) for part in zip(*targets, strict=True))
+        costs = loss.matcher.costs(logits, boxes, labels, wanted, counts)
+        matches = [
+            [linear_sum_assignment(cost.T.numpy()) for cost in costs[:, stage].split(counts)]
+            for stage in range(stages)
+        ]
+        expected = self.plain(class_head, predictions, targets, matches)
+        torch.testing.assert_close(total, expected)
+        if sum(counts):
+            grads = torch.autograd.grad(expected, (logits, boxes))
+            torch.testing.assert_close(found, grads, rtol=1e-4, atol=1e-6)
+        else:
+            assert not found[1].any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("class_head", ["focal", "softmax"])
+def test_any_logit_that_is_not_finite_makes_the_class_loss_not_finite(bad, class_head):
+    prediction = simple_prediction(2 + (class_head == "softmax"))
+    prediction.pred_logits[0, 0, 0] = bad
+    losses = criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
+    assert not losses["loss_class"].isfinite()
+
+
 def test_half_precision_predictions_are_paid_in_float32():
     prediction = Prediction(torch.zeros(1, 2, 2).bfloat16(), torch.tensor([BOXES]).bfloat16())
     losses = criterion()([prediction], [target([1], [OBJECT])])
@@ -257,7 +341,6 @@ def test_half_precision_predictions_are_paid_in_float32():
 def test_config_reaches_the_criterion():
     loss = build_criterion(
         small_config(
-            NUM_CLASSES=7,
             CLASS_HEAD="softmax",
             LOSS__CLASS_WEIGHT=1.0,
             LOSS__L1_WEIGHT=2.0,
@@ -268,8 +351,7 @@ def test_config_reaches_the_criterion():
             LOSS__FOCAL_GAMMA=1.5,
         )
     )
-    assert loss.num_classes == 7
-    torch.testing.assert_close(loss.class_weights, torch.tensor([1.0] * 7 + [0.4]))
+    assert loss.no_object_weight == 0.4
     for part in (loss, loss.matcher):
         assert (part.class_weight, part.l1_weight, part.giou_weight) == (1.0, 2.0, 3.0)
         assert (part.class_head, part.l1_format) == ("softmax", "xyxy")

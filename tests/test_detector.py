@@ -99,7 +99,7 @@ class TestTraining:
 
     def test_targets_are_normalised_by_the_true_size(self, model):
         batch = [training_input(50, 100, [[10, 5, 30, 45]], [3]), training_input(64, 64)]
-        targets = model._targets(batch, model._images(batch))
+        targets = model._targets(batch)
         torch.testing.assert_close(targets[0][1], torch.tensor([[0.2, 0.5, 0.2, 0.8]]))
         assert targets[0][0].tolist() == [3]
         assert targets[1][1].shape == (0, 4)
@@ -188,6 +188,16 @@ class TestInference:
         cfg.TEST.DETECTIONS_PER_IMAGE = detections
         (result,) = infer(build_model(cfg), [{"image": random_image(64, 64)}])
         assert len(result) <= min(detections, 4 * 5)
+
+    def test_boxes_without_area_are_left_out(self, model):
+        """Flat, inverted, or beside the image; what remains fills their places."""
+        logits = torch.arange(20.0).view(1, 4, 5)
+        boxes = [[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0], [0.5, 0.5, -0.2, 0.2], [2, 0.5, 1, 1]]
+        (result,) = model.to_instances(Prediction(logits, torch.tensor([boxes])), [(50, 50)])
+        assert result.pred_classes.tolist() == [4, 3, 2, 1, 0]
+        torch.testing.assert_close(
+            result.pred_boxes.tensor, torch.tensor([[20.0, 20.0, 30.0, 30.0]]).expand(5, 4)
+        )
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
     def test_what_is_not_finite_is_left_out(self, model, bad):

@@ -9,6 +9,7 @@ Names that ``MODEL.BACKBONE.NAME`` may give, beside all of Detectron2's own:
 
 from .deform_block import DeformBottleneckBlock, DeformConv2d
 from .fpn import build_resnet_deform_fpn_backbone
+from .recompute import checkpoint_resnet_stages
 from .resnet import build_resnet_deform_backbone, make_resnet
 
 __all__ = [
@@ -16,5 +17,6 @@ __all__ = [
     "DeformConv2d",
     "build_resnet_deform_backbone",
     "build_resnet_deform_fpn_backbone",
+    "checkpoint_resnet_stages",
     "make_resnet",
 ]

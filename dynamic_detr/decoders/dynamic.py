@@ -6,6 +6,7 @@ import math
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
@@ -53,6 +54,8 @@ class DynamicDecoder(nn.Module):
         initial_boxes: where the first boxes start; "image": the whole image each, as the paper;
             "grid": see `grid_boxes`.
         learn_initial_boxes: whether the first boxes are parameters, or stay where they start.
+        checkpoint_stages: in training, keep only the inputs of each stage and compute it again in
+            the backward pass.
         num_heads, ffn_dim, dropout, pooling_size, sampling_ratio, canonical_size, dynamic_dim,
             dynamic_filter: see `DynamicDecoderStage`.
 
@@ -79,8 +82,10 @@ class DynamicDecoder(nn.Module):
         canonical_size: float = 224,
         dynamic_dim: int = 64,
         dynamic_filter: str = "bottleneck",
+        checkpoint_stages: bool = False,
     ) -> None:
         super().__init__()
+        self.checkpoint_stages = checkpoint_stages
         self.query_embed = nn.Embedding(num_queries, channels)
         if initial_boxes not in INITIAL_BOXES:
             raise ValueError(
@@ -129,6 +134,7 @@ class DynamicDecoder(nn.Module):
             "canonical_size": decoder.CANONICAL_SIZE,
             "dynamic_dim": decoder.DYNAMIC_DIM,
             "dynamic_filter": decoder.DYNAMIC_FILTER,
+            "checkpoint_stages": node.CHECKPOINT.DECODER_STAGES,
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
@@ -138,8 +144,14 @@ class DynamicDecoder(nn.Module):
         dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
         boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
         predictions = []
+        recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
-            queries, logits, boxes = stage(pyramid, queries, boxes)
+            if recompute:
+                queries, logits, boxes = checkpoint(
+                    stage, pyramid, queries, boxes, use_reentrant=False
+                )
+            else:
+                queries, logits, boxes = stage(pyramid, queries, boxes)
             predictions.append(Prediction(logits, boxes))
             boxes = boxes.detach()
         return predictions

@@ -13,7 +13,7 @@ from .dynamic_interaction import DYNAMIC_FILTERS
 
 __all__ = ["DynamicDecoderStage", "apply_box_deltas"]
 
-DELTA_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
+CENTER_WEIGHT = 2.0  # of the deltas of the centre; 1 for those of the size
 MAX_LOG_SCALE = math.log(1e5 / 16)  # a box grows at most this much in one stage
 
 
@@ -27,8 +27,7 @@ def apply_box_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
     Returns:
         (..., 4) cx, cy, w, h in the unit of the boxes.
     """
-    deltas = deltas / deltas.new_tensor(DELTA_WEIGHTS)
-    center = boxes[..., :2] + deltas[..., :2] * boxes[..., 2:]
+    center = boxes[..., :2] + deltas[..., :2] / CENTER_WEIGHT * boxes[..., 2:]
     size = boxes[..., 2:] * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([center, size], dim=-1)
 

@@ -3,6 +3,7 @@ deformable convolutions between neighbouring levels with scale, spatial and chan
 
 from detectron2.config import CfgNode, configurable
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
@@ -25,6 +26,8 @@ class DynamicEncoder(nn.Module):
         offsets: "resized", offsets are displacements in the image and are resized for the
             neighbouring levels; or "legacy", as the published DyHead code reads them, for its
             checkpoints (not invariant to padding).
+        checkpoint_blocks: in training, keep only the input of each block and compute it again in
+            the backward pass.
 
     Raises:
         ValueError: offsets is neither, or the channels do not divide into the groups.
@@ -37,6 +40,7 @@ class DynamicEncoder(nn.Module):
         num_blocks: int = 6,
         num_groups: int = 16,
         offsets: str = "resized",
+        checkpoint_blocks: bool = False,
     ) -> None:
         super().__init__()
         if offsets not in BLOCKS:
@@ -51,6 +55,7 @@ class DynamicEncoder(nn.Module):
         block = BLOCKS[offsets]
         self.blocks = nn.ModuleList(block(channels, num_groups) for _ in range(num_blocks))
         self.masks_padding = offsets != "legacy"
+        self.checkpoint_blocks = checkpoint_blocks
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -60,12 +65,17 @@ class DynamicEncoder(nn.Module):
             "num_blocks": node.ENCODER.NUM_BLOCKS,
             "num_groups": node.ENCODER.NUM_GROUPS,
             "offsets": node.ENCODER.OFFSETS,
+            "checkpoint_blocks": node.CHECKPOINT.ENCODER_BLOCKS,
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Pyramid to pyramid of the same shape; with zeros beyond the true sizes unless legacy."""
         if self.masks_padding:
             pyramid = pyramid.masked()
+        recompute = self.checkpoint_blocks and self.training
         for block in self.blocks:
-            pyramid = block(pyramid)
+            if recompute:
+                pyramid = checkpoint(block, pyramid, use_reentrant=False)
+            else:
+                pyramid = block(pyramid)
         return pyramid

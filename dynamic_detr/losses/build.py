@@ -33,7 +33,6 @@ def build_criterion(cfg: CfgNode) -> SetCriterion:
         "gamma": node.LOSS.FOCAL_GAMMA,
     }
     return SetCriterion(
-        node.NUM_CLASSES,
         HungarianMatcher(**shared),
         no_object_weight=node.LOSS.NO_OBJECT_WEIGHT,
         **shared,

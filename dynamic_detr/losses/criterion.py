@@ -1,13 +1,17 @@
-"""The set loss of DETR with deep supervision: every stage is matched and pays on its own."""
+"""The set loss of DETR with deep supervision: every stage is matched and pays on its own.
+
+All stages and images are computed together. What does not depend on the matching is given to the
+device while the assignment is solved; the host waits for the device once, for the costs.
+"""
 
 import torch
-import torch.nn.functional as F
 from detectron2.utils import comm
-from fvcore.nn import sigmoid_focal_loss
 from torch import Tensor, nn
 
 from ..structures import Prediction, box_cxcywh_to_xyxy
+from ..transfers import to_device
 from .boxes import generalized_iou
+from .focal import focal_no, focal_yes
 from .matcher import HungarianMatcher
 
 __all__ = ["SetCriterion", "Target"]
@@ -24,7 +28,6 @@ class SetCriterion(nn.Module):
     of one process with the whole batch.
 
     Args:
-        num_classes: K.
         matcher: pairs predictions and objects.
         class_weight, l1_weight, giou_weight: weights of the losses.
         class_head: "focal" or "softmax".
@@ -35,7 +38,6 @@ class SetCriterion(nn.Module):
 
     def __init__(
         self,
-        num_classes: int,
         matcher: HungarianMatcher,
         class_weight: float = 2.0,
         l1_weight: float = 5.0,
@@ -47,18 +49,15 @@ class SetCriterion(nn.Module):
         gamma: float = 2.0,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.matcher = matcher
         self.class_weight = class_weight
         self.l1_weight = l1_weight
         self.giou_weight = giou_weight
         self.class_head = class_head
+        self.no_object_weight = no_object_weight
         self.l1_format = l1_format
         self.alpha = alpha
         self.gamma = gamma
-        weights = torch.ones(num_classes + 1)
-        weights[-1] = no_object_weight
-        self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, predictions: list[Prediction], targets: list[Target]) -> dict[str, Tensor]:
         """Weighted losses of every stage.
@@ -72,67 +71,89 @@ class SetCriterion(nn.Module):
             those of the stages before it. A prediction that is not finite makes its losses not
             finite; nothing is raised.
         """
-        labels = [label for label, _ in targets]
-        boxes = [box.float() for _, box in targets]
-        matches = self.matcher(predictions, labels, boxes)
-        objects = torch.tensor(
-            float(sum(map(len, labels))), device=predictions[0].pred_boxes.device
-        )
-        normalizer = _mean_over_processes(objects)
-        losses = {}
-        for stage, (prediction, pairs) in enumerate(zip(predictions, matches, strict=True)):
-            suffix = "" if stage == len(predictions) - 1 else f"_{stage}"
-            stage_losses = self._stage(prediction, pairs, labels, boxes, normalizer)
-            losses.update({f"loss_{name}{suffix}": loss for name, loss in stage_losses.items()})
-        return losses
+        logits = torch.stack([p.pred_logits for p in predictions]).float()  # (S, B, Q, K)
+        pred_boxes = torch.stack([p.pred_boxes for p in predictions]).float()  # (S, B, Q, 4)
+        counts = [len(labels) for labels, _ in targets]
+        labels = torch.cat([labels for labels, _ in targets])
+        boxes = torch.cat([boxes for _, boxes in targets]).float()
+        search = self.matcher(logits, pred_boxes, labels, boxes, counts)
 
-    def _stage(
-        self,
-        prediction: Prediction,
-        pairs: list[tuple[Tensor, Tensor]],
-        labels: list[Tensor],
-        boxes: list[Tensor],
-        normalizer: Tensor,
-    ) -> dict[str, Tensor]:
-        device = prediction.pred_boxes.device
-        image = torch.cat([torch.full_like(query, index) for index, (query, _) in enumerate(pairs)])
-        query = torch.cat([query for query, _ in pairs])
-        matched_labels = torch.cat([label[i] for label, (_, i) in zip(labels, pairs, strict=True)])
-        matched_boxes = torch.cat([box[i] for box, (_, i) in zip(boxes, pairs, strict=True)])
+        # none of this needs the matches
+        objects, class_total = self._normalizers(logits.shape[1:3], counts, logits.device)
+        entries = self._class_entries(logits)
+        class_no = self._cost_of_no(entries)
+        # predictions that no object was matched to count as nothing, unless they are not finite
+        logits_trace = 0 * logits.sum(dim=(1, 2, 3))
+        boxes_trace = 0 * pred_boxes.sum(dim=(1, 2, 3))
 
-        logits = prediction.pred_logits.float()
-        classes = torch.full(logits.shape[:2], self.num_classes, device=device)
-        classes[image, query] = matched_labels
-
-        pred_boxes = prediction.pred_boxes.float()[image, query]
-        corners, pred_corners = box_cxcywh_to_xyxy(matched_boxes), box_cxcywh_to_xyxy(pred_boxes)
+        rows, matched = search.wait()
+        labels, boxes = labels[matched], boxes[matched]  # (S, M), (S, M, 4)
+        pred_boxes = pred_boxes.flatten(0, 2)[rows]
+        corners, pred_corners = box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(pred_boxes)
         if self.l1_format == "xyxy":
-            l1 = F.l1_loss(pred_corners, corners, reduction="sum")
+            l1 = (pred_corners - corners).abs()
         else:
-            l1 = F.l1_loss(pred_boxes, matched_boxes, reduction="sum")
-        # boxes that no object was matched to count as nothing, unless they are not finite
-        l1 = l1 + 0 * prediction.pred_boxes.sum()
-        giou = (1 - generalized_iou(pred_corners, corners)).sum()
+            l1 = (pred_boxes - boxes).abs()
+        sums = {
+            "class": (
+                self.class_weight / class_total,
+                self._class_sum(entries, class_no, rows, labels) + logits_trace,
+            ),
+            "l1": (self.l1_weight / objects, l1.sum(dim=(1, 2)) + boxes_trace),
+            "giou": (
+                self.giou_weight / objects,
+                (1 - generalized_iou(pred_corners, corners)).sum(dim=1),
+            ),
+        }
+        losses = {name: (weight * total).unbind() for name, (weight, total) in sums.items()}
+        last = len(predictions) - 1
         return {
-            "class": self.class_weight * self._class_loss(logits, classes, normalizer),
-            "l1": self.l1_weight * l1 / normalizer,
-            "giou": self.giou_weight * giou / normalizer,
+            f"loss_{name}" + ("" if stage == last else f"_{stage}"): losses[name][stage]
+            for stage in range(len(predictions))
+            for name in losses
         }
 
-    def _class_loss(self, logits: Tensor, classes: Tensor, normalizer: Tensor) -> Tensor:
+    def _normalizers(
+        self, shape: tuple[int, int], counts: list[int], device: torch.device
+    ) -> list[float] | list[Tensor]:
+        """What box losses and class loss are divided by.
+
+        Both are known before the matching: every image pairs min(Q, T_b) queries.
+        """
+        batch, queries = shape
+        objects = class_total = float(sum(counts))
         if self.class_head == "softmax":
-            total = F.cross_entropy(
-                logits.flatten(0, 1), classes.flatten(), self.class_weights, reduction="sum"
-            )
-            return total / _mean_over_processes(self.class_weights[classes].sum())
-        wanted = F.one_hot(classes, self.num_classes + 1)[..., :-1].to(logits.dtype)
-        loss = sigmoid_focal_loss(logits, wanted, self.alpha, self.gamma, reduction="sum")
-        return loss / normalizer
+            paired = sum(min(count, queries) for count in counts)
+            class_total = paired + self.no_object_weight * (batch * queries - paired)
+        return _mean_over_processes([objects, class_total], device)
+
+    def _class_entries(self, logits: Tensor) -> Tensor:
+        """What the class loss looks at: sigmoid logits, or the logarithms of probabilities."""
+        return logits.log_softmax(dim=-1) if self.class_head == "softmax" else logits
+
+    def _cost_of_no(self, entries: Tensor) -> Tensor:
+        """(S, B, Q, K) or, with softmax, (S, B, Q): the class loss if no query had an object."""
+        if self.class_head == "softmax":
+            return -self.no_object_weight * entries[..., -1]
+        return focal_no(entries, self.alpha, self.gamma)
+
+    def _class_sum(self, entries: Tensor, no: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """(S,): the class loss, with the matched entries paying for yes instead of no."""
+        yes = entries.flatten(0, 2)[rows, labels]  # (S, M)
+        if self.class_head == "softmax":
+            place, yes = rows, -yes
+        else:
+            place = rows * entries.shape[-1] + labels
+            yes = focal_yes(yes, self.alpha, self.gamma)
+        return no.flatten().index_put((place,), yes).view_as(no).flatten(1).sum(dim=1)
 
 
-def _mean_over_processes(total: Tensor) -> Tensor:
-    """max(sum over all processes, 1) / number of processes, so that no process divides by 0."""
-    if comm.get_world_size() > 1:
-        total = total.clone()
-        torch.distributed.all_reduce(total)
-    return total.clamp(min=1) / comm.get_world_size()
+def _mean_over_processes(totals: list[float], device: torch.device) -> list[float] | list[Tensor]:
+    """For each total max(sum over all processes, 1) / number of processes, so that no process
+    divides by 0."""
+    world = comm.get_world_size()
+    if world == 1:
+        return [max(total, 1.0) for total in totals]
+    sums = to_device(torch.tensor(totals), device)
+    torch.distributed.all_reduce(sums)
+    return list((sums.clamp(min=1) / world).unbind())

@@ -1,13 +1,14 @@
 """Bipartite matching of predictions and objects (End-to-End Object Detection with Transformers,
-equation 1), for all stages at once."""
+equation 1), for all stages and images at once."""
 
 import torch
-import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from ..structures import Prediction, box_cxcywh_to_xyxy
+from ..structures import box_cxcywh_to_xyxy
+from ..transfers import to_device
+from .assignment import PendingAssignment
 from .boxes import generalized_iou
+from .focal import focal_no, focal_yes
 
 __all__ = ["HungarianMatcher"]
 
@@ -47,61 +48,49 @@ class HungarianMatcher(nn.Module):
         self.alpha = alpha
         self.gamma = gamma
 
-    @torch.no_grad()
     def forward(
-        self, predictions: list[Prediction], labels: list[Tensor], boxes: list[Tensor]
-    ) -> list[list[tuple[Tensor, Tensor]]]:
-        """Matches every stage and image on its own.
+        self, logits: Tensor, pred_boxes: Tensor, labels: Tensor, boxes: Tensor, counts: list[int]
+    ) -> PendingAssignment:
+        """Starts to match every stage and image on its own.
 
         Args:
-            predictions: S stages.
-            labels: for each image (T,) int64, classes of its T objects.
-            boxes: for each image (T, 4) cx, cy, w, h, normalised.
+            logits: (S, B, Q, K) of all stages.
+            pred_boxes: (S, B, Q, 4) cx, cy, w, h, normalised.
+            labels: (T,) int64, classes of the objects of all images, image by image.
+            boxes: (T, 4) of the objects, as the predicted ones.
+            counts: the number of objects of each image.
 
         Returns:
-            For each stage, for each image, (queries, objects): two int64 tensors on the device
-            with min(Q, T) pairs, queries ascending.
+            The search; its `wait` gives min(T_b, Q) pairs for each stage and image of T_b objects.
         """
-        logits = torch.stack([p.pred_logits for p in predictions]).float()  # (S, B, Q, K)
-        pred_boxes = torch.stack([p.pred_boxes for p in predictions]).float()
-        costs = [
-            self._cost(logits[:, image], pred_boxes[:, image], labels[image], boxes[image])
-            for image in range(logits.shape[1])
-        ]
-        flat = torch.cat([cost.flatten() for cost in costs]).cpu()  # one transfer
-        parts = flat.split([cost.numel() for cost in costs])
-        costs = [part.view(c.shape).numpy() for part, c in zip(parts, costs, strict=True)]
-        device = logits.device
-        return [
-            [
-                tuple(torch.as_tensor(i, device=device) for i in linear_sum_assignment(cost[stage]))
-                for cost in costs
-            ]
-            for stage in range(len(predictions))
-        ]
+        return PendingAssignment(self.costs(logits, pred_boxes, labels, boxes, counts), counts)
 
-    def _cost(self, logits: Tensor, pred_boxes: Tensor, labels: Tensor, boxes: Tensor) -> Tensor:
-        """(S, Q, T) from (S, Q, K), (S, Q, 4), (T,) and (T, 4)."""
+    @torch.no_grad()
+    def costs(
+        self, logits: Tensor, pred_boxes: Tensor, labels: Tensor, boxes: Tensor, counts: list[int]
+    ) -> Tensor:
+        """(T, S, Q) float32, finite: what it costs that a query of its own image answers for an
+        object. Arguments as in `forward`."""
+        image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        image = to_device(image, logits.device)
+        # each object beside the predictions for its own image: nothing is computed for padding
+        pred_boxes = pred_boxes.float().transpose(0, 1)[image]  # (T, S, Q, 4)
+        boxes = boxes.float()[:, None, None]
         corners, pred_corners = box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(pred_boxes)
         if self.l1_format == "xyxy":
-            l1 = (pred_corners[:, :, None] - corners).abs().sum(dim=-1)
+            l1 = (pred_corners - corners).abs().sum(dim=-1)
         else:
-            l1 = (pred_boxes[:, :, None] - boxes).abs().sum(dim=-1)
-        giou = generalized_iou(pred_corners[:, :, None], corners)
+            l1 = (pred_boxes - boxes).abs().sum(dim=-1)
         cost = (
-            self.class_weight * self._class_cost(logits, labels)
+            self.class_weight * self._class_cost(logits.float(), image, labels)
             + self.l1_weight * l1
-            - self.giou_weight * giou
+            - self.giou_weight * generalized_iou(pred_corners, corners)
         )
         return torch.nan_to_num(cost, nan=BAD_COST, posinf=BAD_COST, neginf=BAD_COST)
 
-    def _class_cost(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def _class_cost(self, logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
+        """(T, S, Q) from (S, B, Q, K)."""
         if self.class_head == "softmax":
-            return -logits.softmax(dim=-1)[..., labels]
-        logits = logits[..., labels]
-        probability = logits.sigmoid()
-        log_yes = F.logsigmoid(logits)
-        log_no = F.logsigmoid(-logits)
-        yes = -self.alpha * (1 - probability) ** self.gamma * log_yes
-        no = -(1 - self.alpha) * probability**self.gamma * log_no
-        return yes - no
+            return -logits.softmax(dim=-1).transpose(0, 1)[image, :, :, labels]
+        logits = logits.transpose(0, 1)[image, :, :, labels]
+        return focal_yes(logits, self.alpha, self.gamma) - focal_no(logits, self.alpha, self.gamma)

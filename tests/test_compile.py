@@ -1,0 +1,157 @@
+"""Encoder and decoder are one graph each for torch.compile, whatever the true sizes; and nothing
+between image and boxes makes the host wait for the device."""
+
+import pytest
+import torch
+from helpers import batch_pyramid, random_image, random_levels, shake, small_config, small_model
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from dynamic_detr import DynamicDETR, Prediction, Pyramid
+from dynamic_detr.compilation import CompilationError
+from dynamic_detr.decoders import DynamicDecoder, dynamic_stage
+from dynamic_detr.encoders import DynamicEncoder
+
+CHANNELS = 16
+STRIDES = (4, 8)
+PADDED = (32, 48)
+BATCHES = ([(32, 48), (20, 31)], [(9, 48), (32, 17)])
+SMALL = {"HIDDEN_DIM": 32, "NUM_QUERIES": 4, "ENCODER__NUM_GROUPS": 8, "DECODER__NUM_STAGES": 1}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def encoder() -> nn.Module:
+    return shake(DynamicEncoder(CHANNELS, num_blocks=1, num_groups=4), 0.1)
+
+
+def decoder() -> nn.Module:
+    options = {"num_queries": 4, "num_stages": 2, "ffn_dim": 16, "pooling_size": 2}
+    return shake(DynamicDecoder(CHANNELS, 3, **options, dynamic_dim=4), 0.1)
+
+
+def fresh(pyramid: Pyramid) -> Pyramid:
+    """Without anything that was computed before."""
+    return Pyramid(pyramid.features, pyramid.strides, pyramid.image_sizes)
+
+
+def pyramids() -> list[Pyramid]:
+    """Two batches of one padded size and different true sizes."""
+    return [
+        batch_pyramid(
+            [random_levels(size, CHANNELS, STRIDES, torch.float32) for size in sizes],
+            sizes,
+            PADDED,
+            STRIDES,
+            garbage=1.0,
+        )
+        for sizes in BATCHES
+    ]
+
+
+def outputs(found: Pyramid | list[Prediction]) -> list[Tensor]:
+    if isinstance(found, Pyramid):
+        return list(found.features)
+    return [tensor for p in found for tensor in (p.pred_logits, p.pred_boxes)]
+
+
+@pytest.mark.parametrize("make", [encoder, decoder])
+@torch.no_grad()
+def test_is_one_graph_for_all_true_sizes(make):
+    model = make().eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for pyramid in pyramids():
+        found, wanted = outputs(compiled(fresh(pyramid))), outputs(model(fresh(pyramid)))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("make", [encoder, decoder])
+def test_gradients_are_the_same(make):
+    model = make()
+    results = []
+    for part in (torch.compile(model, backend="aot_eager"), model):
+        torch.manual_seed(0)
+        pyramid = pyramids()[0]
+        inputs = [*pyramid.features, *model.parameters()]
+        for tensor in pyramid.features:
+            tensor.requires_grad_()
+        total = sum(output.square().sum() for output in outputs(part(pyramid)))
+        results.append(torch.autograd.grad(total, inputs, materialize_grads=True))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_detector_is_compiled_at_inference_only():
+    model = shake(small_model(**SMALL, IN_FEATURES=["p4", "p5"]), 0.01).eval()
+    batches = [[{"image": random_image(*size)}] for size in ((100, 128), (150, 250), (100, 190))]
+    wanted = [model.predict(batch)[1][-1] for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    model.compile_backend, model._inference = counter, None
+    for batch, expected in zip(batches, wanted, strict=True):
+        found = model.predict(batch)[1][-1]
+        torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found.pred_logits, expected.pred_logits, rtol=1e-3, atol=1e-4)
+    frames = counter.frame_count
+    assert 1 <= frames <= len(batches)
+    model.train()._predict(batches[0])
+    assert counter.frame_count == frames
+
+
+def test_config_chooses_the_backend():
+    assert DynamicDETR.from_config(small_config())["compile_backend"] is None
+    cfg = small_config(INFERENCE__COMPILE=True)
+    assert DynamicDETR.from_config(cfg)["compile_backend"] == "inductor"
+
+
+def test_a_compiler_that_fails_is_one_line():
+    def backend(graph, inputs):
+        raise RuntimeError("no working C++ compiler\nfound")
+
+    model = small_model(**SMALL, IN_FEATURES=["p5"]).eval()
+    model.compile_backend = backend
+    with pytest.raises(
+        CompilationError, match=r"COMPILE is True, .* C\+\+ compiler found"
+    ) as error:
+        model.predict([{"image": random_image(64, 64)}])
+    assert "\n" not in str(error.value)
+
+
+class StaysOnTheDevice(TorchFunctionMode):
+    """Refuses tensors on the host, and those that come to the device from there."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            assert found.is_cuda, function
+            assert function not in (torch.tensor, torch.as_tensor, Tensor.new_tensor), args
+        return found
+
+
+def test_the_host_does_not_wait_within_the_network(monkeypatch):
+    """On a GPU that is feigned: whoever asks it for a value, fails. (RoIAlign on its own.)"""
+
+    def no_regions(pyramid: Pyramid, boxes: Tensor, bins: int, *_) -> Tensor:
+        return boxes.new_empty(*boxes.shape[:2], bins**2, pyramid.channels)
+
+    monkeypatch.setattr(dynamic_stage, "pyramid_roi_align", no_regions)
+    model = small_model(**SMALL).eval()
+    with FakeTensorMode(), torch.no_grad():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None:
+                        kind = {"dtype": tensor.dtype, "device": "cuda"}
+                        tensors[name] = torch.empty(tensor.shape, **kind)
+        images = torch.empty(2, 3, 64, 128, device="cuda")
+        sizes = torch.empty(2, 2, dtype=torch.int64, device="cuda")
+        with StaysOnTheDevice():
+            (prediction,) = model._network(images, sizes)
+    assert prediction.pred_boxes.shape == (2, 4, 4)
