@@ -24,7 +24,7 @@ from dynamic_detr import compat
 
 IMAGES = (30, 144941, 213148)  # 2, 3 and 3 objects of 7 classes
 SIDES = (128, 192)  # shortest and longest, in pixels
-ITERATIONS = 160
+ITERATIONS = 240
 LEARNING_RATE = 2e-3
 
 
