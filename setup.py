@@ -27,6 +27,6 @@ setup(
     ],
     extras_require={
         "demo": DRAWING,
-        "test": ["pytest", "hypothesis", "ruff", *DRAWING],
+        "test": ["pytest", "hypothesis", "ruff", "transformers", *DRAWING],
     },
 )

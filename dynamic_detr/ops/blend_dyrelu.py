@@ -97,9 +97,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grad_out):
-    coefficients = ctx.saved_tensors[-1]
-    grad = _backward(grad_out, *ctx.saved_tensors) if ctx.needs_input_grad[4] else None
-    relayed = (grad_out, coefficients) if ctx.needs_input_grad[5] else (None, None)
+    saved = ctx.saved_tensors  # asked once: under checkpointing, asking computes
+    grad = _backward(grad_out, *saved) if ctx.needs_input_grad[4] else None
+    relayed = (grad_out, saved[-1]) if ctx.needs_input_grad[5] else (None, None)
     return None, None, None, None, grad, *relayed
 
 

@@ -35,11 +35,11 @@ def forward(
     features = input.permute(0, 2, 3, 1).contiguous()
     steering = _Steering(offset, mask, weight.shape[2:], stride, padding, dilation)
     out = features.new_empty((*steering.shape, weight.shape[0]))
+    matrices = _matrices(weight, groups)
     chunk = CACHE_CHUNK if features.device.type == "cpu" else MEMORY_CHUNK
     for images, rows in _chunks(steering.shape, chunk):
         samples = steering.samples(features[images], images, rows)
-        part = out[images, rows]
-        part.copy_(_multiply(samples.columns(), weight, groups).view_as(part))
+        _multiply(samples.columns(), matrices, out[images, rows].flatten(0, 2))
     if bias is not None:
         out += bias
     return out.permute(0, 3, 1, 2)
@@ -68,7 +68,8 @@ def backward(
     grad_offset = offset.new_empty((*sampling_shape, 2)) if needs_sampling else None
     needs_mask = needs_sampling and mask is not None
     grad_mask = mask.new_empty(sampling_shape) if needs_mask else None
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+    matrices = _matrices(weight, groups)
     for images, rows in _chunks(steering.shape, MEMORY_CHUNK):
         samples = steering.samples(features[images], images, rows)
         part = grad_out[images, rows].flatten(0, 2)
@@ -76,7 +77,7 @@ def backward(
             grad_weight += _weight_grad(part, samples.columns(), weight, groups)
         if not (needs_input or needs_sampling):
             continue
-        grad_columns = _column_grad(part, weight, groups)
+        grad_columns = _column_grad(part, matrices, steering.taps)
         grad_table, grads = samples.backward(grad_columns, needs_input, needs_sampling)
         if needs_input:
             grad_input[images] += grad_table.view_as(grad_input[images])
@@ -199,17 +200,22 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
-def _multiply(columns: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Columns (positions, taps, C) to the output (positions, C_out)."""
-    out = _matmul(_grouped(columns, groups), _matrices(weight, groups).transpose(1, 2))
-    return out.transpose(0, 1).flatten(1)
+def _multiply(columns: Tensor, matrices: Tensor, out: Tensor) -> None:
+    """Columns (positions, taps, C) times the matrices to the output (positions, C_out)."""
+    groups = len(matrices)
+    if groups == 1 and columns.dtype != torch.float16:
+        torch.mm(columns.flatten(1), matrices[0].t(), out=out)
+        return
+    product = _matmul(_grouped(columns, groups), matrices.transpose(1, 2))
+    out.unflatten(1, (groups, -1)).copy_(product.transpose(0, 1))
 
 
-def _column_grad(grad_out: Tensor, weight: Tensor, groups: int) -> Tensor:
+def _column_grad(grad_out: Tensor, matrices: Tensor, taps: int) -> Tensor:
     """Gradient of the columns (positions, taps, C) from that of the output."""
+    groups = len(matrices)
     per_group = grad_out.unflatten(1, (groups, -1)).transpose(0, 1)
-    grad = _matmul(per_group, _matrices(weight, groups))  # (groups, positions, taps · C / groups)
-    grad = grad.unflatten(2, (-1, weight.shape[1]))  # (groups, positions, taps, C / groups)
+    grad = _matmul(per_group, matrices)  # (groups, positions, taps · C / groups)
+    grad = grad.unflatten(2, (taps, -1))  # (groups, positions, taps, C / groups)
     return grad[0] if groups == 1 else grad.permute(1, 2, 0, 3).flatten(2)
 
 

@@ -10,11 +10,20 @@ import torch.nn.functional as F
 import torchvision
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dynamic_detr import Pyramid
+from dynamic_detr.losses.matcher import HungarianMatcher
 
-__all__ = ["usual_deform_conv2d", "usual_ms_deform_attn", "usual_operators", "usual_roi_align"]
+__all__ = [
+    "usual_blend",
+    "usual_deform_conv2d",
+    "usual_matching",
+    "usual_ms_deform_attn",
+    "usual_operators",
+    "usual_roi_align",
+]
 
 
 def usual_deform_conv2d(
@@ -56,6 +65,34 @@ def usual_ms_deform_attn(
     by_head = weights.flatten(3).transpose(1, 2).flatten(0, 1)[:, None]  # (B·heads, 1, Q, L·P)
     out = (stacked * by_head.to(stacked.dtype)).sum(dim=-1)
     return out.view(batch, heads * channels, queries).transpose(1, 2)
+
+
+def usual_blend(same: Tensor, finer: Tensor, coarser: Tensor) -> Tensor:
+    """Three norms, upsampling, sum and a maximum of two lines, an operation each."""
+    same, finer, coarser = (F.group_norm(m, 32) for m in (same, finer, coarser))
+    upsampled = F.interpolate(coarser, same.shape[-2:], mode="bilinear", align_corners=False)
+    total = same + finer + upsampled
+    return torch.maximum(total, total / 2)
+
+
+def usual_matching(
+    matcher: HungarianMatcher,
+    logits: Tensor,
+    boxes: Tensor,
+    labels: Tensor,
+    objects: Tensor,
+    counts: list[int],
+) -> Tensor:
+    """Costs, transfer and assignment of each stage and image, one after the other."""
+    queries = []
+    for stage in range(len(logits)):
+        parts = zip(labels.split(counts), objects.split(counts), strict=True)
+        for image, (label, box) in enumerate(parts):
+            prediction = (values[stage, image][None, None] for values in (logits, boxes))
+            cost = matcher.costs(*prediction, label, box, [len(label)])[:, 0]
+            query, _ = linear_sum_assignment(cost.T.cpu())
+            queries.append(torch.as_tensor(query, device=logits.device))
+    return torch.cat(queries)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device_of_first
 from .level_maps import (
     block_sizes,
     channels_last,
@@ -25,6 +26,7 @@ SLAB = 16  # tiles of a program of the gradient kernel
 COEFFICIENTS = tl.constexpr(7)
 
 
+@on_device_of_first
 def blend(
     same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor, coefficients: Tensor
 ) -> Tensor:
@@ -43,6 +45,7 @@ def blend(
     return out
 
 
+@on_device_of_first
 def coefficient_gradients(
     grad_out: Tensor,
     same: Tensor,

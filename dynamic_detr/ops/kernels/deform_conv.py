@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device_of_first
 from .sampling import INTERPRETED, corners, dot_dtype
 
 __all__ = ["backward", "forward"]
@@ -295,6 +296,7 @@ def _strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
+@on_device_of_first
 def forward(
     input: Tensor,
     offset: Tensor,
@@ -331,6 +333,7 @@ def forward(
     return out.permute(0, 3, 1, 2)
 
 
+@on_device_of_first
 def backward(
     grad_out: Tensor,
     input: Tensor,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device_of_first
 from .level_maps import (
     block_sizes,
     channels_last,
@@ -25,6 +26,7 @@ __all__ = ["map_gradients"]
 ROWS = 8  # coarse rows of a program
 
 
+@on_device_of_first
 def map_gradients(
     same: Tensor,
     finer: Tensor | None,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device_of_first
 from .level_maps import block_sizes, channels_last, true_size
 
 __all__ = ["moments"]
@@ -14,6 +15,7 @@ __all__ = ["moments"]
 SLAB = 16  # tiles of a program
 
 
+@on_device_of_first
 def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor) -> Tensor:
     """(3, 3, B, C): see the operator."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))

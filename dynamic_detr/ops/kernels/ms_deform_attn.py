@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device_of_first
 from .sampling import corners
 
 __all__ = ["backward", "forward"]
@@ -144,6 +145,7 @@ def _backward_kernel(
         first += tl.cast(heights[level], tl.int32) * row_length
 
 
+@on_device_of_first
 def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> Tensor:
     """Attends; see `dynamic_detr.ops.ms_deform_attn`.
 
@@ -168,6 +170,7 @@ def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[
     return out
 
 
+@on_device_of_first
 def backward(
     grad_out: Tensor,
     value: Tensor,
@@ -212,20 +215,19 @@ def _launch(kernel, tensors, value, locations, shapes, **needs: bool) -> None:
     grid = (triton.cdiv(outputs, block_m),)
     # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
     # of another divisibility, so for many sizes of images.
-    with torch.cuda.device_of(value):  # Triton launches on the current device
-        kernel[grid](
-            *tensors,
-            tuple(float(height) for height in shapes[::2]),
-            tuple(float(width) for width in shapes[1::2]),
-            outputs,
-            queries,
-            value.shape[1],
-            HEADS=heads,
-            LEVELS=levels,
-            POINTS=points,
-            CHANNELS=channels,
-            **needs,
-            BLOCK_M=block_m,
-            BLOCK_C=block_c,
-            num_warps=max(1, min(4, block_m * block_c // WARP_TILE)),
-        )
+    kernel[grid](
+        *tensors,
+        tuple(float(height) for height in shapes[::2]),
+        tuple(float(width) for width in shapes[1::2]),
+        outputs,
+        queries,
+        value.shape[1],
+        HEADS=heads,
+        LEVELS=levels,
+        POINTS=points,
+        CHANNELS=channels,
+        **needs,
+        BLOCK_M=block_m,
+        BLOCK_C=block_c,
+        num_warps=max(1, min(4, block_m * block_c // WARP_TILE)),
+    )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import on_device_of_first
 from .sampling import corners
 
 __all__ = ["backward", "forward"]
@@ -160,6 +161,7 @@ def _backward_kernel(
             _scatter(under + CHANNELS, grad, fy * fx, across, channel_exists)
 
 
+@on_device_of_first
 def forward(
     table: Tensor,
     boxes: Tensor,
@@ -192,6 +194,7 @@ def forward(
     return out
 
 
+@on_device_of_first
 def backward(
     grad_out: Tensor,
     boxes: Tensor,
@@ -231,13 +234,12 @@ def _launch(
     grid = (triton.cdiv(bins, block_m), triton.cdiv(channels, block_c))
     # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
     # of another divisibility, so for many sizes of images.
-    with torch.cuda.device_of(source):  # Triton launches on the current device
-        kernel[grid](
-            source.contiguous(), boxes.contiguous(), image_sizes.contiguous(), target,
-            tuple(float(height) for height in shapes[::2]),
-            tuple(float(width) for width in shapes[1::2]),
-            tuple(float(stride) for stride in strides),
-            bins, queries, _rows(shapes), finest_area,
-            LEVELS=len(strides), BINS=output_size, RATIO=sampling_ratio, CHANNELS=channels,
-            BLOCK_M=block_m, BLOCK_C=block_c,
-        )  # fmt: skip
+    kernel[grid](
+        source.contiguous(), boxes.contiguous(), image_sizes.contiguous(), target,
+        tuple(float(height) for height in shapes[::2]),
+        tuple(float(width) for width in shapes[1::2]),
+        tuple(float(stride) for stride in strides),
+        bins, queries, _rows(shapes), finest_area,
+        LEVELS=len(strides), BINS=output_size, RATIO=sampling_ratio, CHANNELS=channels,
+        BLOCK_M=block_m, BLOCK_C=block_c,
+    )  # fmt: skip
