@@ -31,17 +31,19 @@ class CheckpointedStage(nn.Sequential):
 
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
-        """The second pass must not enter the same batch into the running statistics again."""
+        """The second pass must not enter the same batch into the running statistics again; it has
+        to save what the first one saved, so that these must stay in use."""
         norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
-        before = [(norm.momentum, norm.track_running_stats) for norm in norms]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
-            # the first is what Detectron2's synchronised norm reads, the second PyTorch's own
-            norm.momentum, norm.track_running_stats = 0.0, False
+            norm.momentum = 0.0
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked = norm.num_batches_tracked.clone()
         try:
             yield
         finally:
-            for norm, (momentum, tracks) in zip(norms, before, strict=True):
-                norm.momentum, norm.track_running_stats = momentum, tracks
+            for norm, (momentum, batches) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
 def checkpoint_resnet_stages(backbone: nn.Module) -> None:

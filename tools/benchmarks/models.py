@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -71,7 +72,7 @@ class _Run:
         self.instances = Instances(
             args.size,
             gt_boxes=Boxes(corners * torch.tensor([args.size[1], args.size[0]] * 2)),
-            gt_classes=torch.arange(OBJECTS) % 80,
+            gt_classes=torch.zeros(OBJECTS, dtype=torch.int64),
         )
 
     @contextmanager
@@ -87,7 +88,7 @@ class _Run:
 
     def train(self, batch: int) -> None:
         """Forward and backward; what the optimiser adds is the same for all."""
-        with self._settings():
+        with EventStorage(), self._settings():  # Detectron2's detectors write into it
             inputs = [{"image": self.image, "instances": self.instances}] * batch
             loss = sum(self.model.train()(inputs).values())
         loss.backward()
@@ -95,10 +96,11 @@ class _Run:
 
     def gmac(self) -> dict[str, float] | None:
         """Multiplications and additions of one image, in thousands of millions, by part; None on
-        operators that PyTorch cannot count."""
+        operators that PyTorch cannot count. The model can train no more afterwards."""
         if self.operators is usual_operators:
             return None
-        with FlopCounterMode(self.model, display=False) as counter:
+        self.model.requires_grad_(False)  # the counter would follow gradients, if there were any
+        with FlopCounterMode(display=False) as counter:
             self.infer(1)
         counts = {name: sum(ops.values()) / 2e9 for name, ops in counter.get_flop_counts().items()}
         root = type(self.model).__name__
