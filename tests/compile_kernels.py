@@ -1,9 +1,11 @@
 """Compiles kernels for GPUs that are not there: what a launch would run is compiled instead, down
 to machine code, and what it will take of the GPU is printed as JSON.
 
-python tests/compile_kernels.py      # without TRITON_INTERPRET
+python tests/compile_kernels.py --architecture 90 --dtype float32     # without TRITON_INTERPRET
 """
 
+import argparse
+import functools
 import json
 import os
 import re
@@ -19,7 +21,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-ARCHITECTURES = (80, 90)  # A100, H100
 TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -78,7 +79,7 @@ def resources(cubin: bytes) -> dict[str, int]:
     }
 
 
-def compile_launches(run: Callable[[], object]) -> Iterator[dict]:
+def compile_launches(run: Callable[[], object], architecture: int) -> Iterator[dict]:
     """What every kernel that the function would launch takes."""
     launches = []
 
@@ -93,15 +94,14 @@ def compile_launches(run: Callable[[], object]) -> Iterator[dict]:
     finally:
         JITFunction.run = launch
     for kernel, arguments, options in launches:
-        for architecture in ARCHITECTURES:
-            target = GPUTarget("cuda", architecture, 32)
-            compiled = triton.compile(source(kernel, arguments), target=target, options=options)
-            yield {
-                "kernel": kernel.__name__,
-                "architecture": architecture,
-                "shared": compiled.metadata.shared,
-                **resources(compiled.asm["cubin"]),
-            }
+        target = GPUTarget("cuda", architecture, 32)
+        compiled = triton.compile(source(kernel, arguments), target=target, options=options)
+        yield {
+            "kernel": kernel.__name__,
+            "architecture": architecture,
+            "shared": compiled.metadata.shared,
+            **resources(compiled.asm["cubin"]),
+        }
 
 
 def deform_conv(dtype: torch.dtype, channels: int, groups: int) -> None:
@@ -128,22 +128,47 @@ def encoder_level(dtype: torch.dtype, neighbours: bool) -> None:
     map_gradients.map_gradients(*maps, moments, moments, same, coefficients)
 
 
+def roi_align(dtype: torch.dtype) -> None:
+    from dynamic_detr.ops.kernels import roi_align
+
+    shapes, boxes, sizes = [20, 30, 10, 15], torch.empty(1, 300, 4), torch.ones(1, 2).long()
+    pooling = (boxes, sizes, shapes, (4, 8), 7, 2, 1e3)
+    pooled = roi_align.forward(torch.empty(1, 750, 256, dtype=dtype), *pooling)
+    roi_align.backward(pooled, *pooling)
+
+
+def attention(dtype: torch.dtype) -> None:
+    from dynamic_detr.ops.kernels import ms_deform_attn
+
+    value = torch.empty(1, 750, 8, 32, dtype=dtype)
+    locations, weights = torch.empty(1, 900, 8, 2, 4, 2), torch.empty(1, 900, 8, 2, 4)
+    shapes = [20, 30, 10, 15]
+    out = ms_deform_attn.forward(value, locations, weights, shapes)
+    ms_deform_attn.backward(out, value, locations, weights, shapes, True, True)
+
+
 CASES = {
-    "deform_conv bfloat16": lambda: deform_conv(torch.bfloat16, 256, 1),
-    "deform_conv float32": lambda: deform_conv(torch.float32, 256, 1),
-    "deform_conv bfloat16, 32 groups": lambda: deform_conv(torch.bfloat16, 256, 32),
-    "encoder level bfloat16": lambda: encoder_level(torch.bfloat16, True),
-    "encoder level float32": lambda: encoder_level(torch.float32, True),
-    "encoder level bfloat16, no neighbours": lambda: encoder_level(torch.bfloat16, False),
+    "deform_conv": lambda dtype: deform_conv(dtype, 256, 1),
+    "deform_conv, 32 groups": lambda dtype: deform_conv(dtype, 256, 32),
+    "encoder level": lambda dtype: encoder_level(dtype, True),
+    "encoder level, no neighbours": lambda dtype: encoder_level(dtype, False),
+    "roi_align": roi_align,
+    "ms_deform_attn": attention,
 }
 
 
 def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("compile_kernels.py: TRITON_INTERPRET is set; nothing would be compiled.")
-    for case, run in CASES.items():
-        for said in compile_launches(run):
-            print(json.dumps({"case": case, **said}), flush=True)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE")
+    parser.add_argument("--architecture", type=int, default=90, help="80: A100; 90: H100")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    args = parser.parse_args()
+    for case in args.cases:
+        run = functools.partial(CASES[case], getattr(torch, args.dtype))
+        for said in compile_launches(run, args.architecture):
+            print(json.dumps({"case": case, "dtype": args.dtype, **said}), flush=True)
 
 
 if __name__ == "__main__":
