@@ -20,8 +20,8 @@ def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: T
     if coarser is not None:
         out[:2, 2] = _mean_and_variance(coarser, half(sizes))
         for band in bands(coarser, half(sizes)):
-            seen = band.read(coarser) * covered(band, coarser, sizes)
-            out[2, 2, band.image] += seen.sum(dim=(0, 1))
+            seen = band.read(coarser) * covered(band, coarser, sizes[band.images.start])
+            out[2, 2, band.images] += seen.sum(dim=(1, 2))
         out[2, 2] /= _count(sizes)
     return out
 
@@ -31,11 +31,11 @@ def _mean_and_variance(features: Tensor, sizes: Tensor) -> Tensor:
     dtype = torch.promote_types(features.dtype, torch.float32)
     mean, variance = out = features.new_zeros((2, *features.shape[:2]), dtype=dtype)
     for band in bands(features, sizes):
-        mean[band.image] += band.read(features).sum(dim=(0, 1))
+        mean[band.images] += band.read(features).sum(dim=(1, 2))
     mean /= _count(sizes)
     for band in bands(features, sizes):
-        centred = band.masked(band.read(features) - mean[band.image])
-        variance[band.image] += centred.square_().sum(dim=(0, 1))
+        centred = band.masked(band.read(features) - _of_pixels(mean[band.images]))
+        variance[band.images] += centred.square_().sum(dim=(1, 2))
     variance /= _count(sizes)
     return out
 
@@ -47,8 +47,8 @@ def blend(
     sizes = _within(sizes, same)
     out = torch.empty_like(same, memory_format=torch.channels_last)
     for band in bands(same, sizes):
-        own = coefficients[:, band.image]
-        x = _sum(_parts(band, same, finer, coarser, sizes), own)
+        own = _of_pixels(coefficients[:, band.images])
+        x = _sum(_parts(band, same, finer, coarser), own)
         first, second = _lines(x, own)
         band.write(out, torch.maximum(first, second, out=first))
     return out
@@ -66,17 +66,17 @@ def coefficient_gradients(
     sizes = _within(sizes, same)
     grads = torch.zeros_like(coefficients)
     for band in bands(same, sizes):
-        own, sums = coefficients[:, band.image], grads[:, band.image]
-        parts = _parts(band, same, finer, coarser, sizes)
+        own, sums = _of_pixels(coefficients[:, band.images]), grads[:, band.images]
+        parts = _parts(band, same, finer, coarser)
         x = _sum(parts, own)
         first, second = _line_gradients(band.read(grad_out), x, own)
         grad_sum = _sum_gradient(first, second, own)
         for gain_grad, part in zip(sums[:3], parts, strict=True):
             if part is not None:
-                gain_grad += (grad_sum * part).sum(dim=(0, 1))
+                gain_grad += (grad_sum * part).sum(dim=(1, 2))
         for slope_grad, intercept_grad, line in ((*sums[3:5], first), (*sums[5:], second)):
-            intercept_grad += line.sum(dim=(0, 1))
-            slope_grad += line.mul_(x).sum(dim=(0, 1))
+            intercept_grad += line.sum(dim=(1, 2))
+            slope_grad += line.mul_(x).sum(dim=(1, 2))
     return grads
 
 
@@ -104,6 +104,7 @@ def map_gradients(
     shift = grad_moments[0] / counts - slope * moments[0]
     pooled = grad_moments[2] / count
     shift[:2] += pooled[:2]
+    through_moments = torch.stack([shift, slope])  # (2, 3, B, C)
     grads = [
         same.new_empty(0) if m is None else torch.empty_like(m, memory_format=torch.channels_last)
         for m in maps
@@ -113,23 +114,25 @@ def map_gradients(
         through_blend = torch.zeros_like(coarser.permute(0, 2, 3, 1), dtype=moments.dtype)
 
     for band in bands(same, sizes):
-        image, own = band.image, coefficients[:, band.image]
-        parts = _parts(band, same, finer, coarser, sizes)
+        images, own = band.images, _of_pixels(coefficients[:, band.images])
+        parts = _parts(band, same, finer, coarser)
         lines = _line_gradients(band.read(grad_out), _sum(parts, own), own)
         grad_sum = _sum_gradient(*lines, own)
         for index, part in enumerate(parts[:2]):
             if part is not None:
-                grad = torch.addcmul(shift[index, image], part, slope[index, image])
+                own_shift, own_slope = _of_pixels(through_moments[:, index, images])
+                grad = torch.addcmul(own_shift, part, own_slope)
                 band.write(grads[index], grad.addcmul_(grad_sum, own[index]))
         if coarser is not None:
-            add_upsampled_gradient(band, grad_sum.mul_(own[2]), sizes, through_blend[image])
+            add_upsampled_gradient(band, grad_sum.mul_(own[2]), through_blend[images])
 
     if coarser is not None:
         for band in bands(coarser, half(sizes)):
-            image = band.image
-            grad = torch.addcmul(shift[2, image], band.read(coarser), slope[2, image])
-            grad.addcmul_(covered(band, coarser, sizes), pooled[2, image])
-            band.write(grads[2], grad.add_(through_blend[image, band.rows]))
+            images = band.images
+            own = _of_pixels(torch.stack([shift[2, images], slope[2, images], pooled[2, images]]))
+            grad = torch.addcmul(own[0], band.read(coarser), own[1])
+            grad.addcmul_(covered(band, coarser, sizes[images.start]), own[2])
+            band.write(grads[2], grad.add_(through_blend[images, band.rows]))
     return grads
 
 
@@ -144,12 +147,17 @@ def _count(sizes: Tensor) -> Tensor:
     return sizes[:, :1] * sizes[:, 1:]
 
 
-def _parts(band: Band, same, finer, coarser, sizes: Tensor) -> list[Tensor | None]:
+def _of_pixels(values: Tensor) -> Tensor:
+    """(..., images, C) to what broadcasts with a part."""
+    return values[..., None, None, :]
+
+
+def _parts(band: Band, same, finer, coarser) -> list[Tensor | None]:
     """What the three maps are in a band of the level."""
     return [
         band.read(same),
         None if finer is None else band.read(finer),
-        None if coarser is None else upsampled(band, same.shape[-1], coarser, sizes),
+        None if coarser is None else upsampled(band, same.shape[-1], coarser),
     ]
 
 
