@@ -8,6 +8,7 @@ python tools/benchmark.py models --no-naive          # or operators
 
 Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
 in turns; what to quote are the ratios. A call longer than the budget is measured once, unwarmed.
+On a CPU the usual operators are timed on one image only.
 """
 
 import argparse
