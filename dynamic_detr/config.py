@@ -57,7 +57,7 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     node.LOSS.CLASS_WEIGHT = 2.0
     node.LOSS.L1_WEIGHT = 5.0
     node.LOSS.GIOU_WEIGHT = 2.0
-    node.LOSS.FOCAL_ALPHA = 0.25
+    node.LOSS.FOCAL_ALPHA = 0.25  # the share of what should say yes, in 0 to 1
     node.LOSS.FOCAL_GAMMA = 2.0
     node.LOSS.NO_OBJECT_WEIGHT = 0.1  # of the "no object" class with the softmax head
     # L1 of "cxcywh", as DETR and Deformable DETR, or of "xyxy", as Sparse R-CNN.
@@ -74,7 +74,8 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     # Neither changes the results; what is set up for a size makes its first images slow.
     node.INFERENCE = CfgNode()
     # On a GPU, launch the whole network at once, as a CUDA graph. There is one for each padded size
-    # of a batch, and this many, those that were used last, are kept; 0: none.
+    # of a batch, and this many, those that were used last, are kept; 0: none. Capturing takes as
+    # long as many runs: worth it where images have no more padded sizes than this.
     node.INFERENCE.CUDA_GRAPHS = 0
     # Compile the network with torch.compile, which needs a C++ compiler on a CPU, and Triton on a
     # GPU.

@@ -85,7 +85,8 @@ class GraphCache:
     There is one graph for each shape of inputs, dtype under autocast and choice of deterministic
     algorithms; those that were used last are kept. They share their memory, so that together they
     need little more than the largest. Graphs read the weights where they lie: a change in place
-    is seen; if a weight is found to have moved or to be another, all graphs are captured anew.
+    is seen; if a weight is found to have moved or to be another, all graphs are captured anew. Who
+    replaces a module calls `clear`.
 
     On the CPU, with gradients, and within a capture of the caller's own the network runs as it is;
     and, with one warning, from the first capture on that fails.
@@ -106,6 +107,10 @@ class GraphCache:
 
     def clear(self) -> None:
         """Forgets all graphs, which frees their memory."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
         self._graphs: OrderedDict[tuple, CapturedNetwork] = OrderedDict()
         self._pool = None
         self._weights: list[tuple[dict[str, Tensor | None], str, int]] = []
@@ -143,7 +148,7 @@ class GraphCache:
     def _find(self, inputs: tuple[Tensor, ...]) -> CapturedNetwork | None:
         """The graph for these inputs, captured now if there is none; None if that fails."""
         if any(_address(tensors, name) != address for tensors, name, address in self._weights):
-            self.clear()
+            self._clear()
         key = self._key(inputs)
         if key in self._graphs:
             self._graphs.move_to_end(key)
@@ -153,8 +158,11 @@ class GraphCache:
             self._pool = self._new_pool()
         try:
             self._graphs[key] = self._capture(inputs)
+        except torch.OutOfMemoryError:  # this size is too large; others may not be
+            self._clear()
+            return None
         except RuntimeError as error:
-            self.clear()
+            self._clear()
             self._failed = True
             reason = " ".join(str(error).split())[:200]
             warnings.warn(

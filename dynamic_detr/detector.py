@@ -184,7 +184,7 @@ class DynamicDETR(nn.Module):
 
     def _network(self, images: Tensor, image_sizes: Tensor) -> list[Prediction]:
         """From normalised, padded images (B, 3, H, W) and their true sizes (B, 2) to predictions,
-        without a look at any value on the device."""
+        without a look at any value on a GPU."""
         features = self.backbone(images)
         pyramid = Pyramid(
             [
@@ -214,7 +214,7 @@ class DynamicDETR(nn.Module):
 
     def __getstate__(self) -> dict:
         """A copy compiles and captures for itself, as it has weights of its own."""
-        return {**self.__dict__, "_inference": None}
+        return {**super().__getstate__(), "_inference": None}
 
     def _images(self, batched_inputs: list[dict]) -> ImageList:
         images = [
@@ -229,11 +229,11 @@ class DynamicDETR(nn.Module):
         for inputs in batched_inputs:
             instances = inputs["instances"]
             # asked before they move: a wrong index on a GPU kills the process
-            if len(instances) and int(instances.gt_classes.max()) >= self.num_classes:
+            unknown = [k for k in instances.gt_classes.tolist() if not 0 <= k < self.num_classes]
+            if unknown:
                 raise UnknownClassError(
-                    f"{inputs.get('file_name', 'an image')} has an object of class "
-                    f"{int(instances.gt_classes.max())}, counted from 0, but "
-                    f"MODEL.DYNAMIC_DETR.NUM_CLASSES is {self.num_classes}."
+                    f"{inputs.get('file_name', 'an image')} has an object of class {unknown[0]}, "
+                    f"counted from 0, but MODEL.DYNAMIC_DETR.NUM_CLASSES is {self.num_classes}."
                 )
             height, width = inputs["image"].shape[-2:]
             corners = instances.gt_boxes.tensor

@@ -32,9 +32,15 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     if not tensor.is_cuda:
         return tensor.cpu(), lambda: None
     host = host_empty(tensor.device, tensor.shape, tensor.dtype).copy_(tensor, non_blocking=True)
+    device = tensor.device
     arrived = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of spinning
-    arrived.record(torch.cuda.current_stream(tensor.device))
-    return host, arrived.synchronize
+    arrived.record(torch.cuda.current_stream(device))
+
+    def wait() -> None:
+        with torch.cuda.device(device):  # a new thread would wake GPU 0
+            arrived.synchronize()
+
+    return host, wait
 
 
 def host_empty(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -54,13 +54,14 @@ def source(kernel: JITFunction, arguments: dict[str, object]) -> ASTSource:
         if isinstance(value, tuple):
             signature[parameter.name] = tuple(kind(item) for item in value)
             continue
-        one = isinstance(value, int) and value == 1
+        special = not parameter.do_not_specialize
+        one = isinstance(value, int) and value == 1 and special
         if parameter.is_constexpr or value is None or one:
             signature[parameter.name] = "constexpr"
             constants[place] = value
             continue
         signature[parameter.name] = kind(value)
-        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+        if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0 and special):
             attributes[place] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constants, attributes)
 

@@ -10,13 +10,13 @@ from dynamic_detr.ops import backend
 
 
 def tensor(is_cuda: bool = True, dtype: torch.dtype = torch.float32) -> types.SimpleNamespace:
-    return types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype)
+    return types.SimpleNamespace(is_cuda=is_cuda, dtype=dtype, device=torch.device("cuda", 0))
 
 
 @pytest.fixture
 def working(monkeypatch):
     monkeypatch.delenv(backend.SWITCH, raising=False)
-    monkeypatch.setattr(backend, "triton_problem", lambda: None)
+    monkeypatch.setattr(backend, "triton_problem", lambda device: None)
 
 
 def test_kernels_serve_on_a_gpu(working):
@@ -32,7 +32,7 @@ def test_they_can_be_switched_off(working, monkeypatch):
 
 
 def test_where_triton_does_not_work_one_warning_says_why(working, monkeypatch):
-    monkeypatch.setattr(backend, "triton_problem", lambda: "Triton is away")
+    monkeypatch.setattr(backend, "triton_problem", lambda device: "Triton is away")
     backend._warn.cache_clear()
     with pytest.warns(UserWarning, match="^Triton is away. Operators run on PyTorch's own gather"):
         assert not backend.kernel_serves(tensor())
@@ -42,9 +42,31 @@ def test_where_triton_does_not_work_one_warning_says_why(working, monkeypatch):
     backend._warn.cache_clear()
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU that is feigned, and not asked before."""
+    monkeypatch.setattr(backend, "_problems", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU 2000")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return torch.device("cuda", 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_without_a_gpu_the_problem_is_one_line(monkeypatch):
-    backend.triton_problem.cache_clear()
-    problem = backend.triton_problem()
-    backend.triton_problem.cache_clear()
+def test_what_does_not_work_is_one_line(gpu):
+    problem = backend.triton_problem(gpu)
     assert problem.startswith("Triton cannot") and "\n" not in problem
+
+
+def test_old_gpus_are_not_tried(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert backend.triton_problem(gpu) == "GPU 2000 is too old for the Triton kernels"
+
+
+def test_nothing_is_tried_while_a_graph_is_captured(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(backend, "_try", lambda device: pytest.fail("tried"))
+    assert backend.triton_problem(gpu) is None
+    monkeypatch.setitem(backend._problems, gpu, "known")
+    assert backend.triton_problem(gpu) == "known"

@@ -362,6 +362,7 @@ def test_config_reaches_the_criterion():
     ("options", "message"),
     [
         ({"CLASS_HEAD": "sigmoid"}, r"DYNAMIC_DETR\.CLASS_HEAD is 'sigmoid'; wants one of"),
+        ({"LOSS__FOCAL_ALPHA": -1.0}, r"DYNAMIC_DETR\.LOSS\.FOCAL_ALPHA is -1\.0; wants 0 to 1"),
         ({"LOSS__L1_FORMAT": "xywh"}, r"DYNAMIC_DETR\.LOSS\.L1_FORMAT is 'xywh'; wants one of"),
     ],
 )

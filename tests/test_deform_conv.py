@@ -311,7 +311,7 @@ class TestDeformConv:
 def use_kernels(patch: pytest.MonkeyPatch) -> str:
     """The device where the operator runs on its kernels: the GPU, or interpreted on the CPU."""
     if torch.cuda.is_available():
-        patch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        patch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
         return "cuda"
     patch.setattr(deform_conv_module, "kernel_serves", lambda t: t.dtype != torch.float64)
     return "cpu"

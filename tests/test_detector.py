@@ -104,11 +104,13 @@ class TestTraining:
         assert targets[0][0].tolist() == [3]
         assert targets[1][1].shape == (0, 4)
 
-    def test_a_class_beyond_the_configured_is_one_line(self):
+    @pytest.mark.parametrize("unknown", [2, -1])
+    def test_a_class_beyond_the_configured_is_one_line(self, unknown):
         model = small_model(NUM_CLASSES=2)
-        batch = [training_input(64, 64, **ONE_BOX), training_input(64, 64, [[1, 1, 9, 9]], [2])]
+        objects = [[1, 1, 9, 9]], [unknown]
+        batch = [training_input(64, 64, **ONE_BOX), training_input(64, 64, *objects)]
         batch[1]["file_name"] = "cat.jpg"
-        message = r"^cat\.jpg has an object of class 2, .*NUM_CLASSES is 2\.$"
+        message = rf"^cat\.jpg has an object of class {unknown}, .*NUM_CLASSES is 2\.$"
         with pytest.raises(ValueError, match=message):
             model.train()(batch)
 

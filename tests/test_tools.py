@@ -114,6 +114,8 @@ def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
     assert len(result["operators"]) == 13
     for row in result["operators"]:
         assert row["times_bound"] * row["share_of_bound"] == pytest.approx(1)
+    assert [len(rows) for rows in result["profile"].values()] == [12, 12]
+    assert all(0 < row["share"] < 1 for rows in result["profile"].values() for row in rows)
     printed = capsys.readouterr().out
     assert "× Faster R-CNN" in printed and "torchvision" in printed
 

@@ -4,7 +4,7 @@ detector beside the same model on the usual operators and beside Detectron2's ow
 
 python tools/benchmark.py                            # on the GPU if there is one, else on the CPU
 python tools/benchmark.py --dtype bfloat16 --size 800x1344
-python tools/benchmark.py models --no-naive          # or operators
+python tools/benchmark.py models --no-naive          # or operators, or profile
 
 Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
 in turns; what to quote are the ratios. A call longer than the budget is measured once, unwarmed.
@@ -19,7 +19,7 @@ from pathlib import Path
 import detectron2
 import torch
 import torchvision
-from benchmarks.models import measure_models
+from benchmarks.models import measure_models, profile_model
 from benchmarks.operators import measure_operators
 from tabulate import tabulate
 
@@ -29,6 +29,9 @@ from dynamic_detr.engine.exits import report_user_errors
 PROJECT = Path(__file__).resolve().parents[1]
 OURS = PROJECT / "configs" / "COCO-Detection" / "dynamic_detr_R_50_1x.yaml"
 PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+
+
+MEASURED = ("operators", "models", "profile")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -101,9 +104,14 @@ def model_table(rows: list[dict], args: argparse.Namespace) -> str:
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
 
+def profile_table(name: str, rows: list[dict]) -> str:
+    table = [[row["operation"], f"{100 * row['share']:.1f} %", row["calls"]] for row in rows]
+    return tabulate(table, [name, "share", "calls"], "pipe", disable_numparse=True)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=["all", "operators", "models"], default="all")
+    parser.add_argument("what", nargs="?", choices=["all", *MEASURED], default="all")
     parser.add_argument("--config-file", default=OURS, help="of Dynamic DETR")
     parser.add_argument("--peer", default=PEERS[0], help="configuration that ratios are taken to")
     parser.add_argument("--second-peer", default=PEERS[1])
@@ -129,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
             result["operators"] = measure_operators(args, device)
         if args.what in ("all", "models"):
             result["models"] = measure_models(args, device)
+        if args.what in ("all", "profile"):
+            result["profile"] = profile_model(args, device)
     versions = [f"{key} {result[key]}" for key in ("torch", "torchvision", "detectron2", "Python")]
     print(f"\n{result['machine']}; {', '.join(versions)}; ", end="")
     print(f"{args.size[0]} × {args.size[1]}, {args.dtype}")
@@ -136,6 +146,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{operator_table(result['operators'])}")
     if "models" in result:
         print(f"\n{model_table(result['models'], args)}")
+    for name, rows in result.get("profile", {}).items():
+        print(f"\n{profile_table(name, rows)}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")
 

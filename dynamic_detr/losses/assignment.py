@@ -70,9 +70,6 @@ class PendingAssignment:
             (stage · B + image) · Q + query, the place of the query in a table of all stages,
             images and queries; an object is counted over all images. Images in their order, the
             queries of each ascending.
-
-        Raises:
-            ValueError: a cost was not finite.
         """
         for future in self._futures:
             future.result()

@@ -14,7 +14,8 @@ def build_criterion(cfg: CfgNode) -> SetCriterion:
     """Criterion and matcher from `MODEL.DYNAMIC_DETR`; costs and losses share their weights.
 
     Raises:
-        ValueError: CLASS_HEAD or LOSS.L1_FORMAT is none of the known ones.
+        ValueError: CLASS_HEAD or LOSS.L1_FORMAT is none of the known ones, or LOSS.FOCAL_ALPHA is
+            no share.
     """
     node = cfg.MODEL.DYNAMIC_DETR
     for key, value in (("CLASS_HEAD", node.CLASS_HEAD), ("L1_FORMAT", node.LOSS.L1_FORMAT)):
@@ -23,6 +24,10 @@ def build_criterion(cfg: CfgNode) -> SetCriterion:
             raise ValueError(
                 f"MODEL.DYNAMIC_DETR.{where} is {value!r}; wants one of {list(CHOICES[key])}."
             )
+    if not 0 <= node.LOSS.FOCAL_ALPHA <= 1:
+        raise ValueError(
+            f"MODEL.DYNAMIC_DETR.LOSS.FOCAL_ALPHA is {node.LOSS.FOCAL_ALPHA}; wants 0 to 1."
+        )
     shared = {
         "class_weight": node.LOSS.CLASS_WEIGHT,
         "l1_weight": node.LOSS.L1_WEIGHT,

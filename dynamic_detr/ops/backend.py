@@ -10,20 +10,38 @@ from torch import Tensor
 __all__ = ["kernel_serves", "triton_problem"]
 
 SWITCH = "DYNAMIC_DETR_KERNELS"  # an environment variable; 0 leaves the kernels out
+OLDEST = (8, 0)  # Ampere: older GPUs have too little shared memory, and no bfloat16
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@functools.cache
-def triton_problem() -> str | None:
-    """Why Triton cannot run a kernel on this machine's GPU; None if it can.
+_problems: dict[torch.device, str | None] = {}
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton cannot run the kernels on this GPU; None if it can.
 
     The kernels are compiled when they are first used, for which Triton needs a C compiler. A
-    trivial kernel is run to find out, once a process.
+    trivial kernel is run to find out, once a process and GPU; never while a CUDA graph is captured,
+    where nothing can be waited for.
     """
+    if device not in _problems:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _problems[device] = _try(device)
+    return _problems[device]
+
+
+def _try(device: torch.device) -> str | None:
+    if torch.cuda.get_device_capability(device) < OLDEST:
+        return f"{torch.cuda.get_device_name(device)} is too old for the Triton kernels"
+    torch.cuda.synchronize(device)  # what went wrong before is not Triton's fault
     try:
         from .kernels.probe import probe
 
-        probe()
+        with torch.cuda.device(device):
+            probe()
+    except torch.OutOfMemoryError:
+        raise
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install the package triton"
     except Exception as error:  # whatever a compiler or a driver may say
@@ -41,7 +59,7 @@ def kernel_serves(tensor: Tensor) -> bool:
     """
     if not tensor.is_cuda or tensor.dtype not in KERNEL_DTYPES or os.environ.get(SWITCH) == "0":
         return False
-    problem = triton_problem()
+    problem = triton_problem(tensor.device)
     if problem is not None:
         _warn(problem)
     return problem is None

@@ -17,10 +17,11 @@ from dynamic_detr.engine.setup import find_config, read_config
 from .timing import Timing, time_in_turns
 from .usual import usual_operators
 
-__all__ = ["PARTS", "measure_models"]
+__all__ = ["PARTS", "measure_models", "profile_model"]
 
 PARTS = ("backbone", "encoder", "decoder")
 OBJECTS = 8  # in each training image
+SHOWN = 12  # operations in a profile
 
 
 def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
@@ -61,6 +62,30 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
             }
         )
     return rows
+
+
+def profile_model(args: argparse.Namespace, device: str) -> dict[str, list[dict]]:
+    """Which operations Dynamic DETR's time goes to, at inference and in a training step: their
+    share of all time that is spent in operations, and how often they are called."""
+    run = _Run(args.config_file, args, device)
+    cuda = device == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
+    profiles = {}
+    for name, call in (
+        ("one image", lambda: run.infer(1)),
+        (f"training step, {args.train_batch} images", lambda: run.train(args.train_batch)),
+    ):
+        call()  # warm up
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            call()
+        time = "self_device_time_total" if cuda else "self_cpu_time_total"
+        operations = sorted(profiler.key_averages(), key=lambda o: -getattr(o, time))
+        total = sum(getattr(o, time) for o in operations)
+        profiles[name] = [
+            {"operation": o.key, "share": getattr(o, time) / total, "calls": o.count}
+            for o in operations[:SHOWN]
+        ]
+    return profiles
 
 
 class _Run:

@@ -77,7 +77,7 @@ def coefficient_gradients(
     return grads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height", "width"])
 def _blend_kernel(
     same, finer, coarser, sizes, coefficients, out, batch, channels, height, width,
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, TILES: tl.constexpr,
@@ -107,12 +107,14 @@ def _blend_kernel(
             x += coarser_gain * _upsampled(
                 coarser + half_start, row, column, h, w, half_width, channels, c, true
             )
-        level = tl.where(true, tl.maximum(a1 * x + b1, a2 * x + b2), 0.0)
+        first, second = a1 * x + b1, a2 * x + b2
+        level = tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
+        level = tl.where(true, level, 0.0)
         inside = (pixel < height * width)[:, None] & known[None, :]
         tl.store(out + offset, level.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "height", "width"])
 def _coefficient_kernel(
     grad_out, same, finer, coarser, sizes, coefficients, partial, batch, channels, height, width,
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, SLAB: tl.constexpr,
@@ -180,7 +182,7 @@ def _coefficient_kernel(
         tl.store(to + 6 * channels, tl.sum(b2_sum, 0), known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs", "slab", "batch", "height", "width"])
 def _add_slabs_kernel(
     partial, sizes, grads, slabs, slab, batch, channels, height, width,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -79,7 +79,7 @@ def _columns(
     return columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "height", "width", "out_height", "out_width"])
 def _forward_kernel(
     input, offset, mask, weight, bias, out,
     positions, height, width, out_height, out_width, channels_out,
@@ -104,7 +104,8 @@ def _forward_kernel(
             so_image, so_tap, so_row, so_column, sm_image, sm_tap, sm_row, sm_column,
             KERNEL_WIDTH, STRIDE, PADDING, DILATION, HAS_MASK,
         )  # fmt: skip
-        pixel = input + image * sx_image + y0 * sx_row + x0 * sx_column + group * GROUP_K
+        pixel = input + image * sx_image + y0.to(tl.int64) * sx_row + x0 * sx_column
+        pixel += group * GROUP_K
         for first in range(0, GROUP_K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
             k_exists = k < GROUP_K
@@ -122,7 +123,7 @@ def _forward_kernel(
     tl.store(at, total.to(out.dtype.element_ty), mask=exists[:, None] & n_exists[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["positions", "height", "width", "out_height", "out_width"])
 def _sample_grad_kernel(
     grad_out, input, offset, mask, weight, grad_input, grad_offset, grad_mask,
     positions, height, width, out_height, out_width, channels, channels_out,
@@ -146,7 +147,7 @@ def _sample_grad_kernel(
         KERNEL_WIDTH, STRIDE, PADDING, DILATION, HAS_MASK,
     )  # fmt: skip
     upper, lower = (1.0 - fy) * modulation, fy * modulation
-    read = image * sx_image + y0 * sx_row + x0 * sx_column
+    read = image * sx_image + y0.to(tl.int64) * sx_row + x0 * sx_column
     write = ((image * height + y0) * width + x0) * channels
     # the gradient of the column, times each neighbour, summed over the channels
     at_upper_left = tl.zeros([BLOCK_M], tl.float32)
@@ -179,14 +180,14 @@ def _sample_grad_kernel(
             if NEEDS_INPUT:
                 at = grad_input + write[:, None] + channel[None, :]
                 keep = (top & left)[:, None] & k_exists[None, :]
-                tl.atomic_add(at, grad * (upper * (1.0 - fx))[:, None], mask=keep)
+                tl.atomic_add(at, grad * (upper * (1.0 - fx))[:, None], mask=keep, sem="relaxed")
                 keep = (top & right)[:, None] & k_exists[None, :]
-                tl.atomic_add(at + channels, grad * (upper * fx)[:, None], mask=keep)
+                tl.atomic_add(at + channels, grad * (upper * fx)[:, None], mask=keep, sem="relaxed")
                 at += width * channels
                 keep = (bottom & left)[:, None] & k_exists[None, :]
-                tl.atomic_add(at, grad * (lower * (1.0 - fx))[:, None], mask=keep)
+                tl.atomic_add(at, grad * (lower * (1.0 - fx))[:, None], mask=keep, sem="relaxed")
                 keep = (bottom & right)[:, None] & k_exists[None, :]
-                tl.atomic_add(at + channels, grad * (lower * fx)[:, None], mask=keep)
+                tl.atomic_add(at + channels, grad * (lower * fx)[:, None], mask=keep, sem="relaxed")
     if NEEDS_SAMPLING:
         left_change, right_change = at_lower_left - at_upper_left, at_lower_right - at_upper_right
         upper_change, lower_change = at_upper_right - at_upper_left, at_lower_right - at_lower_left
@@ -199,7 +200,9 @@ def _sample_grad_kernel(
             tl.store(grad_mask + index * TAPS + tap, value, mask=exists)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["positions", "height", "width", "out_height", "out_width", "tiles_per_split"]
+)
 def _weight_grad_kernel(
     grad_out, input, offset, mask, grad_weight,
     positions, height, width, out_height, out_width, channels_out, tiles_per_split,
@@ -227,7 +230,8 @@ def _weight_grad_kernel(
             so_image, so_tap, so_row, so_column, sm_image, sm_tap, sm_row, sm_column,
             KERNEL_WIDTH, STRIDE, PADDING, DILATION, HAS_MASK,
         )  # fmt: skip
-        pixel = input + image * sx_image + y0 * sx_row + x0 * sx_column + group * GROUP_K
+        pixel = input + image * sx_image + y0.to(tl.int64) * sx_row + x0 * sx_column
+        pixel += group * GROUP_K
         columns = _columns(
             pixel[:, None] + k[None, :],
             fy, fx, top, bottom, left, right, modulation, k_exists, sx_row, sx_column,
@@ -288,7 +292,8 @@ def _block(size: int, most: int) -> int:
 
 def _precision(input: Tensor) -> str:
     """Tensor cores round float32 to TF32 where PyTorch's own convolutions may."""
-    return "tf32" if input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if input.dtype == torch.float32 and allowed else "ieee"
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
@@ -310,6 +315,7 @@ def forward(
 ) -> Tensor:
     """The convolution; arguments and result are those of `deform_conv2d`, without autograd."""
     input = input.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
     batch, _, height, width = input.shape
     _, _, out_height, out_width = offset.shape
     channels_out, _, kernel_height, kernel_width = weight.shape

@@ -1,4 +1,8 @@
-"""Where a kernel is launched."""
+"""Where a kernel is launched.
+
+Sizes of images are no reason to compile a kernel anew, as Triton does for integers that are 1 or
+another multiple of 16: kernels list them under `do_not_specialize`.
+"""
 
 from collections.abc import Callable
 from functools import wraps

@@ -75,7 +75,7 @@ def _through_moments(moments, grad_moments, which, count, image, batch, channels
     return slope[None, :], shift[None, :], upsampled_mean_grad[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["strips", "batch", "height", "width"])
 def _gradient_kernel(
     same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients,
     same_grad, finer_grad, coarser_grad, strips, batch, channels, height, width,

@@ -44,7 +44,7 @@ def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: T
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs", "all_slabs", "height", "width"])
 def _slab_kernel(
     same, finer, coarser, sizes, partial, slabs, all_slabs, channels, height, width,
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, SLAB: tl.constexpr,
@@ -114,7 +114,7 @@ def _measure(
         tl.store(to + 2 * channels, covered_sum, known)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slabs", "all_slabs", "slab", "batch", "height", "width"])
 def _combine_kernel(
     partial, sizes, moments, slabs, all_slabs, slab, batch, channels, height, width,
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr,
