@@ -20,7 +20,7 @@ def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: T
     if coarser is not None:
         out[:2, 2] = _mean_and_variance(coarser, half(sizes))
         for band in bands(coarser, half(sizes)):
-            seen = band.read(coarser) * covered(band, coarser, sizes[band.images.start])
+            seen = band.read(coarser) * covered(band, coarser, sizes)
             out[2, 2, band.images] += seen.sum(dim=(1, 2))
         out[2, 2] /= _count(sizes)
     return out
@@ -131,7 +131,7 @@ def map_gradients(
             images = band.images
             own = _of_pixels(torch.stack([shift[2, images], slope[2, images], pooled[2, images]]))
             grad = torch.addcmul(own[0], band.read(coarser), own[1])
-            grad.addcmul_(covered(band, coarser, sizes[images.start]), own[2])
+            grad.addcmul_(covered(band, coarser, sizes), own[2])
             band.write(grads[2], grad.add_(through_blend[images, band.rows]))
     return grads
 

@@ -70,18 +70,19 @@ def half(sizes: Tensor) -> Tensor:
     return (sizes + 1) // 2
 
 
-def covered(band: Band, coarser: Tensor, size: Tensor) -> Tensor:
-    """How many true pixels of the level, of true size (2,), each pixel of a band of the coarser map
-    covers: (rows, W', 1).
+def covered(band: Band, coarser: Tensor, sizes: Tensor) -> Tensor:
+    """How many true pixels of the level, of true sizes (B, 2), each pixel of a band of the coarser
+    map covers: (images, rows, W', 1). Images of one size there may differ by a pixel here.
 
     It is also the sum of the weights with which the level reads it: ¼ + ¾ + ¾ + ¼ in each
     direction, where at an edge what a pixel loses on one side it gains by being continued.
     """
-    height, width = size.unbind()
+    height, width = sizes[band.images, None].unbind(dim=-1)  # (images, 1)
     row = torch.arange(band.rows.start, band.rows.stop, device=coarser.device)
     column = torch.arange(coarser.shape[-1], device=coarser.device)
     tall, wide = (height - 2 * row).clamp(0, 2), (width - 2 * column).clamp(0, 2)
-    return (tall[:, None] * wide)[..., None].to(torch.promote_types(coarser.dtype, torch.float32))
+    pixels = tall[:, :, None] * wide[:, None]
+    return pixels[..., None].to(torch.promote_types(coarser.dtype, torch.float32))
 
 
 def upsampled(band: Band, width: int, coarser: Tensor) -> Tensor:
