@@ -64,7 +64,7 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     node.LOSS.L1_FORMAT = "cxcywh"
 
     # Activation checkpointing: in training, keep only the input of each part and compute the rest
-    # again in the backward pass. Less memory for about a third more time in that part; losses and
+    # again in the backward pass: less memory, and the forward pass of that part twice. Losses and
     # gradients are the same.
     node.CHECKPOINT = CfgNode()
     node.CHECKPOINT.ENCODER_BLOCKS = False
@@ -74,8 +74,8 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     # Neither changes the results; what is set up for a size makes its first images slow.
     node.INFERENCE = CfgNode()
     # On a GPU, launch the whole network at once, as a CUDA graph. There is one for each padded size
-    # of a batch, and this many, those that were used last, are kept; 0: none. Capturing takes as
-    # long as many runs: worth it where images have no more padded sizes than this.
+    # of a batch, and this many, those that were used last, are kept; 0: none. A capture
+    # runs the network several times: worth it where images have no more padded sizes than this.
     node.INFERENCE.CUDA_GRAPHS = 0
     # Compile the network with torch.compile, which needs a C++ compiler on a CPU, and Triton on a
     # GPU.

@@ -120,6 +120,23 @@ def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
     assert "× Faster R-CNN" in printed and "torchvision" in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--repeats", "0"], "--repeats: '0' is not a whole number, 1 or more"),
+        (["--size", "800"], "--size: '800' is not HEIGHTxWIDTH"),
+        (["--size", "32x800"], "--size: '32x800' is too small"),
+        (["--json", "nowhere/times.json"], "--json: the folder nowhere does not exist"),
+        (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
+    ],
+)
+def test_benchmark_refuses_before_it_measures(options, reason, capsys):
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main(["models", *options])
+    assert stop.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
     """Convolutions 3×3: 9·C² for each pixel that one of them makes."""
     model = build_model(read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])).eval()

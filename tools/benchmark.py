@@ -25,20 +25,32 @@ from tabulate import tabulate
 
 from dynamic_detr import compat
 from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
 OURS = PROJECT / "configs" / "COCO-Detection" / "dynamic_detr_R_50_1x.yaml"
 PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 
-
 MEASURED = ("operators", "models", "profile")
+VERSIONS = ("torch", "torchvision", "detectron2", "Python")
+SMALLEST = 64  # pixels, a pixel of the coarsest level
 
 
 def size(text: str) -> tuple[int, int]:
     height, _, width = text.lower().partition("x")
-    if not (height.isdigit() and width.isdigit()):
+    if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 800x1216")
+    if min(int(height), int(width)) < SMALLEST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is too small; each side wants {SMALLEST} pixels"
+        )
     return int(height), int(width)
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
 
 
 def machine(device: str) -> dict[str, str]:
@@ -117,9 +129,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--second-peer", default=PEERS[1])
     parser.add_argument("--size", type=size, default=(800, 1216), metavar="HEIGHTxWIDTH")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--batch", type=int, default=8, help="images at once, for the throughput")
-    parser.add_argument("--train-batch", type=int, default=2, help="images of a training step")
-    parser.add_argument("--repeats", type=int, default=7, help="measured calls of each")
+    parser.add_argument("--batch", type=count, default=8, help="images at once, for the throughput")
+    parser.add_argument("--train-batch", type=count, default=2, help="images of a training step")
+    parser.add_argument("--repeats", type=count, default=7, help="measured calls of each")
     parser.add_argument("--budget", type=float, default=60, help="seconds for the calls of each")
     parser.add_argument("--no-naive", action="store_true", help="leave the usual operators out")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
@@ -133,23 +145,24 @@ def main(argv: list[str] | None = None) -> None:
     compat.ignore_known_warnings()
     torch.manual_seed(0)
     with report_user_errors("benchmark.py"):
+        if args.dtype == "float16" and device == "cpu":
+            raise UserError("--dtype float16 wants a GPU, and there is none; bfloat16 works here")
+        if args.json and not args.json.parent.is_dir():
+            raise UserError(f"--json: the folder {args.json.parent} does not exist")
+        versions = ", ".join(f"{key} {result[key]}" for key in VERSIONS)
+        print(f"{result['machine']}; {versions}; {args.size[0]} × {args.size[1]}, {args.dtype}")
         if args.what in ("all", "operators"):
             result["operators"] = measure_operators(args, device)
+            print(f"\n{operator_table(result['operators'])}", flush=True)
         if args.what in ("all", "models"):
             result["models"] = measure_models(args, device)
+            print(f"\n{model_table(result['models'], args)}", flush=True)
         if args.what in ("all", "profile"):
             result["profile"] = profile_model(args, device)
-    versions = [f"{key} {result[key]}" for key in ("torch", "torchvision", "detectron2", "Python")]
-    print(f"\n{result['machine']}; {', '.join(versions)}; ", end="")
-    print(f"{args.size[0]} × {args.size[1]}, {args.dtype}")
-    if "operators" in result:
-        print(f"\n{operator_table(result['operators'])}")
-    if "models" in result:
-        print(f"\n{model_table(result['models'], args)}")
-    for name, rows in result.get("profile", {}).items():
-        print(f"\n{profile_table(name, rows)}")
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+            for name, rows in result["profile"].items():
+                print(f"\n{profile_table(name, rows)}", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

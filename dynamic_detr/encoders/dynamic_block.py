@@ -26,8 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import DyReLU, group_norm_affine, hard_sigmoid
-from ..layers.dyrelu import linear
+from ..layers import DyReLU, group_norm_affine, hard_sigmoid, linear
 from ..ops import blend_dyrelu, deform_conv2d, masked_moments
 from ..structures import Pyramid
 

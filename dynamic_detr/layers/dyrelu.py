@@ -4,7 +4,7 @@ and each pixel takes the larger of the two. It is the channel attention of the e
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DyReLU", "hard_sigmoid"]
+__all__ = ["DyReLU", "hard_sigmoid", "linear"]
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dynamic_detr.engine.setup import find_config, read_config
 from .timing import Timing, time_in_turns
 from .usual import usual_operators
 
-__all__ = ["PARTS", "measure_models", "profile_model"]
+__all__ = ["measure_models", "profile_model"]
 
 PARTS = ("backbone", "encoder", "decoder")
 OBJECTS = 8  # in each training image
@@ -39,7 +39,7 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
         return time_in_turns(calls, device, args.repeats, args.budget, title)
 
     latency = timings("one image", lambda run: lambda: run.infer(1))
-    # a training step of the usual operators takes a CPU a quarter of an hour
+    # one image alone takes the usual operators more than a minute on a CPU
     slow = ("usual operators",) if device == "cpu" else ()
     throughput = timings(f"{args.batch} images", lambda run: lambda: run.infer(args.batch), slow)
     training = timings("training step", lambda run: lambda: run.train(args.train_batch), slow)

@@ -201,6 +201,7 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     corners = torch.rand(1, QUERIES, 2, 2, device=device).sort(dim=2).values
     boxes = corners.flatten(2) * limit
     bins = POOLING[0] ** 2
+    pooled = torch.float32 if dtype == torch.bfloat16 else dtype  # the pooler has no bfloat16
 
     def ours(*maps: Tensor) -> Tensor:
         return pyramid_roi_align(Pyramid(maps, STRIDES, sizes), boxes, *POOLING)
@@ -209,7 +210,6 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         pyramid = Pyramid(tuple(m.to(pooled) for m in maps), STRIDES, sizes)
         return usual_roi_align(pyramid, boxes, *POOLING).to(maps[0].dtype)
 
-    pooled = torch.float32 if dtype == torch.bfloat16 else dtype
     return Case(
         f"RoIAlign, {QUERIES} boxes, {len(STRIDES)} levels",
         maps,
