@@ -144,14 +144,17 @@ class TestDeformConv:
         found = gradients(deform_conv2d(*tensors, padding=1), (tensors[needed],))[0]
         torch.testing.assert_close(found, expected)
 
-    @pytest.mark.parametrize("chunk", [1, 7, 15, 36, 100])
-    def test_chunks_leave_no_seam(self, chunk, monkeypatch):
-        """Chunks of one row, of some rows, of one image and of several images."""
+    @pytest.mark.parametrize("columns", [1, 4, 1000])
+    @pytest.mark.parametrize("block", [1, 7, 15, 36, 100])
+    def test_blocks_and_chunks_leave_no_seam(self, block, columns, monkeypatch):
+        """Blocks of one row, of some rows, of one image and of several images; in each, chunks of
+        one position, of some, and of all."""
         tensors = tuple(t.requires_grad_() for t in arguments((7, 5), batch=3))
         whole = deform_conv2d(*tensors, padding=1)
         expected = gradients(whole, tensors)
-        monkeypatch.setattr(deform_conv_gather, "CACHE_CHUNK", chunk)
-        monkeypatch.setattr(deform_conv_gather, "MEMORY_CHUNK", chunk)
+        column = 9 * tensors[0].shape[1] * tensors[0].itemsize
+        monkeypatch.setattr(deform_conv_gather, "COLUMNS", columns * column)
+        monkeypatch.setattr(deform_conv_gather, "BLOCK", block)
         parts = deform_conv2d(*tensors, padding=1)
         torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gradients(parts, tensors), expected, rtol=1e-12, atol=1e-12)

@@ -455,10 +455,10 @@ class TestKernel:
         pyramid = moved(images_of_two_sizes(3), on_kernel, torch.float32)
         boxes = random_boxes(2, 2, 60, 60).to(on_kernel)
         called = []
-        plain = roi_align_module.weighted_gather_backward
+        plain = roi_align_module.add_table_gradient
         monkeypatch.setattr(
             roi_align_module,
-            "weighted_gather_backward",
+            "add_table_gradient",
             lambda *a, **k: called.append(1) or plain(*a, **k),
         )
         torch.use_deterministic_algorithms(True)

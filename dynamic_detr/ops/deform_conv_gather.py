@@ -1,23 +1,21 @@
 """Deformable convolution as a gather and a matrix product, in plain PyTorch, for any device.
 
-The sampled columns are made and multiplied chunk by chunk, so that they stay in cache in the
-forward pass; the backward pass makes them again, so that nothing but the inputs is kept.
+The sampled columns are made and multiplied chunk by chunk, so that they stay in cache; the backward
+pass makes them again, so that nothing but the inputs is kept.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .gather import (
-    bilinear_corners,
-    bilinear_corners_backward,
-    weighted_gather,
-    weighted_gather_backward,
-)
+from .bilinear import BilinearSamples
+from .gather import add_table_gradient, weight_gradient, weighted_gather
 
 __all__ = ["backward", "forward"]
 
-CACHE_CHUNK = 2048  # positions whose columns stay in a CPU's cache
-MEMORY_CHUNK = 16384  # positions whose columns are about as large as the gradient of a map
+COLUMNS = 20 * 2**20  # bytes of the columns of a chunk, on a CPU: they stay in its cache
+BLOCK = 16384  # positions that are steered together
 
 
 def forward(
@@ -33,13 +31,13 @@ def forward(
 ) -> Tensor:
     """The convolution; arguments and result are those of `deform_conv2d`, without autograd."""
     features = input.permute(0, 2, 3, 1).contiguous()
-    steering = _Steering(offset, mask, weight.shape[2:], stride, padding, dilation)
-    out = features.new_empty((*steering.shape, weight.shape[0]))
+    out = features.new_empty((*offset.shape[:1], *offset.shape[2:], weight.shape[0]))
     matrices = _matrices(weight, groups)
-    chunk = CACHE_CHUNK if features.device.type == "cpu" else MEMORY_CHUNK
-    for images, rows in _chunks(steering.shape, chunk):
-        samples = steering.samples(features[images], images, rows)
-        _multiply(samples.columns(), matrices, out[images, rows].flatten(0, 2))
+    geometry = (weight.shape[2:], stride, padding, dilation)
+    for block in _blocks(features, offset, mask, geometry):
+        block_out = out[block.images, block.rows].flatten(0, 2)
+        for chunk in block.chunks():
+            _multiply(block.columns(chunk), matrices, block_out[chunk])
     if bias is not None:
         out += bias
     return out.permute(0, 3, 1, 2)
@@ -61,123 +59,145 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, offset, mask and weight; None for those that are not needed."""
     features, grad_out = input.permute(0, 2, 3, 1).contiguous(), grad_out.permute(0, 2, 3, 1)
-    steering = _Steering(offset, mask, weight.shape[2:], stride, padding, dilation)
-    sampling_shape = (*steering.shape, steering.taps)
     wide = torch.promote_types(input.dtype, torch.float32)
     grad_input = features.new_zeros(features.shape, dtype=wide) if needs_input else None
-    grad_offset = offset.new_empty((*sampling_shape, 2)) if needs_sampling else None
-    needs_mask = needs_sampling and mask is not None
-    grad_mask = mask.new_empty(sampling_shape) if needs_mask else None
+    grad_offset, grad_mask = (
+        torch.empty_like(t, memory_format=torch.channels_last)
+        if needs_sampling and t is not None
+        else None
+        for t in (offset, mask)
+    )
     grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
     matrices = _matrices(weight, groups)
-    for images, rows in _chunks(steering.shape, MEMORY_CHUNK):
-        samples = steering.samples(features[images], images, rows)
-        part = grad_out[images, rows].flatten(0, 2)
-        if needs_weight:
-            grad_weight += _weight_grad(part, samples.columns(), weight, groups)
-        if not (needs_input or needs_sampling):
-            continue
-        grad_columns = _column_grad(part, matrices, steering.taps)
-        grad_table, grads = samples.backward(grad_columns, needs_input, needs_sampling)
-        if needs_input:
-            grad_input[images] += grad_table.view_as(grad_input[images])
+    geometry = (weight.shape[2:], stride, padding, dilation)
+    for block in _blocks(features, offset, mask, geometry):
+        block_grad = grad_out[block.images, block.rows].flatten(0, 2)
+        for chunk in block.chunks():
+            grad = block_grad[chunk]
+            if needs_weight:
+                grad_weight += _weight_grad(grad, block.columns(chunk), weight, groups)
+            if needs_input or needs_sampling:
+                grad_columns = _column_grad(grad, matrices, block.taps)
+            if needs_input:
+                block.add_input_gradient(grad_input, grad_columns, chunk)
+            if needs_sampling:
+                block.keep_weight_gradient(grad_columns, chunk)
         if needs_sampling:
-            grad_offset[images, rows], grad_modulation = grads
-        if needs_mask:
-            grad_mask[images, rows] = grad_modulation
+            block.write_sampling_gradients(grad_offset, grad_mask)
     return (
         None if grad_input is None else grad_input.to(input.dtype).permute(0, 3, 1, 2),
-        None if grad_offset is None else grad_offset.flatten(3).permute(0, 3, 1, 2),
-        None if grad_mask is None else grad_mask.permute(0, 3, 1, 2),
+        grad_offset,
+        grad_mask,
         grad_weight,
     )
 
 
-def _chunks(shape: tuple[int, ...], limit: int):
-    """Splits (B, Ho, Wo) into parts of whole images, or of whole rows of one image."""
-    batch, height, width = shape[:3]
+def _blocks(
+    features: Tensor, offset: Tensor, mask: Tensor | None, geometry: tuple
+) -> Iterator["_Block"]:
+    """Splits the output into whole images, or into whole rows of one image."""
+    batch, _, height, width = offset.shape
     if height * width == 0:
         return
-    images = max(1, limit // (height * width))
-    rows = max(1, limit // width) if images == 1 else height
+    images = max(1, BLOCK // (height * width))
+    rows = max(1, BLOCK // width) if images == 1 else height
     for first in range(0, batch, images):
         for row in range(0, height, rows):
-            yield slice(first, min(first + images, batch)), slice(row, min(row + rows, height))
+            part = slice(first, min(first + images, batch)), slice(row, min(row + rows, height))
+            yield _Block(features, offset, mask, *part, *geometry)
 
 
-class _Steering:
-    """Offsets and modulations as (B, Ho, Wo, taps, …), and where the taps lie without them."""
+class _Block:
+    """Some rows of some images of the output, and the samples that they are made of.
+
+    Args:
+        features: (B, H, W, C), contiguous.
+        offset, mask: as given to `deform_conv2d`.
+        images, rows: which part of the output it is.
+        kernel, stride, padding, dilation: of the convolution.
+    """
 
     def __init__(
         self,
+        features: Tensor,
         offset: Tensor,
         mask: Tensor | None,
+        images: slice,
+        rows: slice,
         kernel: tuple[int, int],
         stride: int,
         padding: int,
         dilation: int,
     ) -> None:
-        self.taps = kernel[0] * kernel[1]
-        self.dtype = torch.promote_types(offset.dtype, torch.float32)
-        self.offset = offset.permute(0, 2, 3, 1).unflatten(-1, (self.taps, 2))
-        self.mask = None if mask is None else mask.permute(0, 2, 3, 1)
-        self.shape = self.offset.shape[:3]
-        _, height, width = self.shape
+        self.images, self.rows, self.taps = images, rows, kernel[0] * kernel[1]
+        dtype = torch.promote_types(offset.dtype, torch.float32)
+        modulation = None if mask is None else self._part(mask).to(dtype)  # (b, rows, Wo, taps)
+        offset = self._part(offset).to(dtype).unflatten(-1, (self.taps, 2))
 
-        def grid(count: int, step: int) -> Tensor:
-            return torch.arange(count, device=offset.device, dtype=self.dtype) * step
+        def places(first: int, last: int) -> Tensor:
+            return torch.arange(first, last, device=offset.device, dtype=dtype)
 
-        tap_y = grid(kernel[0], dilation).repeat_interleave(kernel[1]) - padding
-        tap_x = grid(kernel[1], dilation).repeat(kernel[0]) - padding
-        self.y = grid(height, stride)[:, None, None] + tap_y  # (Ho, 1, taps)
-        self.x = grid(width, stride)[:, None] + tap_x  # (Wo, taps)
+        tap_y = places(0, kernel[0]).repeat_interleave(kernel[1]) * dilation - padding
+        tap_x = places(0, kernel[1]).repeat(kernel[0]) * dilation - padding
+        y = places(rows.start, rows.stop)[:, None, None] * stride + tap_y  # (rows, 1, taps)
+        x = places(0, offset.shape[2])[:, None] * stride + tap_x  # (Wo, taps)
+        y, x = (offset[..., 0] + y).contiguous(), (offset[..., 1] + x).contiguous()
 
-    def samples(self, features: Tensor, images: slice, rows: slice) -> "_Samples":
-        """What some rows of some images sample from these images' features (b, H, W, C)."""
-        offset = self.offset[images, rows].to(self.dtype)
-        modulation = None if self.mask is None else self.mask[images, rows].to(self.dtype)
-        return _Samples(
-            features, offset[..., 0] + self.y[rows], offset[..., 1] + self.x, modulation
-        )
+        _, height, width, channels = features.shape
+        self.samples = BilinearSamples(y, x, height, width, modulation)
+        index = self.samples.index(width)
+        for image in range(1, len(index)):
+            index[image] += image * height * width
+        self.table = features[images].reshape(-1, channels)
+        self.index = index.flatten(0, 2).flatten(1)  # (positions, taps · 4)
+        self.weight = self.samples.weight().flatten(0, 2).flatten(1)
+        self.grad_weight: Tensor | None = None
 
+    def _part(self, tensor: Tensor) -> Tensor:
+        """This block of a (B, channels, Ho, Wo) tensor, channels last."""
+        return tensor.permute(0, 2, 3, 1)[self.images, self.rows]
 
-class _Samples:
-    """The samples of some output positions: y, x and modulation are (b, rows, Wo, taps)."""
+    def chunks(self) -> Iterator[slice]:
+        """Positions of the block the columns of which are made at once."""
+        positions = step = len(self.index)
+        if self.table.device.type == "cpu":
+            column = self.taps * self.table.shape[1] * max(4, self.table.itemsize)
+            step = max(1, COLUMNS // column)
+        for first in range(0, positions, step):
+            yield slice(first, min(first + step, positions))
 
-    def __init__(self, features: Tensor, y: Tensor, x: Tensor, modulation: Tensor | None) -> None:
-        batch, height, width, channels = features.shape
-        self.place = (y, x, height, width)
-        self.modulation = modulation
-        index, self.bilinear = bilinear_corners(y, x, height, width, width)  # (…, taps, 4)
-        if batch > 1:
-            first = torch.arange(batch, device=y.device, dtype=index.dtype) * (height * width)
-            index = index + first[:, None, None, None, None]
-        weight = self.bilinear if modulation is None else self.bilinear * modulation[..., None]
-        self.table = features.reshape(batch * height * width, channels)
-        self.index, self.weight = index.flatten(0, -2), weight.flatten(0, -2)
-        self.taps = y.shape[-1]
+    def _of_taps(self, values: Tensor, chunk: slice) -> Tensor:
+        """A row for each tap of each position of a chunk."""
+        return values[chunk].view(-1, 4)
 
-    def columns(self) -> Tensor:
+    def columns(self, chunk: slice) -> Tensor:
         """(positions, taps, C)."""
-        return weighted_gather(self.table, self.index, self.weight).unflatten(0, (-1, self.taps))
+        index, weight = self._of_taps(self.index, chunk), self._of_taps(self.weight, chunk)
+        return weighted_gather(self.table, index, weight).unflatten(0, (-1, self.taps))
 
-    def backward(
-        self, grad_columns: Tensor, needs_table: bool, needs_sampling: bool
-    ) -> tuple[Tensor | None, tuple[Tensor, Tensor | None] | None]:
-        """Gradient of the table, and of offset (b, rows, Wo, taps, 2) and modulation."""
-        grad_table, grad = weighted_gather_backward(
-            *(grad_columns.flatten(0, 1), self.table, self.index, self.weight),
-            *(needs_table, needs_sampling),
+    def add_input_gradient(self, grad_input: Tensor, grad_columns: Tensor, chunk: slice) -> None:
+        """Adds to that of the features, (B, H, W, C), what comes from a chunk's columns."""
+        index, weight = self._of_taps(self.index, chunk), self._of_taps(self.weight, chunk)
+        grad_table = grad_input[self.images].view(self.table.shape)
+        add_table_gradient(grad_table, grad_columns.flatten(0, 1), index, weight)
+
+    def keep_weight_gradient(self, grad_columns: Tensor, chunk: slice) -> None:
+        """Keeps that of the samples' weights, for `write_sampling_gradients`."""
+        if self.grad_weight is None:
+            self.grad_weight = torch.empty_like(self.weight)
+        grad = weight_gradient(
+            grad_columns.flatten(0, 1), self.table, self._of_taps(self.index, chunk)
         )
-        if not needs_sampling:
-            return grad_table, None
-        grad = grad.view_as(self.bilinear)
-        grad_modulation = None
-        if self.modulation is not None:
-            grad_modulation = (grad * self.bilinear).sum(dim=-1)
-            grad = grad * self.modulation[..., None]
-        grad_offset = torch.stack(bilinear_corners_backward(grad, *self.place), dim=-1)
-        return grad_table, (grad_offset, grad_modulation)
+        self.grad_weight[chunk] = grad.view(-1, self.taps * 4)
+
+    def write_sampling_gradients(self, grad_offset: Tensor, grad_mask: Tensor | None) -> None:
+        """Stores those of offsets and modulations, when all chunks are through."""
+        grad_weight = self.grad_weight.view(*self.samples.shape, 4)
+        grad_y, grad_x, grad_modulation = self.samples.backward(grad_weight)
+        part = self._part(grad_offset).unflatten(-1, (self.taps, 2))
+        part[..., 0], part[..., 1] = grad_y, grad_x
+        if grad_mask is not None:
+            self._part(grad_mask)[...] = grad_modulation
 
 
 def _matrices(weight: Tensor, groups: int) -> Tensor:

@@ -7,12 +7,8 @@ import torch
 from torch import Tensor
 
 from .backend import kernel_serves
-from .gather import (
-    bilinear_corners,
-    bilinear_corners_backward,
-    weighted_gather,
-    weighted_gather_backward,
-)
+from .bilinear import BilinearSamples
+from .gather import add_table_gradient, weight_gradient, weighted_gather
 
 __all__ = ["ms_deform_attn"]
 
@@ -198,14 +194,13 @@ def _gather_backward(
     for image, queries in _chunks(locations):
         samples = _Samples(locations[image, queries], weights[image, queries], shapes)
         grad_pooled = grad_out[image, queries].reshape(-1, value.shape[3])
-        grad_part, grad = weighted_gather_backward(
-            *(grad_pooled, table[image], samples.index, samples.weight),
-            *(needs_value, needs_sampling),
-        )
         if needs_value:
-            grad_table[image] += grad_part
+            add_table_gradient(grad_table[image], grad_pooled, samples.index, samples.weight)
         if needs_sampling:
-            grad_locations[image, queries], grad_weights[image, queries] = samples.backward(grad)
+            grad = weight_gradient(grad_pooled, table[image], samples.index)
+            samples.write_gradients(
+                grad, grad_locations[image, queries], grad_weights[image, queries]
+            )
     grad_value = grad_table.view(value.shape).to(value.dtype) if needs_value else None
     return grad_value, grad_locations, grad_weights
 
@@ -237,36 +232,29 @@ class _Samples:
     def __init__(self, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> None:
         heads, device = locations.shape[1], locations.device
         dtype = torch.promote_types(locations.dtype, torch.float32)
-        locations, self.attention = locations.to(dtype), weights.to(dtype)
+        locations, attention = locations.to(dtype), weights.to(dtype)
         areas = [height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
         first_rows = [sum(areas[:level]) for level in range(len(areas))]
         self.height, self.width = _column(shapes[::2], device), _column(shapes[1::2], device)
-        self.y = _pixels(locations[..., 1], self.height)
-        self.x = _pixels(locations[..., 0], self.width)
-        index, self.bilinear = bilinear_corners(
-            self.y, self.x, self.height, self.width, self.width
-        )  # (n, heads, L, P, 4)
+        self.bilinear = BilinearSamples(
+            locations[..., 1] * self.height - 0.5,
+            locations[..., 0] * self.width - 0.5,
+            self.height,
+            self.width,
+            attention,
+        )  # (n, heads, L, P)
         head = torch.arange(heads, device=device, dtype=torch.int32)[:, None, None, None]
-        index = (index + _column(first_rows, device)[..., None]) * heads + head
-        self.index = index.flatten(2).flatten(0, 1)
-        self.weight = (self.bilinear * self.attention[..., None]).flatten(2).flatten(0, 1)
+        index = self.bilinear.index(self.width).add_(_column(first_rows, device)[..., None])
+        self.index = index.mul_(heads).add_(head).flatten(2).flatten(0, 1)
+        self.weight = self.bilinear.weight().flatten(2).flatten(0, 1)
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of locations and attention weights from that of `weight`."""
-        grad = grad.view_as(self.bilinear)
-        grad_attention = (grad * self.bilinear).sum(dim=-1)
-        grad_y, grad_x = bilinear_corners_backward(
-            grad * self.attention[..., None], self.y, self.x, self.height, self.width
-        )
-        return torch.stack([grad_x * self.width, grad_y * self.height], dim=-1), grad_attention
+    def write_gradients(self, grad: Tensor, grad_locations: Tensor, grad_weights: Tensor) -> None:
+        """Stores those of locations and attention weights, given that of `weight`."""
+        grad_y, grad_x, grad_attention = self.bilinear.backward(grad.view(*self.bilinear.shape, 4))
+        grad_locations[..., 0], grad_locations[..., 1] = grad_x * self.width, grad_y * self.height
+        grad_weights.copy_(grad_attention)
 
 
 def _column(numbers: Sequence[int], device: torch.device) -> Tensor:
     """(L, 1) int32, filled on the device: a copy from the host would stall it."""
     return torch.cat([torch.full((1, 1), n, device=device, dtype=torch.int32) for n in numbers])
-
-
-def _pixels(location: Tensor, size: Tensor) -> Tensor:
-    """Normalised to pixels; what is far outside, or nowhere, is moved to where nothing is."""
-    pixels = torch.nan_to_num(location * size - 0.5, nan=-2.0)
-    return torch.minimum(pixels.clamp(min=-2.0), (size + 1).to(pixels.dtype))

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..structures import Pyramid
 from .backend import kernel_serves
-from .gather import bilinear_corners, weighted_gather, weighted_gather_backward
+from .bilinear import BilinearSamples
+from .gather import add_table_gradient, weighted_gather
 
 __all__ = ["assign_levels", "pyramid_roi_align"]
 
@@ -174,11 +175,9 @@ def _backward(
     if grad_out.numel() == 0:
         return grad_out.new_zeros(shape)
     index, weight = _samples(*regions)
-    like_table = grad_out.new_empty(()).expand(shape).flatten(0, 1)
-    grad_table, _ = weighted_gather_backward(
-        grad_out.flatten(0, 2), like_table, index, weight, needs_weight=False
-    )
-    return grad_table.to(grad_out.dtype).view(shape)
+    grad_table = grad_out.new_zeros(shape, dtype=torch.promote_types(grad_out.dtype, torch.float32))
+    add_table_gradient(grad_table.flatten(0, 1), grad_out.flatten(0, 2), index, weight)
+    return grad_table.to(grad_out.dtype)
 
 
 @_backward.register_fake
@@ -235,16 +234,12 @@ def _samples(
     y = torch.minimum(y.clamp(min=0), (height - 1).to(y.dtype))
     x = torch.minimum(x.clamp(min=0), (width - 1).to(x.dtype))
 
-    index, weight = bilinear_corners(
-        y[..., :, None],
-        x[..., None, :],
-        height[..., None],
-        width[..., None],
-        level_width[..., None, None],
-    )  # (B, Q, samples, samples, 4)
+    bilinear = BilinearSamples(
+        y[..., :, None], x[..., None, :], height[..., None], width[..., None]
+    )  # (B, Q, samples, samples)
     inside = (inside_y[..., :, None] & inside_x[..., None, :])[..., None]
-    weight = weight.where(inside, 0) / sampling_ratio**2
-    index = index + first_row[..., None, None, None]
+    weight = bilinear.weight().where(inside, 0) / sampling_ratio**2
+    index = bilinear.index(level_width[..., None, None]) + first_row[..., None, None, None]
 
     def by_bin(values: Tensor) -> Tensor:
         grid = (output_size, sampling_ratio)
