@@ -30,7 +30,7 @@ def forward(
     groups: int,
 ) -> Tensor:
     """The convolution; arguments and result are those of `deform_conv2d`, without autograd."""
-    features = input.permute(0, 2, 3, 1).contiguous()
+    features = input.detach().permute(0, 2, 3, 1).contiguous()
     out = features.new_empty((*offset.shape[:1], *offset.shape[2:], weight.shape[0]))
     matrices = _matrices(weight, groups)
     geometry = (weight.shape[2:], stride, padding, dilation)
@@ -58,7 +58,8 @@ def backward(
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, offset, mask and weight; None for those that are not needed."""
-    features, grad_out = input.permute(0, 2, 3, 1).contiguous(), grad_out.permute(0, 2, 3, 1)
+    features, grad_out = (t.detach().permute(0, 2, 3, 1) for t in (input, grad_out))
+    features = features.contiguous()
     wide = torch.promote_types(input.dtype, torch.float32)
     grad_input = features.new_zeros(features.shape, dtype=wide) if needs_input else None
     grad_offset, grad_mask = (

@@ -1,68 +1,92 @@
-"""The maps of a level for plain PyTorch, band by band: rows of an image, few enough to stay in a
-CPU's cache, or some whole images where these are small, and the rows of the coarser neighbour
-between which they lie.
+"""The maps of a level for plain PyTorch, band by band: the true pixels of some rows of an image,
+few enough to stay in a CPU's cache, or of some whole images where these are small, and the pixels
+of the coarser neighbour between which they lie.
 
-A part is what a band holds of a map: (images, rows, W, C), in float32 (float64 for float64 maps).
+A part is what a band holds of a map: (images, rows, columns, C), in float32 (float64 for float64
+maps).
 """
 
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Band", "add_upsampled_gradient", "bands", "covered", "half", "upsampled"]
+__all__ = ["Band", "add_upsampled_gradient", "bands", "half", "result", "upsampled"]
 
-NUMBERS = 2**18  # in a part: a megabyte of float32
+NUMBERS = 2**19  # in a part: two megabytes of float32
 
 
 class Band(NamedTuple):
     """Some rows of one image, or of neighbours of the same true size."""
 
     images: slice
-    rows: slice
-    size: Tensor  # (2,), the true height and width of each
-    valid: Tensor | None  # (rows, W, 1), which pixels are true; None where all are known to be
+    rows: slice  # from an even one on
+    columns: slice
+    size: tuple[int, int] | tuple[Tensor, Tensor]  # the true height and width of each image
+    valid: Tensor | None  # (rows, columns, 1), which pixels are true; None where all are
 
     def read(self, features: Tensor) -> Tensor:
         """The part of (B, C, H, W) features, zero beyond the true size; it may be a view."""
-        part = features.permute(0, 2, 3, 1)[self.images, self.rows]
+        part = self._of(features)
         return self.masked(part.to(torch.promote_types(part.dtype, torch.float32)))
 
     def masked(self, part: Tensor) -> Tensor:
         """Zero beyond the true size."""
         return part if self.valid is None else torch.where(self.valid, part, 0)
 
+    def target(self, features: Tensor, like: Tensor) -> Tensor:
+        """Where to compute the part of (B, C, H, W) features: in them, if the dtype is theirs."""
+        part = self._of(features)
+        return part if part.dtype == like.dtype else torch.empty_like(like)
+
     def write(self, features: Tensor, part: Tensor) -> None:
-        """Stores the part in (B, C, H, W) features, with zeros beyond the true size."""
-        features.permute(0, 2, 3, 1)[self.images, self.rows] = self.masked(part)
+        """Stores the part in (B, C, H, W) features, zero beyond the true size."""
+        stored, part = self._of(features), self.masked(part)
+        if stored.data_ptr() != part.data_ptr():
+            stored.copy_(part)
+
+    def _of(self, features: Tensor) -> Tensor:
+        return features.permute(0, 2, 3, 1)[self.images, self.rows, self.columns]
 
 
 def bands(features: Tensor, sizes: Tensor) -> Iterator[Band]:
-    """All rows of (B, C, H, W) features, whose true sizes are (B, 2).
+    """All true pixels of (B, C, H, W) features, whose true sizes are (B, 2).
 
-    Only on the CPU are they cut small, and sizes looked at: elsewhere that would be a stall.
+    Only on the CPU are they cut to small ones, and sizes looked at: elsewhere that would be a
+    stall, and a band is a whole map, with a mask.
     """
     batch, channels, height, width = features.shape
-    on_cpu = features.device.type == "cpu"
-    known = sizes.tolist() if on_cpu else None
-    length = max(1, NUMBERS // max(1, width * channels)) if on_cpu else height
-    together = max(1, length // max(1, height)) if on_cpu else 1
-    columns = torch.arange(width, device=features.device)
+    if features.device.type != "cpu":
+        for image, size in enumerate(sizes):
+            row, column = (torch.arange(n, device=features.device) for n in (height, width))
+            valid = ((row < size[0])[:, None] & (column < size[1]))[..., None]
+            pixels = slice(image, image + 1), slice(0, height), slice(0, width)
+            yield Band(*pixels, tuple(size), valid)
+        return
+    known = [tuple(size) for size in sizes.tolist()]
     first = 0
     while first < batch:
+        true_height, true_width = size = known[first]
+        length = max(2, NUMBERS // max(1, true_width * channels) // 2 * 2)
         last = first + 1
-        while last < min(first + together, batch) and known[last] == known[first]:
+        together = max(1, length // max(1, true_height))
+        while last < min(first + together, batch) and known[last] == size:
             last += 1
-        h, w = known[first] if on_cpu else sizes[first].unbind()
-        for top in range(0, height, length):
-            rows = slice(top, min(top + length, height))
-            valid = None
-            if not (on_cpu and rows.stop <= h and width <= w):
-                row = torch.arange(rows.start, rows.stop, device=features.device)
-                valid = ((row < h)[:, None] & (columns < w))[..., None]
-            yield Band(slice(first, last), rows, sizes[first], valid)
+        for top in range(0, true_height, length):
+            rows = slice(top, min(top + length, true_height))
+            yield Band(slice(first, last), rows, slice(0, true_width), size, None)
         first = last
+
+
+def result(features: Tensor, sizes: Tensor) -> Tensor:
+    """Memory for all bands of a map like (B, C, H, W) features, with zeros where there are none."""
+    out = torch.empty_like(features, memory_format=torch.channels_last)
+    padded = torch.tensor(features.shape[2:])
+    if features.device.type == "cpu" and bool((sizes < padded).any()):
+        out.zero_()
+    return out
 
 
 def half(sizes: Tensor) -> Tensor:
@@ -70,71 +94,62 @@ def half(sizes: Tensor) -> Tensor:
     return (sizes + 1) // 2
 
 
-def covered(band: Band, coarser: Tensor, sizes: Tensor) -> Tensor:
-    """How many true pixels of the level, of true sizes (B, 2), each pixel of a band of the coarser
-    map covers: (images, rows, W', 1). Images of one size there may differ by a pixel here.
+def upsampled(band: Band, coarser: Tensor) -> Tensor:
+    """The part of the upsampled coarser map in a band of the level.
 
-    It is also the sum of the weights with which the level reads it: ¼ + ¾ + ¾ + ¼ in each
-    direction, where at an edge what a pixel loses on one side it gains by being continued.
+    Each of its pixels becomes two in each direction, ¼ of the way to its neighbours; its last true
+    row and column are continued.
     """
-    height, width = sizes[band.images, None].unbind(dim=-1)  # (images, 1)
-    row = torch.arange(band.rows.start, band.rows.stop, device=coarser.device)
-    column = torch.arange(coarser.shape[-1], device=coarser.device)
-    tall, wide = (height - 2 * row).clamp(0, 2), (width - 2 * column).clamp(0, 2)
-    pixels = tall[:, :, None] * wide[:, None]
-    return pixels[..., None].to(torch.promote_types(coarser.dtype, torch.float32))
-
-
-def upsampled(band: Band, width: int, coarser: Tensor) -> Tensor:
-    """The part of the upsampled coarser map in a band of the level, which is `width` wide."""
-    rows, columns = _interpolations(band, width)
-    pixels = coarser.permute(0, 2, 3, 1)[band.images]
-    return columns.read(rows.read(pixels, dim=1), dim=2)
+    rows, columns = _framed(band, coarser)
+    pixels = coarser.permute(0, 2, 3, 1)[band.images].index_select(1, rows).index_select(2, columns)
+    pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
+    doubled = _double(_double(pixels, dim=1), dim=2)
+    return doubled[:, : band.rows.stop - band.rows.start, : band.columns.stop]
 
 
 def add_upsampled_gradient(band: Band, grad: Tensor, coarser_grad: Tensor) -> None:
-    """The adjoint of `upsampled`: adds the gradient of its result to (images, H', W', C), that of
-    the coarser map of the same images."""
-    rows, columns = _interpolations(band, grad.shape[2])
-    narrow = grad.new_zeros((*grad.shape[:2], *coarser_grad.shape[2:]))
-    columns.add_gradient(grad, narrow, dim=2)
-    rows.add_gradient(narrow, coarser_grad, dim=1)
+    """The adjoint of `upsampled`: adds the gradient of its result to (B, C, H', W'), that of the
+    coarser map."""
+    rows, columns = _framed(band, coarser_grad)
+    framed = _halve(_halve(grad, dim=2), dim=1)
+    images = coarser_grad.permute(0, 2, 3, 1)[band.images]
+    framed = framed.new_zeros((*framed.shape[:2], *images.shape[2:])).index_add_(2, columns, framed)
+    images.index_add_(1, rows, framed)
 
 
-class _Interpolation(NamedTuple):
-    """Between which rows (or columns) of the coarser map those of the level lie."""
+def _framed(band: Band, coarser: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the coarser map that a band lies between, with one more at each side."""
 
-    low: Tensor
-    high: Tensor
-    weight: Tensor  # float32, of the low one; the high one has the rest
+    def indices(pixels: slice, length: int | Tensor) -> Tensor:
+        index = torch.arange(
+            pixels.start // 2 - 1, (pixels.stop + 1) // 2 + 1, device=coarser.device
+        )
+        return index.clamp(min=0).clamp(max=(length + 1) // 2 - 1)
 
-    def _weight(self, dim: int) -> Tensor:
-        return self.weight[:, None, None] if dim == 1 else self.weight[:, None]
-
-    def read(self, pixels: Tensor, dim: int) -> Tensor:
-        dtype = torch.promote_types(pixels.dtype, torch.float32)
-        low = pixels.index_select(dim, self.low).to(dtype)
-        high = pixels.index_select(dim, self.high).to(dtype)
-        return high.lerp_(low, self._weight(dim).to(dtype))
-
-    def add_gradient(self, grad: Tensor, pixels_grad: Tensor, dim: int) -> None:
-        to_low = grad * self._weight(dim)
-        pixels_grad.index_add_(dim, self.low, to_low)
-        pixels_grad.index_add_(dim, self.high, grad - to_low)
+    return indices(band.rows, band.size[0]), indices(band.columns, band.size[1])
 
 
-def _interpolations(band: Band, width: int) -> tuple[_Interpolation, _Interpolation]:
-    """Of the rows of a band and of its columns, moved to the true edge where they are beyond."""
+def _double(pixels: Tensor, dim: int) -> Tensor:
+    """Two for each pixel but the first and the last."""
+    count = pixels.shape[dim] - 2
+    before, here, after = (pixels.narrow(dim, start, count) for start in range(3))
+    doubled = pixels.new_empty((*here.shape[: dim + 1], 2, *here.shape[dim + 1 :]))
+    torch.lerp(here, before, 0.25, out=doubled.select(dim + 1, 0))
+    torch.lerp(here, after, 0.25, out=doubled.select(dim + 1, 1))
+    return doubled.flatten(dim, dim + 1)
 
-    def interpolation(first: int, end: int, true_length: Tensor) -> _Interpolation:
-        position = torch.arange(first, end, device=band.size.device)
-        last = half(true_length) - 1
-        low = (position + 1) // 2 - 1
-        weight = 0.25 + 0.5 * (position % 2)
-        return _Interpolation(low.clamp(min=0).minimum(last), (low + 1).minimum(last), weight)
 
-    height, true_width = band.size.unbind()
-    return (
-        interpolation(band.rows.start, band.rows.stop, height),
-        interpolation(0, width, true_width),
-    )
+def _halve(grad: Tensor, dim: int) -> Tensor:
+    """The adjoint of `_double`, of a result that may lack the last."""
+    if grad.shape[dim] % 2:
+        grad = F.pad(grad, [0] * (2 * (grad.dim() - 1 - dim)) + [0, 1])
+    first, second = grad.unflatten(dim, (-1, 2)).unbind(dim + 1)
+    count = first.shape[dim]
+    shape = list(first.shape)
+    shape[dim] = count + 2
+    pixels = grad.new_zeros(shape)
+    before, here, after = (pixels.narrow(dim, start, count) for start in range(3))
+    torch.add(first, second, out=here).mul_(0.75)
+    before.add_(first, alpha=0.25)
+    after.add_(second, alpha=0.25)
+    return pixels

@@ -120,7 +120,7 @@ def _forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int
 
         return ms_deform_attn.forward(value, locations, weights, shapes)
     out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
-    table = _table(value)
+    table = _table(value.detach())
     for image, queries in _chunks(locations):
         samples = _Samples(locations[image, queries], weights[image, queries], shapes)
         pooled = weighted_gather(table[image], samples.index, samples.weight)
@@ -187,7 +187,7 @@ _forward.register_autograd(_differentiate, setup_context=_setup_context)
 def _gather_backward(
     grad_out, value, locations, weights, shapes, needs_value, needs_sampling
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    table = _table(value)
+    table = _table(value.detach())
     grad_table = torch.zeros_like(table) if needs_value else None
     grad_locations = locations.new_empty(locations.shape) if needs_sampling else None
     grad_weights = weights.new_empty(weights.shape) if needs_sampling else None

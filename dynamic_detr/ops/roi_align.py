@@ -144,7 +144,7 @@ def _forward(
         area = finest_area(strides, canonical_size)
         return roi_align.forward(table, *regions[:-1], area)
     index, weight = _samples(*regions)
-    pooled = weighted_gather(table.flatten(0, 1), index, weight)
+    pooled = weighted_gather(table.detach().flatten(0, 1), index, weight)
     return pooled.view(*boxes.shape[:2], output_size**2, table.shape[-1])
 
 
