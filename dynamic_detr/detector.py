@@ -221,7 +221,8 @@ class DynamicDETR(nn.Module):
             (to_device(inputs["image"], self.device) - self.pixel_mean) / self.pixel_std
             for inputs in batched_inputs
         ]
-        divisibility = max(self.backbone.size_divisibility, *self.strides)
+        # levels beyond it are halved from the coarsest, rounding up, as sizes in a `Pyramid` are
+        divisibility = self.backbone.size_divisibility or max(self.strides)
         return ImageList.from_tensors(images, divisibility)
 
     def _targets(self, batched_inputs: list[dict]) -> list[Target]:

@@ -113,14 +113,14 @@ def test_padding_is_empty_after_the_encoder():
         assert not out.features[level].masked_select(~out.valid(level)).any()
 
 
-def test_the_detector_pads_to_the_coarsest_stride():
+def test_the_detector_pads_as_far_as_its_backbone_asks():
     """Images that share the padded size of a batch are predicted as they are alone."""
     model = small_model().eval()
-    first, second = random_image(100, 90), random_image(128, 128)
+    first, second = random_image(100, 90), random_image(128, 96)
     together = model.predict([{"image": first}, {"image": second}])[1][-1]
     alone = model.predict([{"image": first}])[1][-1]
     torch.testing.assert_close(together.pred_boxes[:1], alone.pred_boxes, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(together.pred_logits[:1], alone.pred_logits, rtol=1e-3, atol=1e-3)
     images = model._images([{"image": first}])
-    assert images.tensor.shape == (1, 3, 128, 128)
+    assert images.tensor.shape == (1, 3, 128, 96)
     assert images.image_sizes == [(100, 90)]

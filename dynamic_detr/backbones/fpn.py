@@ -17,7 +17,7 @@ __all__ = ["build_resnet_deform_fpn_backbone"]
 def build_resnet_deform_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Detectron2's FPN, as `MODEL.FPN` describes it, over `build_resnet_deform_backbone`.
 
-    Its `size_divisibility` is that of P5 (32), as in Detectron2; P6 needs 64 to be exact.
+    Its `size_divisibility` is that of P5 (32), as in Detectron2.
     """
     fpn = cfg.MODEL.FPN
     return FPN(

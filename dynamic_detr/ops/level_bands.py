@@ -83,9 +83,10 @@ def bands(features: Tensor, sizes: Tensor) -> Iterator[Band]:
 def result(features: Tensor, sizes: Tensor) -> Tensor:
     """Memory for all bands of a map like (B, C, H, W) features, with zeros where there are none."""
     out = torch.empty_like(features, memory_format=torch.channels_last)
-    padded = torch.tensor(features.shape[2:])
-    if features.device.type == "cpu" and bool((sizes < padded).any()):
-        out.zero_()
+    if features.device.type == "cpu":
+        for image, (height, width) in zip(out, sizes.tolist(), strict=True):
+            image[:, height:] = 0
+            image[:, :, width:] = 0
     return out
 
 
