@@ -16,6 +16,7 @@ __all__ = ["backward", "forward"]
 
 COLUMNS = 20 * 2**20  # bytes of the columns of a chunk, on a CPU: they stay in its cache
 BLOCK = 16384  # positions that are steered together
+PACK = 32  # input channels that groups are packed to
 
 
 def forward(
@@ -32,11 +33,11 @@ def forward(
     """The convolution; arguments and result are those of `deform_conv2d`, without autograd."""
     features = input.detach().permute(0, 2, 3, 1).contiguous()
     out = features.new_empty((*offset.shape[:1], *offset.shape[2:], weight.shape[0]))
-    matrices = _matrices(weight, groups)
+    matrices = _matrices(*_packed(weight, groups))
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_out = out[block.images, block.rows].flatten(0, 2)
-        for chunk in block.chunks():
+        for chunk in block.chunks(copies=1 if len(matrices) == 1 else 2):
             _multiply(block.columns(chunk), matrices, block_out[chunk])
     if bias is not None:
         out += bias
@@ -68,15 +69,16 @@ def backward(
         else None
         for t in (offset, mask)
     )
-    grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-    matrices = _matrices(weight, groups)
+    packed, packs = _packed(weight, groups)
+    grad_packed = torch.zeros_like(packed, dtype=wide) if needs_weight else None
+    matrices = _matrices(packed, packs)
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_grad = grad_out[block.images, block.rows].flatten(0, 2)
-        for chunk in block.chunks():
+        for chunk in block.chunks(copies=1 if len(matrices) == 1 else 2):
             grad = block_grad[chunk]
             if needs_weight:
-                grad_weight += _weight_grad(grad, block.columns(chunk), weight, groups)
+                grad_packed += _weight_grad(grad, block.columns(chunk), packed, packs)
             if needs_input or needs_sampling:
                 grad_columns = _column_grad(grad, matrices, block.taps)
             if needs_input:
@@ -85,6 +87,10 @@ def backward(
                 block.keep_weight_gradient(grad_columns, chunk)
         if needs_sampling:
             block.write_sampling_gradients(grad_offset, grad_mask)
+    grad_weight = None
+    if needs_weight:
+        grad_weight = _blocks_on_diagonal(grad_packed, weight.shape[1], groups)
+        grad_weight = grad_weight.reshape(weight.shape)
     return (
         None if grad_input is None else grad_input.to(input.dtype).permute(0, 3, 1, 2),
         grad_offset,
@@ -158,12 +164,12 @@ class _Block:
         """This block of a (B, channels, Ho, Wo) tensor, channels last."""
         return tensor.permute(0, 2, 3, 1)[self.images, self.rows]
 
-    def chunks(self) -> Iterator[slice]:
-        """Positions of the block the columns of which are made at once."""
+    def chunks(self, copies: int) -> Iterator[slice]:
+        """Positions of the block the columns of which are made at once, and held so many times."""
         positions = step = len(self.index)
         if self.table.device.type == "cpu":
             column = self.taps * self.table.shape[1] * max(4, self.table.itemsize)
-            step = max(1, COLUMNS // column)
+            step = max(1, COLUMNS // (column * copies))
         for first in range(0, positions, step):
             yield slice(first, min(first + step, positions))
 
@@ -199,6 +205,29 @@ class _Block:
         part[..., 0], part[..., 1] = grad_y, grad_x
         if grad_mask is not None:
             self._part(grad_mask)[...] = grad_modulation
+
+
+def _packed(weight: Tensor, groups: int) -> tuple[Tensor, int]:
+    """An equal weight in fewer groups: small ones are packed block-diagonally, as a product of few
+    columns keeps no vector unit busy."""
+    channels, together = weight.shape[1], 1
+    for count in range(2, groups + 1):
+        if groups % count == 0 and count * channels <= PACK:
+            together = count
+    if together == 1:
+        return weight, groups
+    packed = weight.new_zeros((weight.shape[0], together * channels, *weight.shape[2:]))
+    blocks = _blocks_on_diagonal(packed, channels, groups)
+    blocks.copy_(weight.reshape(blocks.shape))
+    return packed, groups // together
+
+
+def _blocks_on_diagonal(packed: Tensor, channels: int, groups: int) -> Tensor:
+    """What a packed weight has of each group: a view, (packs, groups in one, C_out / groups,
+    channels, kh, kw)."""
+    together = packed.shape[1] // channels
+    blocks = packed.unflatten(0, (groups // together, together, -1)).unflatten(3, (together, -1))
+    return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _matrices(weight: Tensor, groups: int) -> Tensor:
