@@ -14,7 +14,7 @@ from .gather import add_table_gradient, weight_gradient, weighted_gather
 
 __all__ = ["backward", "forward"]
 
-COLUMNS = 20 * 2**20  # bytes of the columns of a chunk, on a CPU: they stay in its cache
+COLUMNS = 16 * 2**20  # bytes of the columns of a chunk, on a CPU: they stay in its cache
 BLOCK = 16384  # positions that are steered together
 PACK = 32  # input channels that groups are packed to
 
