@@ -144,6 +144,18 @@ class TestDeformConv:
         found = gradients(deform_conv2d(*tensors, padding=1), (tensors[needed],))[0]
         torch.testing.assert_close(found, expected)
 
+    @pytest.mark.parametrize("pack", [0, 2, 5, 6, 12, 24])
+    def test_packs_of_groups_change_nothing(self, pack, monkeypatch):
+        """Six groups of two channels: none in one, two, three, all of them."""
+        monkeypatch.setattr(deform_conv_gather, "PACK", 0)
+        tensors = tuple(t.requires_grad_() for t in arguments((4, 5), channels=12, groups=6))
+        alone = deform_conv2d(*tensors, padding=1, groups=6)
+        expected = gradients(alone, tensors)
+        monkeypatch.setattr(deform_conv_gather, "PACK", pack)
+        packed = deform_conv2d(*tensors, padding=1, groups=6)
+        torch.testing.assert_close(packed, alone, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gradients(packed, tensors), expected, rtol=1e-12, atol=1e-12)
+
     @pytest.mark.parametrize("columns", [1, 4, 1000])
     @pytest.mark.parametrize("block", [1, 7, 15, 36, 100])
     def test_blocks_and_chunks_leave_no_seam(self, block, columns, monkeypatch):

@@ -4,10 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynamic_detr.ops import (
-    dynamic_conv,
-    weighted_gather,
-)
+from dynamic_detr.ops import dynamic_conv, weighted_gather
+from dynamic_detr.ops.gather import add_table_gradient, weight_gradient
 
 
 def gradients(out: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:
@@ -34,6 +32,25 @@ class TestWeightedGather:
             torch.randn(5, 4, dtype=torch.float64, requires_grad=True),
         )
         assert torch.autograd.gradcheck(lambda t, w: weighted_gather(t, index, w), tensors)
+
+    @pytest.mark.parametrize("rows", [(0, 60), (20, 31), (59, 60)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_gradients_for_operators(self, rows, dtype):
+        """Of all rows of the table, and of a stretch of it; added to what is there."""
+        index = torch.randint(*rows, (50, 4), dtype=torch.int32)
+        table = torch.randn(60, 3).to(dtype).double().requires_grad_()
+        weight = torch.randn(50, 4, dtype=torch.float64, requires_grad=True)
+        grad_out = torch.randn(50, 3).to(dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        expected = torch.autograd.grad(
+            weighted_gather(table, index, weight), (table, weight), grad_out.double()
+        )
+        grad_table = torch.ones(60, 3, dtype=wide)
+        add_table_gradient(grad_table, grad_out, index, weight.detach().to(wide))
+        grad_weight = weight_gradient(grad_out, table.detach().to(dtype), index)
+        assert grad_weight.dtype == wide
+        torch.testing.assert_close(grad_table, (1 + expected[0]).to(wide), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad_weight, expected[1].to(wide), rtol=1e-5, atol=1e-5)
 
     def test_nothing_to_gather_keeps_the_graph(self):
         table = torch.randn(6, 3, requires_grad=True)

@@ -31,14 +31,14 @@ def forward(
     groups: int,
 ) -> Tensor:
     """The convolution; arguments and result are those of `deform_conv2d`, without autograd."""
-    features = input.detach().permute(0, 2, 3, 1).contiguous()
-    out = features.new_empty((*offset.shape[:1], *offset.shape[2:], weight.shape[0]))
+    features = _features(input)
+    out = input.new_empty((*offset.shape[:1], *offset.shape[2:], weight.shape[0]))
     matrices = _matrices(*_packed(weight, groups))
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_out = out[block.images, block.rows].flatten(0, 2)
         for chunk in block.chunks(copies=1 if len(matrices) == 1 else 2):
-            _multiply(block.columns(chunk), matrices, block_out[chunk])
+            _multiply(block.columns(chunk).to(input.dtype), matrices, block_out[chunk])
     if bias is not None:
         out += bias
     return out.permute(0, 3, 1, 2)
@@ -59,10 +59,8 @@ def backward(
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, offset, mask and weight; None for those that are not needed."""
-    features, grad_out = (t.detach().permute(0, 2, 3, 1) for t in (input, grad_out))
-    features = features.contiguous()
-    wide = torch.promote_types(input.dtype, torch.float32)
-    grad_input = features.new_zeros(features.shape, dtype=wide) if needs_input else None
+    features, grad_out = _features(input), grad_out.permute(0, 2, 3, 1)
+    grad_input = torch.zeros_like(features) if needs_input else None
     grad_offset, grad_mask = (
         torch.empty_like(t, memory_format=torch.channels_last)
         if needs_sampling and t is not None
@@ -70,7 +68,7 @@ def backward(
         for t in (offset, mask)
     )
     packed, packs = _packed(weight, groups)
-    grad_packed = torch.zeros_like(packed, dtype=wide) if needs_weight else None
+    grad_packed = torch.zeros_like(packed, dtype=features.dtype) if needs_weight else None
     matrices = _matrices(packed, packs)
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
@@ -78,7 +76,8 @@ def backward(
         for chunk in block.chunks(copies=1 if len(matrices) == 1 else 2):
             grad = block_grad[chunk]
             if needs_weight:
-                grad_packed += _weight_grad(grad, block.columns(chunk), packed, packs)
+                columns = block.columns(chunk).to(input.dtype)
+                grad_packed += _weight_grad(grad, columns, packed, packs)
             if needs_input or needs_sampling:
                 grad_columns = _column_grad(grad, matrices, block.taps)
             if needs_input:
@@ -97,6 +96,12 @@ def backward(
         grad_mask,
         grad_weight,
     )
+
+
+def _features(input: Tensor) -> Tensor:
+    """(B, H, W, C), contiguous, in float32 or wider: what is gathered, and added up."""
+    wide = torch.promote_types(input.dtype, torch.float32)
+    return input.detach().permute(0, 2, 3, 1).contiguous().to(wide)
 
 
 def _blocks(
@@ -118,7 +123,7 @@ class _Block:
     """Some rows of some images of the output, and the samples that they are made of.
 
     Args:
-        features: (B, H, W, C), contiguous.
+        features: (B, H, W, C), contiguous, in float32 or wider.
         offset, mask: as given to `deform_conv2d`.
         images, rows: which part of the output it is.
         kernel, stride, padding, dilation: of the convolution.
@@ -168,7 +173,7 @@ class _Block:
         """Positions of the block the columns of which are made at once, and held so many times."""
         positions = step = len(self.index)
         if self.table.device.type == "cpu":
-            column = self.taps * self.table.shape[1] * max(4, self.table.itemsize)
+            column = self.taps * self.table.shape[1] * self.table.itemsize
             step = max(1, COLUMNS // (column * copies))
         for first in range(0, positions, step):
             yield slice(first, min(first + step, positions))
@@ -178,7 +183,7 @@ class _Block:
         return values[chunk].view(-1, 4)
 
     def columns(self, chunk: slice) -> Tensor:
-        """(positions, taps, C)."""
+        """(positions, taps, C), in the dtype of the features."""
         index, weight = self._of_taps(self.index, chunk), self._of_taps(self.weight, chunk)
         return weighted_gather(self.table, index, weight).unflatten(0, (-1, self.taps))
 
