@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference import blend as reference
 from torch import Tensor
 
-from dynamic_detr.ops import blend_dyrelu, masked_moments
+from dynamic_detr.ops import blend_dyrelu, level_bands, masked_moments
 from dynamic_detr.ops.backend import KERNEL_DTYPES
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,6 +215,16 @@ def test_a_large_mean_does_not_drown_the_variance(backend):
     moments, _ = masked_moments(features, None, None, sizes)
     expected = reference.moments(features.double(), None, None, sizes)
     torch.testing.assert_close(moments.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("numbers", [1, 50, 100, 240, 500])
+def test_bands_leave_no_seam(monkeypatch, shape, numbers):
+    """Bands of two rows, of several, of whole images and of several images."""
+    use_backend(monkeypatch, "plain")
+    monkeypatch.setattr(level_bands, "NUMBERS", numbers)
+    size, sizes = SHAPES[shape]
+    check(*arguments(size, 4, sizes))
 
 
 @pytest.mark.parametrize("channels", [1, 64, 70])

@@ -65,7 +65,7 @@ def one_step(model_node: str) -> tuple[dict[str, float], dict[str, bool]]:
     cfg = get_cfg()
     cfg.MODEL = CfgNode.load_cfg(model_node)
     model = build_model(cfg)
-    height, width = 60, 64  # padded: the coarsest stride is 64
+    height, width = 60, 64  # padded, to 64 × 64
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 40.0, 50.0], [30.0, 10.0, 60.0, 28.0]]))
     instances.gt_classes = torch.tensor([0, cfg.MODEL.DYNAMIC_DETR.NUM_CLASSES - 1])

@@ -270,6 +270,9 @@ class TestDeformConv:
         ("name", "change"),
         [
             ("input", {"input": (2, 8, 7)}),
+            ("input", {"input": (2, 8, 0, 5)}),
+            ("input", {"input": (2, 0, 7, 5), "weight": (12, 1, 3, 3)}),
+            ("weight", {"weight": (0, 8, 3, 3)}),
             ("weight", {"weight": (12, 8, 3)}),
             ("weight", {"weight": (12, 5, 3, 3)}),
             ("offset", {"offset": (2, 9, 7, 5)}),
@@ -461,10 +464,15 @@ class TestKernel:
 
 
 class TestOperator:
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
-    def test_is_one_for_pytorch(self, with_mask):
+    def test_is_one_for_pytorch(self, with_mask, memory_format):
         """Schema, fake tensors and autograd fit together, forward and backward."""
-        input, offset, mask, weight, bias = (t.float().requires_grad_() for t in arguments())
+        input, offset, mask, weight, bias = (t.float() for t in arguments())
+        weight = weight.contiguous(memory_format=memory_format)
+        input, offset, mask, weight, bias = (
+            t.requires_grad_() for t in (input, offset, mask, weight, bias)
+        )
         tensors = (input, offset, mask if with_mask else None, weight, bias)
         torch.library.opcheck(torch.ops.dynamic_detr.deform_conv2d, (*tensors, 1, 1, 1, 1))
         detached = [None if t is None else t.detach() for t in tensors[:4]]

@@ -67,4 +67,4 @@ def kernel_serves(tensor: Tensor) -> bool:
 
 @functools.cache
 def _warn(problem: str) -> None:
-    warnings.warn(f"{problem}. Operators run on PyTorch's own gather instead.", stacklevel=3)
+    warnings.warn(f"{problem}. Operators run in plain PyTorch instead.", stacklevel=3)

@@ -43,10 +43,7 @@ def _mean_upsampled(coarser: Tensor, sizes: Tensor) -> Tensor:
     """(B, C), over the level's true pixels, of true sizes (B, 2)."""
     out = coarser.new_zeros(coarser.shape[:2], dtype=_wide(coarser))
     for band in bands(coarser, half(sizes)):
-        pixels = band.read(coarser).flatten(1, 2)
-        covered = _covered(band, sizes).to(pixels.dtype).flatten(1, 2)
-        with torch.autocast(pixels.device.type, enabled=False):
-            out[band.images] += torch.bmm(covered.transpose(1, 2), pixels)[:, 0]
+        out[band.images] += _total(band.read(coarser) * _covered(band, sizes))
     return out / _count(sizes)
 
 

@@ -182,6 +182,12 @@ def _check_shapes(input, offset, mask, weight, bias, stride, padding, dilation, 
             f"deform_conv2d: input {tuple(input.shape)} and weight {tuple(weight.shape)} "
             "must be (B, C, H, W) and (C_out, C / groups, kh, kw)."
         )
+    for name, tensor, first in (("input", input, 1), ("weight", weight, 0)):
+        if 0 in tensor.shape[first:]:
+            raise ValueError(
+                f"deform_conv2d: {name} has shape {tuple(tensor.shape)}; wants at least one "
+                "channel and pixel."
+            )
     for name, number, least in (
         ("stride", stride, 1),
         ("padding", padding, 0),

@@ -1,7 +1,7 @@
 """Deformable convolution as a gather and a matrix product, in plain PyTorch, for any device.
 
-The sampled columns are made and multiplied chunk by chunk, so that they stay in cache; the backward
-pass makes them again, so that nothing but the inputs is kept.
+The sampled columns are made and multiplied chunk by chunk, so that on a CPU they stay in cache; the
+backward pass makes them again, so that nothing but the inputs is kept.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def backward(
         for t in (offset, mask)
     )
     packed, packs = _packed(weight, groups)
-    grad_packed = torch.zeros_like(packed, dtype=features.dtype) if needs_weight else None
+    grad_packed = packed.new_zeros(packed.shape, dtype=features.dtype) if needs_weight else None
     matrices = _matrices(packed, packs)
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
@@ -213,13 +213,13 @@ class _Block:
 
 
 def _packed(weight: Tensor, groups: int) -> tuple[Tensor, int]:
-    """An equal weight in fewer groups: small ones are packed block-diagonally, as a product of few
-    columns keeps no vector unit busy."""
+    """An equal weight in fewer groups, for finite features: on a CPU small groups are packed
+    block-diagonally, as a product of few columns keeps no vector unit busy."""
     channels, together = weight.shape[1], 1
     for count in range(2, groups + 1):
         if groups % count == 0 and count * channels <= PACK:
             together = count
-    if together == 1:
+    if together == 1 or weight.device.type != "cpu":
         return weight, groups
     packed = weight.new_zeros((weight.shape[0], together * channels, *weight.shape[2:]))
     blocks = _blocks_on_diagonal(packed, channels, groups)
