@@ -74,8 +74,8 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
     # Neither changes the results; what is set up for a size makes its first images slow.
     node.INFERENCE = CfgNode()
     # On a GPU, launch the whole network at once, as a CUDA graph. There is one for each padded size
-    # of a batch, and this many, those that were used last, are kept; 0: none. A capture
-    # runs the network several times: worth it where images have no more padded sizes than this.
+    # of a batch, and this many, those that were used last, are kept; 0: none. A capture runs
+    # the network several times: worth it where images have no more padded sizes than this.
     node.INFERENCE.CUDA_GRAPHS = 0
     # Compile the network with torch.compile, which needs a C++ compiler on a CPU, and Triton on a
     # GPU.

@@ -271,7 +271,7 @@ class TestDeformConv:
         [
             ("input", {"input": (2, 8, 7)}),
             ("input", {"input": (2, 8, 0, 5)}),
-            ("input", {"input": (2, 0, 7, 5), "weight": (12, 1, 3, 3)}),
+            ("input", {"input": (2, 0, 7, 5), "weight": (12, 0, 3, 3)}),
             ("weight", {"weight": (0, 8, 3, 3)}),
             ("weight", {"weight": (12, 8, 3)}),
             ("weight", {"weight": (12, 5, 3, 3)}),

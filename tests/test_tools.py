@@ -132,7 +132,7 @@ def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
 )
 def test_benchmark_refuses_before_it_measures(options, reason, capsys):
     with pytest.raises(SystemExit) as stop:
-        benchmark.main(["models", *options])
+        benchmark.main(options)
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
 

@@ -25,6 +25,7 @@ from tabulate import tabulate
 
 from dynamic_detr import compat
 from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.engine.setup import find_config
 from dynamic_detr.errors import UserError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -149,6 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--dtype float16 wants a GPU, and there is none; bfloat16 works here")
         if args.json and not args.json.parent.is_dir():
             raise UserError(f"--json: the folder {args.json.parent} does not exist")
+        for config in (args.config_file, args.peer, args.second_peer):
+            find_config(str(config))
         versions = ", ".join(f"{key} {result[key]}" for key in VERSIONS)
         print(f"{result['machine']}; {versions}; {args.size[0]} × {args.size[1]}, {args.dtype}")
         if args.what in ("all", "operators"):

@@ -1,6 +1,5 @@
 """Bilinear samples of a map that zeros surround: which four pixels, with which weights, and the
-gradients of the positions. Axis by axis, in few operations on whole tensors, none of which masks:
-on a CPU a mask costs several times an addition."""
+gradients of the positions. Axis by axis, in operations on whole tensors, none of which masks."""
 
 import torch
 from torch import Tensor

@@ -37,7 +37,7 @@ def forward(
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_out = out[block.images, block.rows].flatten(0, 2)
-        for chunk in block.chunks(copies=1 if len(matrices) == 1 else 2):
+        for chunk in block.chunks(len(matrices)):
             _multiply(block.columns(chunk).to(input.dtype), matrices, block_out[chunk])
     if bias is not None:
         out += bias
@@ -73,7 +73,7 @@ def backward(
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_grad = grad_out[block.images, block.rows].flatten(0, 2)
-        for chunk in block.chunks(copies=1 if len(matrices) == 1 else 2):
+        for chunk in block.chunks(len(matrices)):
             grad = block_grad[chunk]
             if needs_weight:
                 columns = block.columns(chunk).to(input.dtype)
@@ -169,12 +169,13 @@ class _Block:
         """This block of a (B, channels, Ho, Wo) tensor, channels last."""
         return tensor.permute(0, 2, 3, 1)[self.images, self.rows]
 
-    def chunks(self, copies: int) -> Iterator[slice]:
-        """Positions of the block the columns of which are made at once, and held so many times."""
+    def chunks(self, groups: int) -> Iterator[slice]:
+        """Positions of the block the columns of which are made at once; those of several groups
+        are copied for their product."""
         positions = step = len(self.index)
         if self.table.device.type == "cpu":
             column = self.taps * self.table.shape[1] * self.table.itemsize
-            step = max(1, COLUMNS // (column * copies))
+            step = max(1, COLUMNS // (column * min(groups, 2)))
         for first in range(0, positions, step):
             yield slice(first, min(first + step, positions))
 
