@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import product
 from .bilinear import BilinearSamples
 from .gather import add_table_gradient, weight_gradient, weighted_gather
 
 __all__ = ["backward", "forward"]
 
-COLUMNS = 16 * 2**20  # bytes of the columns of a chunk, on a CPU: they stay in its cache
 BLOCK = 16384  # positions that are steered together
 PACK = 32  # input channels that groups are packed to
 
@@ -98,6 +98,12 @@ def backward(
     )
 
 
+def _columns_bytes() -> int:
+    """Bytes of the columns of a chunk on a CPU: few enough to stay in its cache, as many as keep
+    the product busy."""
+    return (32 if product.mkl_is_slow() else 16) * 2**20
+
+
 def _features(input: Tensor) -> Tensor:
     """(B, H, W, C), contiguous, in float32 or wider: what is gathered, and added up."""
     wide = torch.promote_types(input.dtype, torch.float32)
@@ -175,7 +181,7 @@ class _Block:
         positions = step = len(self.index)
         if self.table.device.type == "cpu":
             column = self.taps * self.table.shape[1] * self.table.itemsize
-            step = max(1, COLUMNS // (column * min(groups, 2)))
+            step = max(1, _columns_bytes() // (column * min(groups, 2)))
         for first in range(0, positions, step):
             yield slice(first, min(first + step, positions))
 
@@ -248,36 +254,32 @@ def _grouped(columns: Tensor, groups: int) -> Tensor:
     return columns.unflatten(2, (groups, -1)).permute(2, 0, 1, 3).flatten(2)
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    if a.dtype == torch.float16 and a.device.type == "cpu":  # emulated there, 90 times slower
-        return torch.bmm(a.float(), b.float()).to(a.dtype)
-    if a.shape[0] == 1:  # one product is faster than a batch of one
-        return torch.mm(a[0], b[0])[None]
-    return torch.bmm(a, b)
-
-
 def _multiply(columns: Tensor, matrices: Tensor, out: Tensor) -> None:
     """Columns (positions, taps, C) times the matrices to the output (positions, C_out)."""
     groups = len(matrices)
-    if groups == 1 and columns.dtype != torch.float16:
-        torch.mm(columns.flatten(1), matrices[0].t(), out=out)
+    if groups == 1:
+        product.product(columns.flatten(1), matrices[0], out)
         return
-    product = _matmul(_grouped(columns, groups), matrices.transpose(1, 2))
-    out.unflatten(1, (groups, -1)).copy_(product.transpose(0, 1))
+    result = product.grouped_product(_grouped(columns, groups), matrices.transpose(1, 2))
+    out.unflatten(1, (groups, -1)).copy_(result.transpose(0, 1))
 
 
 def _column_grad(grad_out: Tensor, matrices: Tensor, taps: int) -> Tensor:
     """Gradient of the columns (positions, taps, C) from that of the output."""
     groups = len(matrices)
+    if groups == 1:
+        return product.row_gradient(grad_out, matrices[0]).unflatten(1, (taps, -1))
     per_group = grad_out.unflatten(1, (groups, -1)).transpose(0, 1)
-    grad = _matmul(per_group, matrices)  # (groups, positions, taps · C / groups)
-    grad = grad.unflatten(2, (taps, -1))  # (groups, positions, taps, C / groups)
-    return grad[0] if groups == 1 else grad.permute(1, 2, 0, 3).flatten(2)
+    grad = product.grouped_product(per_group, matrices)  # (groups, positions, taps · C / groups)
+    return grad.unflatten(2, (taps, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _weight_grad(grad_out: Tensor, columns: Tensor, weight: Tensor, groups: int) -> Tensor:
     """Gradient of the weight, in its own shape."""
-    per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
-    grad = _matmul(per_group, _grouped(columns, groups))  # (groups, C_out / groups, taps · C / …)
-    out_channels, channels = weight.shape[:2]
+    if groups == 1:
+        grad = product.weight_gradient(grad_out, columns.flatten(1))
+    else:
+        per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
+        grad = product.grouped_product(per_group, _grouped(columns, groups))
+    out_channels, channels = weight.shape[:2]  # grad: (groups, C_out / groups, taps · C / groups)
     return grad.view(out_channels, -1, channels).transpose(1, 2).reshape(weight.shape)
