@@ -8,16 +8,19 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format pretrain venv clean
+.PHONY: help quickstart test test-all lint format pretrain venv clean
 
 help: ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 quickstart: $(READY) ## fine-tune the shipped detector on new classes, evaluate, draw
 	$(BIN)/python tools/quickstart.py
 
 test: $(READY) lint ## formatting, lint and the whole test suite
 	$(BIN)/python -m pytest
+
+test-all: $(READY) lint ## the same and the tests that take minutes each
+	$(BIN)/python -m pytest -m "long or not long"
 
 lint: $(READY) ## formatting and lint alone
 	$(BIN)/ruff check .
