@@ -13,6 +13,7 @@ from .. import compat
 from .checkpoint import SafeCheckpointer
 from .exits import report_user_errors
 from .launch import launch
+from .reading import require_finite
 from .setup import build_parser, load_config, process_count
 from .trainer import Trainer
 
@@ -23,7 +24,9 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate the weights of ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint's."""
     model = Trainer.build_model(cfg)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict_classes=True)
-    checkpointer.load(checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS)
+    weights = checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS
+    checkpointer.load(weights)
+    require_finite(model, weights)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_tta(cfg, model))

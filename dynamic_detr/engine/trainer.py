@@ -25,6 +25,7 @@ from .evaluation import build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
 from .guard import likely_cause, where
 from .optimizer import build_optimizer
+from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
 from .setup import class_names
 from .signals import EvaluationInterrupted, StopRequest
@@ -284,17 +285,18 @@ class Trainer(DefaultTrainer):
                 f"the checkpoint's optimiser is {state_dict.get('optimizer_name')} and the "
                 f"configuration's {name}; resume with the configuration of that run"
             )
+        try:
+            check_trainer_state(state_dict, self.state_dict(), self.optimizer)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint's trainer does not fit ({one_line(error)}); resume with the "
+                "configuration of that run"
+            ) from error
         wanted = [
             (group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups
         ]
         TrainerBase.load_state_dict(self, state_dict)
-        try:
-            self._trainer.load_state_dict(state_dict["step"])
-        except ValueError as error:
-            raise UserError(
-                f"the checkpoint's optimiser has other parameters ({one_line(error)}); resume with "
-                "the configuration of that run"
-            ) from error
+        self._trainer.load_state_dict(state_dict["step"])
         self._keep_configured_rates(wanted)
         self.finished = state_dict["iteration"]
         if self.cfg.SEED >= 0 and state_dict["seed"] != self.cfg.SEED:

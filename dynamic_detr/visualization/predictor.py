@@ -14,6 +14,7 @@ from torch import nn
 
 from ..detector import DynamicDETR
 from ..engine.checkpoint import SafeCheckpointer
+from ..engine.reading import require_finite
 from ..engine.setup import class_count
 from ..errors import UserError, one_line
 from .stages import MAX_QUERIES, follow_queries
@@ -104,12 +105,7 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS is empty: the detector knows nothing yet")
         loaded = _Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise UserError(
-                    f"the weights {cfg.MODEL.WEIGHTS} hold numbers that are not finite ({name}); "
-                    "take an earlier checkpoint"
-                )
+        require_finite(model, cfg.MODEL.WEIGHTS)
         return cls(
             model,
             cfg.INPUT.MIN_SIZE_TEST,
