@@ -12,8 +12,9 @@ from pathlib import Path
 import detectron2
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import ImageList
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Keys of newer versions, with their defaults. A configuration that a newer version dumped names
@@ -111,6 +112,20 @@ def set_local_process_group(ranks_per_machine: int, machine_rank: int) -> None:
         group = torch.distributed.new_group(list(range(first, first + ranks_per_machine)))
         if machine == machine_rank:
             comm._LOCAL_PROCESS_GROUP = group
+
+
+def batch_images(images: list[Tensor], backbone: nn.Module) -> ImageList:
+    """Pads images to one size, as the backbone asks for.
+
+    0.5 knows ``size_divisibility`` alone; newer backbones may also have ``padding_constraints``.
+
+    Args:
+        images: (C, H, W) each.
+        backbone: a Detectron2 backbone.
+    """
+    constraints = getattr(backbone, "padding_constraints", None)
+    options = {"padding_constraints": constraints} if constraints else {}
+    return ImageList.from_tensors(images, backbone.size_divisibility, **options)
 
 
 def build_writers(output_dir: str, max_iter: int) -> list:

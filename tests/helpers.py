@@ -18,7 +18,8 @@ def small_config(**options: object) -> CfgNode:
     one encoder block, two stages.
 
     Args:
-        options: keys of `MODEL.DYNAMIC_DETR`, with "__" for a dot: `DECODER__NUM_STAGES=3`.
+        options: keys of `MODEL.SET_DETECTOR`, or of another node of `MODEL` with its name, with
+            "__" for a dot: `CLASS_HEAD="softmax"`, `DYNAMIC_DECODER__NUM_STAGES=3`.
     """
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
@@ -36,22 +37,17 @@ def small_config(**options: object) -> CfgNode:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.INPUT.FORMAT = "RGB"
-    node = cfg.MODEL.DYNAMIC_DETR
-    node.HIDDEN_DIM = 64
-    node.NUM_QUERIES = 32
-    node.NUM_CLASSES = 5
-    node.ENCODER.NUM_BLOCKS = 1
-    node.DECODER.NUM_STAGES = 2
-    node.DECODER.FFN_DIM = 128
-    node.DECODER.DYNAMIC_DIM = 16
-    set_options(node, options)
+    detector = {"HIDDEN_DIM": 64, "NUM_CLASSES": 5, "DYNAMIC_ENCODER__NUM_BLOCKS": 1}
+    decoder = {"NUM_QUERIES": 32, "NUM_STAGES": 2, "FFN_DIM": 128, "DYNAMIC_DIM": 16}
+    decoder = {f"DYNAMIC_DECODER__{name}": value for name, value in decoder.items()}
+    set_options(cfg.MODEL, {**detector, **decoder, **options})
     return cfg
 
 
-def set_options(node: CfgNode, options: dict[str, object]) -> None:
+def set_options(model: CfgNode, options: dict[str, object]) -> None:
     for name, value in options.items():
         *parents, key = name.split("__")
-        target = node
+        target = model if parents and parents[0] in model else model.SET_DETECTOR
         for parent in parents:
             target = target[parent]
         assert key in target, name
@@ -61,7 +57,7 @@ def set_options(node: CfgNode, options: dict[str, object]) -> None:
 def small_model(**options: object) -> nn.Module:
     """The model of `small_config`; `FPN.OUT_CHANNELS` follows HIDDEN_DIM."""
     cfg = small_config(**options)
-    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.DYNAMIC_DETR.HIDDEN_DIM
+    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.SET_DETECTOR.HIDDEN_DIM
     return build_model(cfg)
 
 

@@ -272,7 +272,7 @@ def _arguments(folder: Path, train: object, val: object, **others) -> argparse.N
 def test_configuration_points_at_the_files(folder, cfg, capsys):
     apply_json_datasets(cfg, _arguments(folder, GOOD, GOOD))
     assert cfg.DATASETS.TRAIN == ("own_train",) and cfg.DATASETS.TEST == ("own_val",)
-    for node in (cfg.MODEL.DYNAMIC_DETR, cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+    for node in (cfg.MODEL.SET_DETECTOR, cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         assert node.NUM_CLASSES == 2
     assert not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and cfg.SOLVER.REFERENCE_WORLD_SIZE == 0
     assert capsys.readouterr().out.count("2 images, 3 boxes, 2 classes") == 2
@@ -293,7 +293,7 @@ def test_later_files_replace_earlier_ones(folder, cfg):
     one = _changed(lambda d: d["categories"].pop(0) and d["annotations"].__delitem__(slice(1, 3)))
     apply_json_datasets(cfg, _arguments(folder, one, None))
     assert MetadataCatalog.get("own_train").thing_classes == ["cat"]
-    assert cfg.MODEL.DYNAMIC_DETR.NUM_CLASSES == 1
+    assert cfg.MODEL.SET_DETECTOR.NUM_CLASSES == 1
     assert sum(len(r["annotations"]) for r in DatasetCatalog.get("own_train")) == 1
 
 
@@ -341,7 +341,7 @@ def test_text_ids_are_evaluated(folder, cfg):
     for record in val["annotations"]:
         record["image_id"] = f"image {record['image_id']}"
     apply_json_datasets(cfg, _arguments(folder, None, val, eval_only=True))
-    assert cfg.DATASETS.TRAIN == () and cfg.MODEL.DYNAMIC_DETR.NUM_CLASSES == 2
+    assert cfg.DATASETS.TRAIN == () and cfg.MODEL.SET_DETECTOR.NUM_CLASSES == 2
     assert _perfect_ap("own_val", Path(cfg.OUTPUT_DIR)) == pytest.approx(100)
 
 
@@ -406,4 +406,4 @@ def test_real_data_needs_no_repair(name, request, cfg):
     assert not any(report.repaired for report in reports)
     boxes = [len(r["annotations"]) for r in DatasetCatalog.get("own_train")]
     expected = {"bccd": (3, 292, 3941), "coco_cc": (80, 85, 764)}[name]
-    assert (cfg.MODEL.DYNAMIC_DETR.NUM_CLASSES, len(boxes), sum(boxes)) == expected
+    assert (cfg.MODEL.SET_DETECTOR.NUM_CLASSES, len(boxes), sum(boxes)) == expected

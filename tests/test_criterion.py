@@ -361,9 +361,9 @@ def test_config_reaches_the_criterion():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"CLASS_HEAD": "sigmoid"}, r"DYNAMIC_DETR\.CLASS_HEAD is 'sigmoid'; wants one of"),
-        ({"LOSS__FOCAL_ALPHA": -1.0}, r"DYNAMIC_DETR\.LOSS\.FOCAL_ALPHA is -1\.0; wants 0 to 1"),
-        ({"LOSS__L1_FORMAT": "xywh"}, r"DYNAMIC_DETR\.LOSS\.L1_FORMAT is 'xywh'; wants one of"),
+        ({"CLASS_HEAD": "sigmoid"}, r"SET_DETECTOR\.CLASS_HEAD is 'sigmoid'; wants one of"),
+        ({"LOSS__FOCAL_ALPHA": -1.0}, r"SET_DETECTOR\.LOSS\.FOCAL_ALPHA is -1\.0; wants 0 to 1"),
+        ({"LOSS__L1_FORMAT": "xywh"}, r"SET_DETECTOR\.LOSS\.L1_FORMAT is 'xywh'; wants one of"),
     ],
 )
 def test_bad_options_are_one_line(options, message):

@@ -204,17 +204,17 @@ def test_config_reaches_the_decoder():
     model = build_decoder(
         small_config(
             NUM_CLASSES=7,
-            NUM_QUERIES=9,
+            DYNAMIC_DECODER__NUM_QUERIES=9,
             CLASS_HEAD="softmax",
-            DECODER__NUM_STAGES=3,
-            DECODER__NUM_HEADS=2,
-            DECODER__FFN_DIM=40,
-            DECODER__DROPOUT=0.25,
-            DECODER__POOLING_SIZE=5,
-            DECODER__SAMPLING_RATIO=1,
-            DECODER__CANONICAL_SIZE=100,
-            DECODER__DYNAMIC_DIM=12,
-            DECODER__LEARN_INITIAL_BOXES=False,
+            DYNAMIC_DECODER__NUM_STAGES=3,
+            DYNAMIC_DECODER__NUM_HEADS=2,
+            DYNAMIC_DECODER__FFN_DIM=40,
+            DYNAMIC_DECODER__DROPOUT=0.25,
+            DYNAMIC_DECODER__POOLING_SIZE=5,
+            DYNAMIC_DECODER__SAMPLING_RATIO=1,
+            DYNAMIC_DECODER__CANONICAL_SIZE=100,
+            DYNAMIC_DECODER__DYNAMIC_DIM=12,
+            DYNAMIC_DECODER__LEARN_INITIAL_BOXES=False,
         )
     )
     stage = model.stages[2]
@@ -228,7 +228,7 @@ def test_config_reaches_the_decoder():
     assert stage.interaction.readout.linear.in_features == 25 * 64
     assert stage.interaction.filters.out_features == 2 * 64 * 12
     assert not isinstance(model.initial_boxes, nn.Parameter)
-    single = build_decoder(small_config(DECODER__DYNAMIC_FILTER="single"))
+    single = build_decoder(small_config(DYNAMIC_DECODER__DYNAMIC_FILTER="single"))
     assert single.stages[0].interaction.filters.out_features == 64 * 64
 
 

@@ -27,7 +27,7 @@ LOW = ["--confidence-threshold", "0.001"]  # below what an untrained detector sa
 
 
 def tiny_config(folder: Path):
-    cfg = small_config(NUM_QUERIES=8, DECODER__FFN_DIM=32)
+    cfg = small_config(DYNAMIC_DECODER__NUM_QUERIES=8, DYNAMIC_DECODER__FFN_DIM=32)
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
     cfg.DATASETS.TEST = ()
     cfg.OUTPUT_DIR = str(folder)
@@ -161,7 +161,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts"]
-            + ["MODEL.DYNAMIC_DETR.NUM_CLASSES", "7"],
+            + ["MODEL.SET_DETECTOR.NUM_CLASSES", "7"],
             "another number of classes",
         ),
         (
@@ -256,7 +256,7 @@ def test_class_names_fall_back_to_the_data_set_and_to_numbers(tmp_path):
     assert Predictor.from_config(cfg).metadata.thing_classes[3] == "class 3"
     cfg.DATASETS.TEST = ("coco_2017_val",)  # 80 names for 5 classes
     assert Predictor.from_config(cfg).metadata.thing_classes == [f"class {k}" for k in range(5)]
-    cfg.MODEL.DYNAMIC_DETR.NUM_CLASSES = 80
+    cfg.MODEL.SET_DETECTOR.NUM_CLASSES = 80
     assert Predictor.from_config(cfg).metadata.thing_classes[0] == "person"
 
 

@@ -50,7 +50,7 @@ def test_block_is_the_loop(image_size, padded_size, strides):
         _, height, width = wanted.shape
         found = out.features[index][0]
         np.testing.assert_allclose(found[:, :height, :width], wanted, rtol=1e-9, atol=1e-9)
-        assert not (found * ~out.valid(index)[0]).any()
+        assert not (found * ~out.valid_mask(index)[0]).any()
 
 
 def test_two_blocks_are_the_loop_twice():
@@ -199,12 +199,16 @@ def test_identity_encoder_only_masks():
 
 
 def test_config_reaches_the_encoder():
-    cfg = small_config(ENCODER__NUM_BLOCKS=3, ENCODER__NUM_GROUPS=8, ENCODER__OFFSETS="legacy")
+    cfg = small_config(
+        DYNAMIC_ENCODER__NUM_BLOCKS=3,
+        DYNAMIC_ENCODER__NUM_GROUPS=8,
+        DYNAMIC_ENCODER__OFFSETS="legacy",
+    )
     model = build_encoder(cfg)
     assert len(model.blocks) == 3
     assert model.blocks[0].same.norm.num_groups == 8
     assert not model.masks_padding
-    assert isinstance(build_encoder(small_config(ENCODER__NAME="IdentityEncoder")), IdentityEncoder)
+    assert isinstance(build_encoder(small_config(ENCODER="IdentityEncoder")), IdentityEncoder)
     assert set(ENCODER_REGISTRY._obj_map) >= {"DynamicEncoder", "IdentityEncoder"}
 
 

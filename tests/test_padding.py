@@ -110,7 +110,7 @@ def test_padding_is_empty_after_the_encoder():
     with torch.no_grad():
         out = model[0](batch_pyramid(images, SIZES, (128, 192), garbage=3.0))
     for level in range(len(STRIDES)):
-        assert not out.features[level].masked_select(~out.valid(level)).any()
+        assert not out.features[level].masked_select(~out.valid_mask(level)).any()
 
 
 def test_the_detector_pads_as_far_as_its_backbone_asks():

@@ -20,9 +20,9 @@ KEYS = ("ENCODER_BLOCKS", "DECODER_STAGES", "BACKBONE_STAGES")
 def make_model(*keys: str, norm: str = "GN", freeze_at: int = 0, **options) -> nn.Module:
     cfg = small_config(
         HIDDEN_DIM=32,
-        NUM_QUERIES=4,
-        ENCODER__NUM_GROUPS=8,
-        ENCODER__NUM_BLOCKS=2,
+        DYNAMIC_DECODER__NUM_QUERIES=4,
+        DYNAMIC_ENCODER__NUM_GROUPS=8,
+        DYNAMIC_ENCODER__NUM_BLOCKS=2,
         **options,
         **{f"CHECKPOINT__{key}": True for key in keys},
     )
@@ -61,7 +61,7 @@ def parts(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
-        ({"DECODER__DROPOUT": 0.3}, None),  # the same random numbers both times
+        ({"DYNAMIC_DECODER__DROPOUT": 0.3}, None),  # the same random numbers both times
         ({"norm": "BN", "freeze_at": 2}, None),  # running statistics move once
         ({"norm": "FrozenBN", "freeze_at": 1}, torch.bfloat16),
     ],

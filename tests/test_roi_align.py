@@ -125,8 +125,8 @@ class TestRoIAlign:
         features = [feature.requires_grad_() for feature in pyramid.features]
         assert torch.autograd.gradcheck(pool, features)
         for level, grad in enumerate(gradients(pool(*features), features)):
-            assert grad[pyramid.valid(level).expand_as(grad)].any()
-            assert not grad[~pyramid.valid(level).expand_as(grad)].any()
+            assert grad[pyramid.valid_mask(level).expand_as(grad)].any()
+            assert not grad[~pyramid.valid_mask(level).expand_as(grad)].any()
 
     def test_memory_layout_does_not_matter(self):
         size = (40, 56)

@@ -209,7 +209,7 @@ def test_an_unreadable_image_stops_in_one_line_and_saves(tmp_path, monkeypatch, 
 def test_more_classes_in_the_data_than_in_the_model_are_refused(tmp_path):
     make_config(tmp_path)
     args = build_parser().parse_args(
-        ["--config-file", str(write_config(tmp_path)), "MODEL.DYNAMIC_DETR.NUM_CLASSES", "1"]
+        ["--config-file", str(write_config(tmp_path)), "MODEL.SET_DETECTOR.NUM_CLASSES", "1"]
     )
     with pytest.raises(UserError, match="tiny_train has 2 classes and the detector 1"):
         load_config(args)

@@ -160,7 +160,7 @@ class DynamicEncoderBlock(nn.Module):
         def mean(values: Tensor) -> Tensor:
             return F.avg_pool2d(values, 2, ceil_mode=True, count_include_pad=False)
 
-        if pyramid.filled(level):
+        if pyramid.is_unpadded(level):
             return mean(steering)
-        valid = pyramid.valid(level).to(steering.dtype)
+        valid = pyramid.valid_mask(level).to(steering.dtype)
         return mean(steering * valid) / mean(valid).clamp(min=0.25)

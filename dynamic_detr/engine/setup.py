@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 
 from .. import compat
-from ..config import add_dynamic_detr_config
+from ..config import add_dynamic_detr_config, check_config, class_count
 from ..errors import UserError, did_you_mean, one_line
 from .launch import under_torchrun
 
@@ -121,6 +121,7 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
             f"configuration keys come in pairs KEY VALUE, and {opts[-1]!r} is left over"
         )
     _merge(cfg, cfg.merge_from_list, opts)
+    _merge(cfg, lambda _: check_config(cfg), "")
     for name in compat.unsupported_keys(cfg):
         raise UserError(f"{name} is set, but the installed Detectron2 is too old to know it")
     return cfg
@@ -181,17 +182,6 @@ def _register_data(cfg: CfgNode, args: argparse.Namespace) -> None:
     from ..data.coco_json import apply_json_datasets
 
     apply_json_datasets(cfg, args)
-
-
-def class_count(cfg: CfgNode) -> int | None:
-    """The number of classes of the configured detector; None for one that is not known here."""
-    nodes = {
-        "DynamicDETR": cfg.MODEL.DYNAMIC_DETR,
-        "RetinaNet": cfg.MODEL.RETINANET,
-        "GeneralizedRCNN": cfg.MODEL.ROI_HEADS,
-    }
-    node = nodes.get(cfg.MODEL.META_ARCHITECTURE)
-    return None if node is None else node.NUM_CLASSES
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:

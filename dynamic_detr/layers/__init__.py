@@ -1,6 +1,22 @@
 """Learnable blocks that more than one room uses."""
 
+from .box_head import MLP, inverse_sigmoid
+from .class_head import ClassHead, class_scores
 from .dyrelu import DyReLU, hard_sigmoid, linear
+from .feed_forward import FeedForward
 from .group_norm import group_norm_affine
+from .positions import sine_embedding, sine_positions
 
-__all__ = ["DyReLU", "group_norm_affine", "hard_sigmoid", "linear"]
+__all__ = [
+    "MLP",
+    "ClassHead",
+    "DyReLU",
+    "FeedForward",
+    "class_scores",
+    "group_norm_affine",
+    "hard_sigmoid",
+    "inverse_sigmoid",
+    "linear",
+    "sine_embedding",
+    "sine_positions",
+]

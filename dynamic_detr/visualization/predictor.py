@@ -12,10 +12,9 @@ from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
-from ..detector import DynamicDETR
+from ..config import CLASS_COUNTS, class_count
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.reading import require_finite
-from ..engine.setup import class_count
 from ..errors import UserError, one_line
 from .stages import MAX_QUERIES, follow_queries
 
@@ -30,10 +29,10 @@ def require_stages(architecture: str) -> None:
     Raises:
         UserError: it has none.
     """
-    if architecture != DynamicDETR.__name__:
+    if CLASS_COUNTS.get(architecture) != "SET_DETECTOR":
         raise UserError(
-            f"stages are those of {DynamicDETR.__name__}, and this is {architecture}; leave "
-            "--stages out"
+            f"--stages draws the decoder stages of a SetDetector, and this is {architecture}; "
+            "leave it out"
         )
 
 
