@@ -26,6 +26,7 @@ from torch import nn
 
 from ..errors import UserError, one_line
 from ..plain_pickle import plain_pickles
+from .disk import reason
 from .ema import ModelEMA
 from .reading import (
     BrokenCheckpoint,
@@ -134,7 +135,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             write_atomically(path, lambda file: torch.save(data, file))
             self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
-            raise UserError(f"could not write {path} ({one_line(error)[:120]})") from error
+            raise UserError(f"could not write {path} ({reason(error)})") from error
         self.last_iteration = extra.get("iteration", -1)
         self._prune()
 

@@ -11,6 +11,7 @@ from detectron2.utils.logger import setup_logger
 
 from .. import compat
 from .checkpoint import SafeCheckpointer
+from .disk import logging_to
 from .exits import report_user_errors
 from .launch import launch
 from .reading import require_finite
@@ -41,8 +42,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     with report_user_errors(PROGRAM, args.debug, quiet=not comm.is_main_process()):
         if multiprocessing.parent_process() is not None:  # data sets are registered by process
             cfg = load_config(args)
-        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dynamic_detr")
-        default_setup(cfg, args)
+        with logging_to(cfg.OUTPUT_DIR, "dynamic_detr", "detectron2", "fvcore"):
+            setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dynamic_detr")
+            default_setup(cfg, args)
         if args.eval_only:
             evaluate(cfg, args.resume)
             return

@@ -20,6 +20,7 @@ from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_trai
 from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .clipping import build_clipper
+from .disk import PatientWriter, telling_of
 from .ema import ModelEMA
 from .evaluation import build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
@@ -124,8 +125,10 @@ class Trainer(DefaultTrainer):
         yield from self._train_loader
 
     def build_writers(self) -> list:
-        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-        return compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        with telling_of(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}"):
+            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
+            writers = compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        return [PatientWriter(writer) for writer in writers]
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted."""
@@ -174,9 +177,17 @@ class Trainer(DefaultTrainer):
         if resume:
             if self.checkpointer.resume() is not None:
                 self.start_iter = self.finished + 1
+                self._require_iterations()
                 return
             logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+
+    def _require_iterations(self) -> None:
+        if self.start_iter > self.max_iter:
+            raise UserError(
+                f"{self.start_iter} iterations are done already and SOLVER.MAX_ITER is "
+                f"{self.max_iter}; raise it to go on, or evaluate with --eval-only --resume"
+            )
 
     def train(self):
         """Train from ``start_iter`` to ``max_iter``.
