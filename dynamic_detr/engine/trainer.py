@@ -177,17 +177,9 @@ class Trainer(DefaultTrainer):
         if resume:
             if self.checkpointer.resume() is not None:
                 self.start_iter = self.finished + 1
-                self._require_iterations()
                 return
             logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
-
-    def _require_iterations(self) -> None:
-        if self.start_iter > self.max_iter:
-            raise UserError(
-                f"{self.start_iter} iterations are done already and SOLVER.MAX_ITER is "
-                f"{self.max_iter}; raise it to go on, or evaluate with --eval-only --resume"
-            )
 
     def train(self):
         """Train from ``start_iter`` to ``max_iter``.
@@ -303,6 +295,12 @@ class Trainer(DefaultTrainer):
                 f"the checkpoint's trainer does not fit ({one_line(error)}); resume with the "
                 "configuration of that run"
             ) from error
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise UserError(
+                f"{done} iterations are done already and SOLVER.MAX_ITER is {self.max_iter}; raise "
+                "it to go on, or evaluate with --eval-only --resume"
+            )
         wanted = [
             (group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups
         ]
