@@ -97,7 +97,19 @@ def names(least: int) -> Range:
             return False
         return all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
 
-    return Range(f"a list of {f'at least {least}' if least else 'any number of'} names", admits)
+    return Range(f"a list of {f'{least} or more ' if least else ''}different names", admits)
+
+
+def sides(least: int, most: float = float("inf")) -> Range:
+    """Lists of so many lengths in pixels, in ascending order."""
+
+    def admits(value: object) -> bool:
+        if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
+            return False
+        return all(whole(1).admits(side) for side in value) and list(value) == sorted(value)
+
+    number = f"{least}" if least == most else f"at least {least}"
+    return Range(f"a list of {number} integers >= 1 in ascending order", admits)
 
 
 FLAG = Range("True or False", lambda value: isinstance(value, bool))
@@ -338,12 +350,37 @@ _SOLVER_KEYS = (
     ),
 )
 
+_CROP_BRANCH = "INPUT.CROP_BRANCH."
+_INPUT_KEYS = (
+    Key(
+        _CROP_BRANCH + "ENABLED",
+        False,
+        FLAG,
+        "In training, with a probability of 1/2, resize the shortest side of an image to one of "
+        "RESIZE and cut out a region with sides drawn from SIZE, before it is resized as "
+        "MIN_SIZE_TRAIN says: DETR's random crops, for those who trained as it did.",
+    ),
+    Key(
+        _CROP_BRANCH + "RESIZE",
+        [400, 500, 600],
+        sides(1),
+        "Lengths of the shortest side, in pixels; DETR's.",
+    ),
+    Key(
+        _CROP_BRANCH + "SIZE",
+        [384, 600],
+        sides(2, 2),
+        "Least and greatest side of the region, in pixels; DETR's.",
+    ),
+)
+
 KEYS: tuple[Key, ...] = (
     *_DETECTOR_KEYS,
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
     *_SOLVER_KEYS,
+    *_INPUT_KEYS,
 )
 _BY_NAME = {key.name: key for key in KEYS}
 

@@ -9,12 +9,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build as detectron2_data
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
-from detectron2.data import build as detectron2_data
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
@@ -22,8 +21,9 @@ from torch.utils.data import DataLoader
 from .. import compat
 from ..errors import UserError, one_line
 from ..plain_pickle import plain_pickles
+from .augmentation import build_mapper
 from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
-from .mapper import Failure, GuardedMapper, Mapper, SeededDataset, thin_images_too
+from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
 
 __all__ = ["EvalLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
 
@@ -183,7 +183,7 @@ def build_train_loader(
         start_iter: iteration of the first batch.
         seed: of order and augmentation; not negative.
         rank, world_size: this process among all; asked of Detectron2 when None.
-        mapper: in place of Detectron2's ``DatasetMapper``.
+        mapper: in place of :func:`build_mapper`'s.
 
     Returns:
         An endless iterable of lists of dicts, in Detectron2's format for models.
@@ -198,7 +198,7 @@ def build_train_loader(
         groups = [0] * len(records)
     return TrainLoader(
         records,
-        mapper or thin_images_too(DatasetMapper(cfg, True)),
+        mapper or build_mapper(cfg, True),
         BatchSchedule(groups, cfg.SOLVER.IMS_PER_BATCH, seed, _repeats(cfg, records)),
         start_iter=start_iter,
         rank=comm.get_rank() if rank is None else rank,
@@ -213,13 +213,13 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = N
     Args:
         cfg: reads ``INPUT`` and ``DATALOADER.NUM_WORKERS``.
         dataset_name: as registered with Detectron2.
-        mapper: in place of Detectron2's ``DatasetMapper``.
+        mapper: in place of :func:`build_mapper`'s.
 
     Raises:
         UserError: the data are missing. While iterating: an image cannot be used, or a worker
             died.
     """
-    guarded = GuardedMapper(mapper or thin_images_too(DatasetMapper(cfg, False)))
+    guarded = GuardedMapper(mapper or build_mapper(cfg, False))
     try:
         with plain_pickles(detectron2_data):  # of proposals
             return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from detectron2.data import DatasetMapper
-from detectron2.data import transforms as T
 from detectron2.data.detection_utils import SizeMismatchError, read_image
 from PIL import Image
 from torch.utils.data import Dataset
@@ -23,10 +21,8 @@ from ..errors import UserError, one_line
 __all__ = [
     "Failure",
     "GuardedMapper",
-    "ResizeShortestEdge",
     "SeededDataset",
     "seeded",
-    "thin_images_too",
 ]
 
 Mapper = Callable[[dict], dict]
@@ -66,27 +62,6 @@ class Failure:
             if isinstance(item, Failure):
                 raise UserError(item.message)
         return items
-
-
-class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's resizing, which of an image of 1x3000 pixels would leave none."""
-
-    def get_transform(self, image: np.ndarray) -> T.Transform:
-        transform = super().get_transform(image)
-        if isinstance(transform, T.ResizeTransform):
-            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
-        return transform
-
-
-def thin_images_too(mapper: DatasetMapper) -> DatasetMapper:
-    """Replace the mapper's resizing by one that takes images of any shape; returns it."""
-    mapper.augmentations.augs = [
-        ResizeShortestEdge(aug.short_edge_length, aug.max_size, aug.sample_style, aug.interp)
-        if type(aug) is T.ResizeShortestEdge
-        else aug
-        for aug in mapper.augmentations.augs
-    ]
-    return mapper
 
 
 @dataclass(frozen=True)

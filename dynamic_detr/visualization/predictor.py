@@ -12,7 +12,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from ..config import CLASS_COUNTS, class_count
-from ..data.mapper import ResizeShortestEdge
+from ..data.augmentation import ResizeShortestEdge
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.reading import require_finite
 from ..errors import UserError, one_line
