@@ -231,8 +231,20 @@ class SafeCheckpointer(DetectionCheckpointer):
             self.ema.restart()
         return rest
 
-    def _require(self, path: str) -> None:
-        """Fetch an address such as ``detectron2://...``, or see that a local file is there."""
+    def read(self, path: str) -> dict[str, Any]:
+        """What a file of weights holds, from a path or an address.
+
+        Raises:
+            UserError: see :meth:`load`.
+        """
+        return self._load_file(self._require(path))
+
+    def _require(self, path: str) -> str:
+        """Fetch an address such as ``detectron2://...``, or see that a local file is there.
+
+        Returns:
+            The local file.
+        """
         try:
             local = self.path_manager.get_local_path(path.partition("?")[0])
         except Exception as error:  # whatever a network stack may raise
@@ -242,6 +254,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             ) from error
         if not os.path.isfile(local):
             raise UserError(f"the weights {path} do not exist; check MODEL.WEIGHTS")
+        return local
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:

@@ -15,6 +15,7 @@ from detectron2.engine import default_argument_parser
 from .. import compat
 from ..config import add_dynamic_detr_config, check_config, class_count
 from ..errors import UserError, did_you_mean, one_line
+from .class_names import check_test_sets, weights_class_names
 from .disk import require_output_dir
 from .launch import under_torchrun
 
@@ -143,8 +144,11 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     cfg = read_config(args.config_file, args.opts or [])
     require_output_dir(cfg.OUTPUT_DIR)  # a repaired copy of the annotations may go there
     _choose_device(cfg, args)
-    _register_data(cfg, args)
+    names = weights_class_names(cfg, args.resume) if args.eval_only else None
+    _register_data(cfg, args, names)
     _check_data(cfg, need_train=not args.eval_only)
+    if names:
+        check_test_sets(cfg, names)
     cfg.freeze()
     return cfg
 
@@ -177,21 +181,13 @@ def process_count(cfg: CfgNode, args: argparse.Namespace) -> int:
     return args.num_gpus if cfg.MODEL.DEVICE.startswith("cuda") else args.num_processes
 
 
-def _register_data(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _register_data(cfg: CfgNode, args: argparse.Namespace, names: list[str] | None) -> None:
     given = [args.train_json, args.train_images, args.val_json, args.val_images]
     if not any(given):
         return
     from ..data.coco_json import apply_json_datasets
 
-    apply_json_datasets(cfg, args)
-
-
-def class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the classes of the data that the configuration trains on; None if not known."""
-    if not cfg.DATASETS.TRAIN:
-        return None
-    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
-    return None if names is None else [str(name) for name in names]
+    apply_json_datasets(cfg, args, names)
 
 
 def _check_data(cfg: CfgNode, need_train: bool) -> None:

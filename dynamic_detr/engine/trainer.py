@@ -19,6 +19,7 @@ from .. import compat
 from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_train_loader
 from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
+from .class_names import data_class_names
 from .clipping import build_clipper
 from .disk import PatientWriter, telling_of
 from .ema import ModelEMA
@@ -28,7 +29,6 @@ from .guard import likely_cause, where
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
-from .setup import class_names
 from .signals import EvaluationInterrupted, StopRequest
 from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
 from .tta import DetectorTTA
@@ -77,7 +77,7 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             ema=self.ema,
-            class_names=partial(class_names, cfg),
+            class_names=partial(data_class_names, cfg),
             trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
