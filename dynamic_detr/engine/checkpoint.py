@@ -28,6 +28,7 @@ from ..errors import UserError, one_line
 from ..plain_pickle import plain_pickles
 from .disk import reason
 from .ema import ModelEMA
+from .model_file import is_model_file, locate_model, read_model
 from .reading import (
     BrokenCheckpoint,
     broken,
@@ -222,6 +223,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 are not the model's and ``strict_classes`` is set.
         """
         if path:
+            path = locate_model(path)
             self._require(path)
         try:
             rest = super().load(path, checkpointables)
@@ -237,7 +239,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: see :meth:`load`.
         """
-        return self._load_file(self._require(path))
+        return self._load_file(self._require(locate_model(path)))
 
     def _require(self, path: str) -> str:
         """Fetch an address such as ``detectron2://...``, or see that a local file is there.
@@ -257,6 +259,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         return local
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if is_model_file(filename):
+            info, weights = read_model(filename)
+            return {"model": weights, "class_names": info.class_names or None}
         try:
             check_archive(filename)
             with plain_pickles(detection_checkpoint):

@@ -18,7 +18,9 @@ from ..errors import UserError, did_you_mean, one_line
 from .class_names import check_test_sets, weights_class_names
 from .disk import require_output_dir
 from .launch import under_torchrun
+from .model_file import is_model_file, merge_described_config, require_model
 
+_WEIGHTS = "MODEL.WEIGHTS"
 _EPILOG = """
 examples:
   train on COCO (under DETECTRON2_DATASETS) with 8 GPUs:
@@ -27,7 +29,8 @@ examples:
     train_net.py --config-file ... --train-json A.json --train-images DIR \\
                  --val-json B.json --val-images DIR
   go on after a stop:         add --resume
-  evaluate:                   add --eval-only MODEL.WEIGHTS output/model_final.pth
+  evaluate a model file:      train_net.py --eval-only --val-json B.json --val-images DIR \\
+                                MODEL.WEIGHTS output/model_best.safetensors
   change configuration keys:  add SOLVER.BASE_LR 0.0001 MODEL.DEVICE cpu ...
   a Detectron2 model-zoo configuration: --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml
 
@@ -53,8 +56,20 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{split}-images", metavar="DIR", help=f"folder of the images of --{split}-json"
         )
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="kept in the model files that training writes"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of user errors")
     return parser
+
+
+def model_among(opts: list[str]) -> str:
+    """The model file that configuration keys name as ``MODEL.WEIGHTS``; empty if there is none.
+
+    Such a file needs no ``--config-file``.
+    """
+    named = [value for key, value in zip(opts[::2], opts[1::2], strict=False) if key == _WEIGHTS]
+    return named[-1] if named and is_model_file(named[-1]) else ""
 
 
 def find_config(name: str) -> str:
@@ -70,6 +85,8 @@ def find_config(name: str) -> str:
         )
     if os.path.isfile(name):
         return name
+    if is_model_file(name):
+        return require_model(name)
     zoo = compat.zoo_config(name)
     if zoo is None:
         folder = Path(name).parent
@@ -105,7 +122,7 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     """Merge a configuration file and the command line's keys.
 
     Args:
-        config_file: path of a file.
+        config_file: path of a file; for a model file, its configuration and weights.
         opts: keys and values in turn.
 
     Returns:
@@ -117,7 +134,10 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     compat.add_newer_keys(cfg)
     add_dynamic_detr_config(cfg)
-    _merge(cfg, cfg.merge_from_file, config_file)
+    if is_model_file(config_file):
+        _merge(cfg, lambda path: merge_described_config(cfg, path), require_model(config_file))
+    else:
+        _merge(cfg, cfg.merge_from_file, config_file)
     if len(opts) % 2:
         raise UserError(
             f"configuration keys come in pairs KEY VALUE, and {opts[-1]!r} is left over"
@@ -140,7 +160,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: anything that cannot work.
     """
-    args.config_file = find_config(args.config_file)
+    args.config_file = find_config(args.config_file or model_among(args.opts or []))
     cfg = read_config(args.config_file, args.opts or [])
     require_output_dir(cfg.OUTPUT_DIR)  # a repaired copy of the annotations may go there
     _choose_device(cfg, args)

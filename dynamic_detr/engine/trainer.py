@@ -21,11 +21,13 @@ from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .class_names import data_class_names
 from .clipping import build_clipper
+from .console import FirstLines, in_the_log_alone
 from .disk import PatientWriter, telling_of
 from .ema import ModelEMA
 from .evaluation import build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
 from .guard import likely_cause, where
+from .model_writer import ModelWriter
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
@@ -80,6 +82,7 @@ class Trainer(DefaultTrainer):
             class_names=partial(data_class_names, cfg),
             trainer=weakref.proxy(self),
         )
+        self.models = ModelWriter(cfg)
         self.register_hooks(self.build_hooks())
         self._trainer._hooks = self._hooks  # the step calls their `after_backward`
 
@@ -91,7 +94,8 @@ class Trainer(DefaultTrainer):
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logger.info(f"Model:\n{model}")
+        with in_the_log_alone():
+            logger.info(f"Model:\n{model}")
         logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
         return model
 
@@ -132,19 +136,25 @@ class Trainer(DefaultTrainer):
         return [PatientWriter(writer) for writer in writers]
 
     def build_hooks(self) -> list:
-        """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted."""
+        """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted, and
+        progress is printed from the first iteration on."""
         evaluations = [hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)]
         if self.cfg.TEST.AUG.ENABLED:
             evaluations.append(hooks.EvalHook(0, self._evaluate_with_tta))
         result = []
         for hook in super().build_hooks():
+            if isinstance(hook, hooks.PeriodicWriter):
+                result.append(FirstLines(hook._writers[0]))
             result += evaluations if isinstance(hook, hooks.EvalHook) else [hook]
         return result
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self._with_averaged_weights(
-            lambda: self.test(self.cfg, self.detector)
-        )
+        def evaluate() -> dict:
+            results = self.test(self.cfg, self.detector)
+            self.models.keep(self.detector, results, self.finished + 1)
+            return results
+
+        self._last_eval_results = self._with_averaged_weights(evaluate)
         return self._last_eval_results
 
     def _evaluate_with_tta(self) -> dict:
@@ -178,6 +188,7 @@ class Trainer(DefaultTrainer):
         if resume:
             if self.checkpointer.resume() is not None:
                 self.start_iter = self.finished + 1
+                self.models.resume()
                 return
             logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
