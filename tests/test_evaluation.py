@@ -14,13 +14,14 @@ from pycocotools.coco import COCO
 from dynamic_detr.data.scenes import write_scenes
 from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
+from dynamic_detr.engine.model_file import read_model
 from dynamic_detr.engine.run import evaluate
 from dynamic_detr.engine.setup import build_parser, load_config
 from dynamic_detr.engine.threshold import best_threshold
 from dynamic_detr.errors import UserError
 
 PRETRAIN = str(ROOT / "configs" / "quickstart" / "pretrain.yaml")
-SHIPPED = str(ROOT / "weights" / "quickstart.pth")
+SHIPPED = "quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -105,16 +106,16 @@ def test_categories_without_a_partner_are_refused(scenes, tmp_path):
 
 def test_weights_without_names_are_told(scenes, tmp_path, capsys):
     nameless = tmp_path / "nameless.pth"
-    torch.save({"model": torch.load(SHIPPED)["model"]}, nameless)
+    torch.save({"model": read_model(SHIPPED)[1]}, nameless)
     original = scenes / "annotations" / "instances_val.json"
     configured(original, scenes / "val", tmp_path / "out", "MODEL.WEIGHTS", str(nameless))
     assert "the weights hold no names of classes" in capsys.readouterr().out
 
 
 def test_registered_data_of_other_classes_are_refused(tmp_path):
-    state = torch.load(SHIPPED)
-    state["class_names"] = state["class_names"][::-1]
-    torch.save(state, tmp_path / "reversed.pth")
+    info, weights = read_model(SHIPPED)
+    names = info.class_names[::-1]
+    torch.save({"model": weights, "class_names": names}, tmp_path / "reversed.pth")
     args = build_parser().parse_args(
         ["--config-file", PRETRAIN, "--eval-only", "OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS"]
         + [str(tmp_path / "reversed.pth")]

@@ -114,4 +114,6 @@ class ModelWriter:
             names.append("final")
         for name in names:
             write_model(self.path(name), model.state_dict(), info)
-            logger.info(f"Saved the model {self.path(name)}" + (f", AP {ap:.1f}" if results else ""))
+            logger.info(
+                f"Saved the model {self.path(name)}" + (f", AP {ap:.1f}" if results else "")
+            )

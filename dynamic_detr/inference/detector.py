@@ -1,7 +1,7 @@
 """A trained detector: `load` one, call it on pictures.
 
-    detector = dynamic_detr.load("output/model_best.safetensors")
-    detector("photo.jpg").show()
+detector = dynamic_detr.load("output/model_best.safetensors")
+detector("photo.jpg").show()
 """
 
 from __future__ import annotations
@@ -284,7 +284,9 @@ class Detector:
                 hint = did_you_mean(name, self.class_names)
                 known = ", ".join(self.class_names[:10])
                 more = ", ..." if len(self.class_names) > 10 else ""
-                raise UserError(f"the detector knows no class {name!r}{hint}; it knows {known}{more}")
+                raise UserError(
+                    f"the detector knows no class {name!r}{hint}; it knows {known}{more}"
+                )
         return {index for index, name in enumerate(self.class_names) if name in names}
 
     def evaluate(

@@ -18,7 +18,7 @@ from ..visualization.files import find_images
 from ..visualization.images import read_image, to_rgb
 from ..visualization.video import VideoReader, is_video
 
-__all__ = ["Picture", "Pictures", "WrongPicture", "collect", "to_picture"]
+__all__ = ["Picture", "Pictures", "WrongPicture", "collect", "file_picture", "to_picture"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,8 @@ def collect(source: Any, channel_order: str = "RGB") -> Pictures:
         raise WrongPicture(f"channel_order is {channel_order!r}; it must be 'RGB' or 'BGR'")
     if isinstance(source, str | os.PathLike):
         return _named(os.fspath(source))
+    if isinstance(source, Picture):
+        return Pictures([source], 1, is_one=True)
     if isinstance(source, np.ndarray | torch.Tensor) and source.ndim == 4:
         source = list(source)
     if isinstance(source, list | tuple):
@@ -103,17 +105,19 @@ def _named(name: str) -> Pictures:
         return Pictures(_frames(reader, path), reader.expected or None, is_stream=True)
     files = find_images([name])
     is_one = not os.path.isdir(path) and (os.path.exists(path) or not glob.has_magic(name))
-    pictures = [Picture(str(file), file, lambda file=file: read_image(file)) for file in files]
-    return Pictures(pictures, len(files), is_one=is_one)
+    return Pictures(map(file_picture, files), len(files), is_one=is_one)
+
+
+def file_picture(path: Path) -> Picture:
+    """The picture of a file, which is not looked at yet."""
+    return Picture(str(path), path, lambda: read_image(path))
 
 
 def _frames(reader: VideoReader, path: Path) -> Iterator[Picture]:
     for number, frame in enumerate(reader, start=1):
         yield Picture(f"{path}, frame {number}", None, lambda frame=frame: frame)
     if reader.is_cut_short:
-        logger.warning(
-            f"{path} is broken: {reader.read} of {reader.expected} frames could be read"
-        )
+        logger.warning(f"{path} is broken: {reader.read} of {reader.expected} frames could be read")
 
 
 def _each(source: Iterable, channel_order: str) -> Iterator[Picture]:

@@ -95,8 +95,10 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         UserError: it cannot be written there.
     """
     path = Path(path)
+    aside = path.with_name(f".part.{path.name}")  # a stop leaves no half of a picture behind
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path, quality=JPEG_QUALITY)
+        Image.fromarray(image).save(aside, quality=JPEG_QUALITY)
+        os.replace(aside, path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}); see --output") from error
