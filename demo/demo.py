@@ -22,6 +22,7 @@ from dynamic_detr.engine.model_file import locate_model
 from dynamic_detr.engine.setup import find_config, model_among, read_config
 from dynamic_detr.errors import UserError, one_line
 from dynamic_detr.inference import Detections, Detector
+from dynamic_detr.inference.detector import require_stages
 from dynamic_detr.inference.listing import Listing, list_pictures, use_category_ids
 from dynamic_detr.inference.pictures import file_picture
 from dynamic_detr.inference.results_file import ResultsFile
@@ -125,13 +126,13 @@ def load_detector(args: argparse.Namespace) -> Detector:
         UserError: it cannot be built, or cannot do what is asked.
     """
     cfg = read_config(find_config(args.config_file or model_among(args.opts)), args.opts)
+    if args.stages:
+        require_stages(cfg.MODEL.META_ARCHITECTURE)
     if args.confidence_threshold is not None:
         # Detectron2's own detectors drop what is below their threshold before they merge boxes.
         for node in (cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
             node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, args.confidence_threshold)
     detector = Detector.from_config(cfg, threshold=args.confidence_threshold)
-    if args.stages:
-        detector.require_stages()
     if args.classes is not None:
         args.classes = [name.strip() for name in args.classes.split(",")]
         detector.class_indices(args.classes)

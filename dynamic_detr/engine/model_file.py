@@ -111,10 +111,9 @@ def _are(values: Any, kind: Any) -> bool:
 
 def locate_model(name: str) -> str:
     """The path of a model, for the name of a shipped one too; any other name stays as it is."""
-    shipped = SHIPPED / f"{name}{SUFFIX}"
-    if name and os.path.basename(name) == name and not os.path.isfile(name) and shipped.is_file():
-        return str(shipped)
-    return name
+    shipped = str(SHIPPED / f"{name}{SUFFIX}")
+    is_name = name and os.path.basename(name) == name and not os.path.isfile(name)
+    return shipped if is_name and os.path.isfile(shipped) else name
 
 
 def is_model_file(name: str) -> bool:

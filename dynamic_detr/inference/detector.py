@@ -35,7 +35,7 @@ from .building import build_with_weights
 from .detections import Detections
 from .pictures import Picture, WrongPicture, collect
 
-__all__ = ["Detector", "load"]
+__all__ = ["Detector", "load", "require_stages"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,22 @@ def load(
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device is {cfg.MODEL.DEVICE!r}, and there is no GPU here")
     return Detector.from_config(cfg, threshold=threshold)
+
+
+def require_stages(architecture: str) -> None:
+    """See that a meta-architecture refines its boxes stage by stage.
+
+    Args:
+        architecture: its name, as in `MODEL.META_ARCHITECTURE`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if CLASS_COUNTS.get(architecture) != "SET_DETECTOR":
+        raise UserError(
+            "stages are those of a SetDetector's decoder, and this is "
+            f"{architecture}; leave them out"
+        )
 
 
 class Detector:
@@ -257,21 +273,9 @@ class Detector:
         Raises:
             UserError: the detector has no stages.
         """
-        self.require_stages()
+        require_stages(type(self.model).__name__)
         _, predictions = self.model.predict([self._input(image)])
         return follow_queries(predictions, image.shape[:2], self.model.class_head, threshold)
-
-    def require_stages(self) -> None:
-        """See that the detector refines its boxes stage by stage.
-
-        Raises:
-            UserError: it does not.
-        """
-        name = type(self.model).__name__
-        if CLASS_COUNTS.get(name) != "SET_DETECTOR":
-            raise UserError(
-                f"stages are those of a SetDetector's decoder, and this is {name}; leave them out"
-            )
 
     def class_indices(self, names: Sequence[str]) -> set[int]:
         """Indices of classes.
