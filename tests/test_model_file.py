@@ -5,14 +5,19 @@ import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, safe_open, save_file
 from tiny_run import NAMES, make_config, train
 
 import dynamic_detr
 from dynamic_detr.engine.model_file import ModelInfo, encode_model, read_header, read_model
 from dynamic_detr.engine.run import evaluate
-from dynamic_detr.engine.setup import build_parser, load_config
+from dynamic_detr.engine.setup import build_parser, find_config, load_config, read_config
 from dynamic_detr.errors import UserError
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import export_weights
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +77,7 @@ def test_the_file_alone_is_evaluated(run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x"])
-def test_detectron2s_own_detectors_are_model_files(tmp_path, monkeypatch, capsys, name):
-    sys.path.insert(0, str(dynamic_detr.engine.model_file.SHIPPED.parents[1] / "tools"))
-    import export_weights
-
-    from dynamic_detr.engine.setup import find_config, read_config
-
+def test_detectron2s_own_detectors_are_model_files(tmp_path, name):
     cfg = read_config(
         find_config(f"COCO-Detection/{name}.yaml"),
         [
@@ -180,8 +180,6 @@ def test_keys_that_a_finished_detector_does_not_use_are_passed_over(tmp_path):
     path = tmp_path / "model.safetensors"
     config = "SOLVER: {BASE_LR: 0.5, OF_LATER: 1}\nLATER: {A: 1}\n"
     path.write_bytes(encode_model({}, ModelInfo(config=config)))
-    from dynamic_detr.engine.setup import read_config
-
     assert read_config(str(path), []).SOLVER.BASE_LR == 0.5
 
 

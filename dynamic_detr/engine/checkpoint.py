@@ -282,8 +282,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             name, saved, built = classes[0]
             raise UserError(
                 f"the weights were trained with another number of classes: {name} has "
-                f"{saved[0]} rows there and {built[0]} here; set the class count of the "
-                "configuration to that of the weights"
+                f"{saved[0]} rows there and {built[0]} here; set NUM_CLASSES to that of the "
+                "weights (MODEL.SET_DETECTOR.NUM_CLASSES for a DynamicDETR), or name the model "
+                "file that training wrote beside them, *.safetensors, which needs no configuration"
             )
         if classes:
             self.logger.warning(
