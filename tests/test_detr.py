@@ -8,6 +8,7 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from helpers import batch_pyramid, random_levels, shake, training_input
+from reference.detr import DETR
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "DETR"
 sys.path.insert(0, str(ROOT / "tools"))
 
+import convert_weights  # noqa: E402
 from conversions import detr as conversion  # noqa: E402
 
 CLASSES, QUERIES, CHANNELS = 5, 12, 32
@@ -345,3 +347,119 @@ def test_what_does_not_fit_is_one_line(options, reason):
     with pytest.raises(ValueError, match=reason) as error:
         build_model(load("detr_R_50.yaml", *NARROW, *options))
     assert "\n" not in str(error.value)
+
+
+def published(depth: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a published checkpoint: 92 rows of classes, ResNet-50."""
+    shapes = {"query_embed.weight": (100, 256)}
+
+    def linear(name: str, out: int, inputs: int, *kernel: int) -> None:
+        shapes.update({f"{name}.weight": (out, inputs, *kernel), f"{name}.bias": (out,)})
+
+    def norm(name: str, channels: int, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
+        shapes.update({f"{name}.{kind}": (channels,) for kind in kinds})
+
+    def convolution(name: str, bn: str, out: int, inputs: int, kernel: int) -> None:
+        shapes[f"backbone.0.body.{name}.weight"] = (out, inputs, kernel, kernel)
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        norm(f"backbone.0.body.{bn}", out, kinds)
+
+    def attention(name: str) -> None:
+        shapes.update({f"{name}.in_proj_weight": (768, 256), f"{name}.in_proj_bias": (768,)})
+        linear(f"{name}.out_proj", 256, 256)
+
+    for part, attentions, norms in (
+        ("encoder", ["self_attn"], 2),
+        ("decoder", ["self_attn", "multihead_attn"], 3),
+    ):
+        for layer in range(6):
+            name = f"transformer.{part}.layers.{layer}"
+            for kind in attentions:
+                attention(f"{name}.{kind}")
+            linear(f"{name}.linear1", 2048, 256)
+            linear(f"{name}.linear2", 256, 2048)
+            for index in range(norms):
+                norm(f"{name}.norm{index + 1}", 256)
+    norm("transformer.decoder.norm", 256)
+    linear("class_embed", 92, 256)
+    for layer, out in enumerate((256, 256, 4)):
+        linear(f"bbox_embed.layers.{layer}", out, 256)
+    linear("input_proj", 256, 2048, 1, 1)
+    convolution("conv1", "bn1", 64, 3, 7)
+    inputs = 64
+    for stage, blocks in enumerate(depth):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            name = f"layer{stage + 1}.{block}"
+            convolution(f"{name}.conv1", f"{name}.bn1", width, inputs, 1)
+            convolution(f"{name}.conv2", f"{name}.bn2", width, width, 3)
+            convolution(f"{name}.conv3", f"{name}.bn3", 4 * width, width, 1)
+            if not block:
+                name = f"{name}.downsample"
+                convolution(f"{name}.0", f"{name}.1", 4 * width, inputs, 1)
+            inputs = 4 * width
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("detr_R_50.yaml", (3, 4, 6, 3)), ("detr_DC5_R_101.yaml", (3, 4, 23, 3))]
+)
+def test_every_published_weight_finds_its_place(name, depth):
+    shapes = published(depth)
+    frozen = ("bn", "downsample.1", "body.conv1", "body.layer1")
+    trained = {n: s for n, s in shapes.items() if not any(part in n for part in frozen)}
+    if depth[2] == 6:  # as its training log has it
+        assert sum(torch.Size(shape).numel() for shape in trained.values()) == 41_302_368
+    with torch.device("meta"):
+        weights = conversion.convert({name: torch.empty(shape) for name, shape in shapes.items()})
+        model = build_model(load(name, "MODEL.DEVICE", "meta")).state_dict()
+    assert len(weights) == len(shapes)
+    fitted = convert_weights.fit(weights, model, num_classes=80)
+    assert fitted.keys() == model.keys()
+
+
+def write_config(path: Path, *options: object) -> str:
+    path.write_text(load("detr_R_50.yaml", *options).dump())
+    return str(path)
+
+
+def test_published_weights_say_what_they_said(tmp_path):
+    """A file of the published names, with rows by COCO id, and our model of what it becomes."""
+    theirs = redraw(DETR(92, CHANNELS, 40, QUERIES, layers=2, width=4)).eval()
+    torch.save({"model": theirs.state_dict(), "epoch": 3}, tmp_path / "published.pth")
+    layers = ["MODEL.TRANSFORMER_DECODER.NUM_LAYERS", 2, "MODEL.TRANSFORMER_ENCODER.FFN_DIM", 40]
+    wide = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
+    options = [*NARROW, *layers, *wide, "MODEL.SET_DETECTOR.NUM_CLASSES", 80]
+    config = write_config(tmp_path / "config.yaml", *options)
+    convert_weights.convert_file("detr", tmp_path / "published.pth", tmp_path / "ours.pth", config)
+    ours = build_model(load("detr_R_50.yaml", *options)).eval()
+    ours.load_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True)["model"])
+    image = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        logits, boxes = theirs(image)
+        found = ours._network(image, torch.tensor([[128, 96]]))[-1]
+    assert_close(found.pred_boxes[0], boxes, "boxes")
+    # person, fire hydrant, stop sign (13), toothbrush (90), no object
+    rows = {0: 1, 10: 11, 11: 13, 79: 90, 80: 91}
+    assert_close(found.pred_logits[0][:, list(rows)], logits[:, list(rows.values())], "logits")
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as it is", "older names"])
+def test_names_of_hugging_face(older, tmp_path):
+    theirs = hugging_face()
+    weights = theirs.state_dict()
+    if older:
+        for old, new in (("o_proj", "out_proj"), ("mlp.fc", "fc")):
+            weights = {name.replace(old, new): value for name, value in weights.items()}
+        prefix = "model.backbone.conv_encoder.model."
+        weights = {
+            name.replace("model.backbone.model.", prefix): value for name, value in weights.items()
+        }
+    torch.save(weights, tmp_path / "theirs.pth")
+    config = write_config(tmp_path / "config.yaml", *NARROW)
+    args = tmp_path / "theirs.pth", tmp_path / "ours.pth", config
+    convert_weights.convert_file("huggingface", *args)
+    ours = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
+    wanted = conversion.convert_huggingface(theirs.state_dict())
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], wanted[name]) for name in ours)
