@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from helpers import batch_pyramid, random_levels, shake, training_input
@@ -16,6 +17,7 @@ from dynamic_detr import Prediction, Pyramid, add_dynamic_detr_config
 from dynamic_detr.config import check_config
 from dynamic_detr.decoders import TransformerDecoder
 from dynamic_detr.encoders import TransformerEncoder
+from dynamic_detr.engine.checkpoint import SafeCheckpointer
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "DETR"
@@ -53,7 +55,13 @@ def redraw(model: nn.Module) -> nn.Module:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     with torch.no_grad():
         for name, tensor in tensors:
-            if name.endswith("running_var") or tensor.dim() == 1 and "norm" in name.lower():
+            if not tensor.is_floating_point():
+                continue
+            if (
+                name.endswith("running_var")
+                or tensor.dim() == 1
+                and ("norm" in name or "bn" in name)
+            ):
                 tensor.uniform_(0.5, 1.5)
             elif tensor.dim() > 1:
                 tensor.normal_(std=tensor[0].numel() ** -0.5)
@@ -463,3 +471,20 @@ def test_names_of_hugging_face(older, tmp_path):
     wanted = conversion.convert_huggingface(theirs.state_dict())
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], wanted[name]) for name in ours)
+
+
+def test_training_starts_from_a_resnet_of_torchvision(tmp_path):
+    theirs = redraw(torchvision.models.resnet50(width_per_group=4))
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    convert_weights.convert_file("torchvision", tmp_path / "resnet.pth", tmp_path / "R-50.pth")
+    wide = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
+    ours = build_model(load("detr_R_50.yaml", *NARROW, *wide))
+    head = ours.decoder.class_logits.weight.clone()
+    SafeCheckpointer(ours).load(str(tmp_path / "R-50.pth"))
+    found, wanted = ours.backbone.bottom_up.eval(), theirs.eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for layer in list(theirs.children())[:-2]:
+            wanted = layer(image if wanted is theirs else wanted)
+        assert_close(found(image)["res5"], wanted, "res5")
+    assert torch.equal(ours.decoder.class_logits.weight, head)
