@@ -344,6 +344,16 @@ def test_parameters(name, published):
 
 
 @pytest.mark.parametrize(
+    ("name", "epochs"),
+    [("detr_R_50.yaml", 500), ("detr_DC5_R_50_50ep.yaml", 50), ("detr_DC5_plus_R_50.yaml", 50)],
+)
+def test_schedule(name, epochs):
+    solver = load(name).SOLVER
+    assert solver.MAX_ITER * solver.IMS_PER_BATCH == pytest.approx(epochs * 118_287, rel=1e-3)
+    assert [step / solver.MAX_ITER for step in solver.STEPS] == [0.8]
+
+
+@pytest.mark.parametrize(
     ("options", "reason"),
     [
         (["MODEL.TRANSFORMER_ENCODER.NUM_HEADS", 7], r"ENCODER\.NUM_HEADS is 7; it must divide"),
