@@ -2,5 +2,6 @@
 
 from .build import DECODER_REGISTRY, build_decoder
 from .dynamic import DynamicDecoder
+from .smca import SMCADecoder
 
-__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "build_decoder"]
+__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "SMCADecoder", "build_decoder"]

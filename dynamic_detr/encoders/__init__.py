@@ -3,5 +3,6 @@
 from .build import ENCODER_REGISTRY, build_encoder
 from .dynamic import DynamicEncoder
 from .identity import IdentityEncoder
+from .smca import SMCAEncoder
 
-__all__ = ["ENCODER_REGISTRY", "DynamicEncoder", "IdentityEncoder", "build_encoder"]
+__all__ = ["ENCODER_REGISTRY", "DynamicEncoder", "IdentityEncoder", "SMCAEncoder", "build_encoder"]
