@@ -66,7 +66,7 @@ def test_boxes_follow_the_crop(cfg, tmp_path: Path):
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     pixels = np.stack([x * 255 / WIDTH, y * 255 / HEIGHT, np.zeros_like(x)], axis=-1)
     Image.fromarray(pixels.round().astype(np.uint8)).save(tmp_path / "ramp.png")
-    low, high = np.array([100, 60]), np.array([180, 150])
+    low, high = np.array([60, 40]), np.array([230, 160])
     box = {"bbox": [*low, *high], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": 0}
     record = {"file_name": str(tmp_path / "ramp.png"), "height": HEIGHT, "width": WIDTH}
     mapper = build_mapper(cfg, is_train=True)
