@@ -116,7 +116,9 @@ def several_of(*choices: str) -> Range:
     """Lists of at least one entry; the same one may come again."""
 
     def admits(value: object) -> bool:
-        return isinstance(value, (list, tuple)) and bool(value) and set(value) <= set(choices)
+        if not isinstance(value, (list, tuple)) or not value:
+            return False
+        return all(entry in choices for entry in value)
 
     return Range(f"a list of at least one, each one of {list(choices)}", admits)
 

@@ -60,9 +60,12 @@ class SpatiallyModulatedCoAttention(nn.Module):
         """
         values = pyramid.table()
         keys = values + pyramid_positions
-        log_priors = self.prior(guides, references, pyramid)
+        log_priors, largest = zip(*self.prior(guides, references, pyramid), strict=True)
         if self.level_logits is None:
-            attended = self._attend(x + positions, keys, values, torch.cat(log_priors, dim=-1))
+            largest_of_all = torch.stack(largest).amax(dim=0)
+            shifts = (level - largest_of_all for level in largest)
+            log_prior = torch.cat([p + s for p, s in zip(log_priors, shifts, strict=True)], dim=-1)
+            attended = self._attend(x + positions, keys, values, log_prior)
         else:
             counts = [height * width for height, width in pyramid.shapes]
             levels = zip(keys.split(counts, 1), values.split(counts, 1), log_priors, strict=True)

@@ -41,8 +41,12 @@ class SpatialPrior(nn.Module):
             nn.init.zeros_(self.scales.weight)
             nn.init.ones_(self.scales.bias)
 
-    def forward(self, guides: Tensor, references: Tensor, pyramid: Pyramid) -> list[Tensor]:
-        """The logarithm of the prior on each level.
+    def forward(
+        self, guides: Tensor, references: Tensor, pyramid: Pyramid
+    ) -> list[tuple[Tensor, Tensor]]:
+        """The logarithm of the prior on each level, as a map whose largest value is 0.
+
+        However far away a centre is, the softmax of such a map is finite, in half precision too.
 
         Args:
             guides: (B, Q, C), what offsets and scales are predicted from.
@@ -50,39 +54,37 @@ class SpatialPrior(nn.Module):
             pyramid: of L levels.
 
         Returns:
-            For each level (B, num_priors, Q, HW) in the dtype of the references, 0 at most: each
-            query's priors on all levels are divided by the largest weight among them, so that a
-            centre far away leaves weights that are not all 0. Minus infinity beyond the true size.
+            For each level the map (B, num_priors, Q, HW), minus infinity beyond the true size, and
+            what was subtracted (B, num_priors, Q, 1), without gradient; in the dtype of the
+            references.
         """
         dtype = references.dtype
         offsets = self.offsets(guides).to(dtype).unflatten(-1, (-1, 2)).transpose(1, 2)
-        precisions = references.new_ones(()) / self.beta
+        precisions = torch.full_like(offsets, 1 / self.beta)  # (B, priors, Q, 2)
         if self.num_scales:
             scales = self.scales(guides).to(dtype).unflatten(-1, (-1, self.num_scales))
             precisions = scales.transpose(1, 2).square() * precisions
-        precisions = precisions.expand(offsets.shape)  # (B, priors, Q, 2)
         levels = []
         for level, (height, width) in enumerate(pyramid.shapes):
             sizes = pyramid.sizes(level).flip(-1)[:, None, None]  # (B, 1, 1, 2), x, y
-            centers = references[:, None] * sizes + offsets  # (B, priors, Q, 2)
-            levels.append(
-                [
-                    _log_weights(
-                        centers[..., [axis]], precisions[..., [axis]], sizes[..., [axis]], n
-                    )
-                    for axis, n in enumerate((width, height))
-                ]
-            )  # along x (B, priors, Q, W) and along y (B, priors, Q, H)
-        largest = torch.stack([_largest(x) + _largest(y) for x, y in levels]).amax(dim=0)
-        return [((y - largest)[..., :, None] + x[..., None, :]).flatten(-2) for x, y in levels]
+            centers = references[:, None] * sizes + offsets
+            both = (part.chunk(2, dim=-1) for part in (centers, precisions, sizes))
+            sides = zip(*both, strict=True)
+            (x, largest_x), (y, largest_y) = (
+                _log_weights(*side, length)
+                for side, length in zip(sides, (width, height), strict=True)
+            )
+            log_prior = y[..., :, None] + x[..., None, :]  # (B, priors, Q, H, W)
+            levels.append((log_prior.flatten(-2), largest_x + largest_y))
+        return levels
 
 
-def _log_weights(centers: Tensor, precisions: Tensor, sizes: Tensor, length: int) -> Tensor:
-    """The logarithm of the weights along one side of a level: (..., 1) to (..., length)."""
+def _log_weights(
+    centers: Tensor, precisions: Tensor, sizes: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """The logarithm of the weights along one side of a level, from (..., 1) centres, precisions
+    and true sizes: (..., length), 0 at most, and what was subtracted (..., 1)."""
     index = torch.arange(length, device=centers.device)
-    return (-precisions * (index - centers).square()).masked_fill(index >= sizes, -torch.inf)
-
-
-def _largest(log_weights: Tensor) -> Tensor:
-    """Without gradient: a softmax does not depend on what is subtracted from all its logits."""
-    return log_weights.detach().amax(dim=-1, keepdim=True)
+    logs = (-precisions * (index - centers).square()).masked_fill(index >= sizes, -torch.inf)
+    largest = logs.detach().amax(dim=-1, keepdim=True)
+    return logs - largest, largest

@@ -166,7 +166,10 @@ def co_attention(
     own = within(weights, "attention.")
     priors = [
         np.array(
-            [log_prior(g, r, level, prior, heads, beta) for g, r in zip(guides, references, strict=True)]
+            [
+                log_prior(g, r, level, prior, heads, beta)
+                for g, r in zip(guides, references, strict=True)
+            ]
         )
         for level in levels
     ]
