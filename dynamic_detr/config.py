@@ -308,6 +308,57 @@ _DYNAMIC_DECODER_KEYS = (
     ),
 )
 
+_TRANSFORMER_ENCODER = "MODEL.TRANSFORMER_ENCODER."
+_TRANSFORMER_ENCODER_KEYS = (
+    Key(_TRANSFORMER_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers, as in DETR."),
+    Key(_TRANSFORMER_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
+    Key(
+        _TRANSFORMER_ENCODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+)
+
+_TRANSFORMER_DECODER = "MODEL.TRANSFORMER_DECODER."
+_TRANSFORMER_DECODER_KEYS = (
+    Key(
+        _TRANSFORMER_DECODER + "NUM_QUERIES",
+        100,
+        whole(1),
+        "Learned queries, and so boxes of each layer; DETR-DC5+ has 300.",
+    ),
+    Key(_TRANSFORMER_DECODER + "NUM_LAYERS", 6, whole(1), "Layers; each predicts."),
+    Key(_TRANSFORMER_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self- and cross-attention."),
+    Key(
+        _TRANSFORMER_DECODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "IN_FEATURES",
+        [],
+        names(0),
+        "Those of MODEL.SET_DETECTOR.IN_FEATURES that the queries look at; all of them if empty. "
+        "The paper's Table 1 does not say which DETR's decoder reads behind a dynamic encoder. The "
+        "encoder must reach all other levels from these (a dynamic block reaches one further), "
+        "or what makes those is not trained.",
+    ),
+)
+
 _SMCA_ENCODER = "MODEL.SMCA_ENCODER."
 _SMCA_ENCODER_KEYS = (
     Key(
@@ -331,14 +382,13 @@ _SMCA_ENCODER_KEYS = (
         _SMCA_ENCODER + "FFN_DIM",
         1024,
         whole(1),
-        "Hidden units of the feed-forward networks, half of DETR's.",
+        "Hidden units of the feed-forward network, half of DETR's.",
     ),
     Key(
         _SMCA_ENCODER + "DROPOUT",
         0.1,
         DROPOUT,
-        "Of the attention weights, after attention and after both layers of the feed-forward "
-        "networks; as DETR, which SMCA follows where it is silent.",
+        "As in DETR's encoder; SMCA follows DETR where it is silent.",
     ),
 )
 
@@ -356,9 +406,9 @@ _SMCA_DECODER_KEYS = (
         _SMCA_DECODER + "FFN_DIM",
         1024,
         whole(1),
-        "Hidden units of the feed-forward networks: 1024 with several levels, 2048 with one.",
+        "Hidden units of the feed-forward network: 1024 with several levels, 2048 with one.",
     ),
-    Key(_SMCA_DECODER + "DROPOUT", 0.1, DROPOUT, "As in the encoder."),
+    Key(_SMCA_DECODER + "DROPOUT", 0.1, DROPOUT, "As in DETR's decoder."),
     Key(
         _SMCA_DECODER + "SCALES",
         "independent",
@@ -474,6 +524,8 @@ KEYS: tuple[Key, ...] = (
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
+    *_TRANSFORMER_ENCODER_KEYS,
+    *_TRANSFORMER_DECODER_KEYS,
     *_SMCA_ENCODER_KEYS,
     *_SMCA_DECODER_KEYS,
     *_SOLVER_KEYS,

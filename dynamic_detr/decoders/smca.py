@@ -67,7 +67,7 @@ class SMCADecoder(nn.Module):
         )
         self.num_levels = num_levels
         self.checkpoint_layers = checkpoint_layers
-        self.query_positions = nn.Embedding(num_queries, channels)
+        self.query_embed = nn.Embedding(num_queries, channels)
         self.reference_points = MLP(channels, 2, num_layers=3)
         self.layers = nn.ModuleList(
             SMCADecoderLayer(
@@ -89,7 +89,7 @@ class SMCADecoder(nn.Module):
         for layer in self.layers:
             layer.co_attention.prior.reset()
         self.norm = nn.LayerNorm(channels)
-        self.class_head = ClassHead(channels, num_classes, class_head)
+        self.class_logits = ClassHead(channels, num_classes, class_head)
         self.box_head = MLP(channels, 4, num_layers=3)
 
     @classmethod
@@ -114,10 +114,9 @@ class SMCADecoder(nn.Module):
             raise ValueError(
                 f"SMCADecoder: got {len(pyramid)} levels; wants num_levels, {self.num_levels}."
             )
-        pyramid = pyramid.masked()
         table = pyramid.table()
         pyramid_positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
-        positions = self.query_positions.weight.expand(len(table), -1, -1)
+        positions = self.query_embed.weight.expand(len(table), -1, -1)
         queries = torch.zeros_like(positions)
         dtype = torch.promote_types(positions.dtype, torch.float32)
         guides = self.layers[0].guides(queries, positions)
@@ -133,7 +132,7 @@ class SMCADecoder(nn.Module):
                 queries = layer(*inputs)
             outputs.append(queries)
         outputs = self.norm(torch.stack(outputs))  # (S, B, Q, C)
-        logits = self.class_head(outputs).to(dtype)
+        logits = self.class_logits(outputs).to(dtype)
         boxes = self.box_head(outputs).to(dtype)
         boxes = (boxes + F.pad(reference_logits, (0, 2))).sigmoid()  # equation 12
         return [Prediction(*stage) for stage in zip(logits, boxes, strict=True)]

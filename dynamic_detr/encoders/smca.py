@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
-from ..layers import sine_positions
+from ..layers import padding_mask, sine_positions
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 from .smca_block import SMCAEncoderBlock
@@ -85,13 +85,14 @@ class SMCAEncoder(nn.Module):
             raise ValueError(
                 f"SMCAEncoder: got {len(pyramid)} levels; wants num_levels, {self.num_levels}."
             )
-        pyramid = pyramid.masked()
-        table = pyramid.table()
-        positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
+        pyramid, padding = pyramid.masked(), padding_mask(pyramid)
+        positions = sine_positions(pyramid, pyramid.channels, offset=1).to(pyramid.table().dtype)
         recompute = self.checkpoint_blocks and self.training
         for block in self.blocks:
             if recompute:
                 pyramid = checkpoint(block, pyramid, positions, use_reentrant=False)
             else:
                 pyramid = block(pyramid, positions)
-        return pyramid.masked()
+        if padding is None:
+            return pyramid
+        return pyramid.with_table(pyramid.table().masked_fill(padding[..., None], 0))

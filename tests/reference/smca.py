@@ -192,7 +192,7 @@ def decoder(
     levels: Levels, weights: Weights, heads: int, beta: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits (S, Q, K) and boxes (S, Q, 4)."""
-    query_positions = weights["query_positions.weight"]
+    query_positions = weights["query_embed.weight"]
     queries = np.zeros_like(query_positions)
     references = None
     logits, boxes = [], []
@@ -217,7 +217,7 @@ def decoder(
         )
         queries = feed_forward(queries, within(layer, "ffn."))
         out = layer_norm(queries, weights, "norm")
-        logits.append(linear(out, weights, "class_head"))
+        logits.append(linear(out, weights, "class_logits"))
         box = mlp(out, within(weights, "box_head."))
         box[:, :2] += references  # equation 12
         boxes.append(sigmoid(box))
