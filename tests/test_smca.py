@@ -243,7 +243,8 @@ def test_centres_far_away_leave_finite_softmaxes():
 def test_compiled_is_the_same():
     """As one graph, with its gradients."""
     torch.compiler.reset()
-    model = shake(nn.Sequential(make_encoder(2), make_decoder(2, num_layers=1)), 0.1).eval()
+    encoder = make_encoder(2, blocks=["intra"], shared="ffn")
+    model = shake(nn.Sequential(encoder, make_decoder(2, num_layers=1)), 0.1).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     _, pyramid = make_pyramid(2, (90, 128), torch.float32)
     results = []
@@ -305,6 +306,29 @@ def meta_model(config: str) -> nn.Module:
 def test_parameters_are_as_many_as_published(config, millions):
     found = sum(parameter.numel() for parameter in meta_model(config).parameters())
     assert found / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def epochs(config: str) -> list[float]:
+    """At which the learning rate drops and training ends; an epoch leaves out its last images."""
+    solver = read_config(str(CONFIGS / f"{config}.yaml"), []).SOLVER
+    iterations = 118_287 // solver.IMS_PER_BATCH
+    return [iteration / iterations for iteration in (*solver.STEPS, solver.MAX_ITER)]
+
+
+def test_recipes():
+    """Every configuration has the 50 epochs of the paper, but for those of 108."""
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    long = {"smca_R_50_108ep", "smca_single_scale_R_50_108ep"}
+    assert long < names
+    assert all(epochs(name) == ([86, 108] if name in long else [40, 50]) for name in names)
+    solver = read_config(str(CONFIGS / "smca_R_50.yaml"), []).SOLVER
+    assert (solver.OPTIMIZER, solver.BASE_LR, solver.BACKBONE_MULTIPLIER) == ("ADAMW", 1e-4, 0.1)
+    assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == (
+        "full_model",
+        0.1,
+    )
+    decays = {solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS}
+    assert decays == {1e-4} and solver.IMS_PER_BATCH == 16
 
 
 def published() -> dict[str, Tensor]:
