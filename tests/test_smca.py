@@ -292,6 +292,7 @@ def meta_model(config: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("config", "millions"),
     [  # of the paper's Tables 3 and 4
+        ("smca_single_scale_R_50", 41.0),
         ("smca_R_50", 39.5),
         ("smca_R_50_no_scale_selection", 39.5),
         ("smca_R_50_3_intra", 37.9),
