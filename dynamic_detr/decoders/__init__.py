@@ -2,6 +2,13 @@
 
 from .build import DECODER_REGISTRY, build_decoder
 from .dynamic import DynamicDecoder
+from .smca import SMCADecoder
 from .transformer import TransformerDecoder
 
-__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "TransformerDecoder", "build_decoder"]
+__all__ = [
+    "DECODER_REGISTRY",
+    "DynamicDecoder",
+    "SMCADecoder",
+    "TransformerDecoder",
+    "build_decoder",
+]

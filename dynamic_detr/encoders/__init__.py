@@ -3,12 +3,14 @@
 from .build import ENCODER_REGISTRY, build_encoder
 from .dynamic import DynamicEncoder
 from .identity import IdentityEncoder
+from .smca import SMCAEncoder
 from .transformer import TransformerEncoder
 
 __all__ = [
     "ENCODER_REGISTRY",
     "DynamicEncoder",
     "IdentityEncoder",
+    "SMCAEncoder",
     "TransformerEncoder",
     "build_encoder",
 ]
