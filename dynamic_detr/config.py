@@ -100,6 +100,18 @@ def names(least: int) -> Range:
     return Range(f"a list of {f'{least} or more ' if least else ''}different names", admits)
 
 
+def sides(least: int, most: float = float("inf")) -> Range:
+    """Lists of so many lengths in pixels, in ascending order."""
+
+    def admits(value: object) -> bool:
+        if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
+            return False
+        return all(whole(1).admits(side) for side in value) and list(value) == sorted(value)
+
+    number = f"{least}" if least == most else f"at least {least}"
+    return Range(f"a list of {number} integers >= 1 in ascending order", admits)
+
+
 FLAG = Range("True or False", lambda value: isinstance(value, bool))
 NAME = Range("a name", lambda value: isinstance(value, str) and value != "")
 WEIGHT = number(0)
@@ -285,6 +297,57 @@ _DYNAMIC_DECODER_KEYS = (
     ),
 )
 
+_TRANSFORMER_ENCODER = "MODEL.TRANSFORMER_ENCODER."
+_TRANSFORMER_ENCODER_KEYS = (
+    Key(_TRANSFORMER_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers, as in DETR."),
+    Key(_TRANSFORMER_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
+    Key(
+        _TRANSFORMER_ENCODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+)
+
+_TRANSFORMER_DECODER = "MODEL.TRANSFORMER_DECODER."
+_TRANSFORMER_DECODER_KEYS = (
+    Key(
+        _TRANSFORMER_DECODER + "NUM_QUERIES",
+        100,
+        whole(1),
+        "Learned queries, and so boxes of each layer; DETR-DC5+ has 300.",
+    ),
+    Key(_TRANSFORMER_DECODER + "NUM_LAYERS", 6, whole(1), "Layers; each predicts."),
+    Key(_TRANSFORMER_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self- and cross-attention."),
+    Key(
+        _TRANSFORMER_DECODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "IN_FEATURES",
+        [],
+        names(0),
+        "Those of MODEL.SET_DETECTOR.IN_FEATURES that the queries look at; all of them if empty. "
+        "The paper's Table 1 does not say which DETR's decoder reads behind a dynamic encoder. The "
+        "encoder must reach all other levels from these (a dynamic block reaches one further), "
+        "or what makes those is not trained.",
+    ),
+)
+
 # The defaults leave Detectron2's own recipes (SGD for Faster R-CNN, RetinaNet) alone;
 # configs/Base-DynamicDETR.yaml switches to AdamW and full-model clipping. CLIP_GRADIENTS.CLIP_TYPE,
 # a key of Detectron2's, also knows "full_model" here: the norm of all gradients together is brought
@@ -338,12 +401,39 @@ _SOLVER_KEYS = (
     ),
 )
 
+_CROP_BRANCH = "INPUT.CROP_BRANCH."
+_INPUT_KEYS = (
+    Key(
+        _CROP_BRANCH + "ENABLED",
+        False,
+        FLAG,
+        "In training, with a probability of 1/2, resize the shortest side of an image to one of "
+        "RESIZE and cut out a region with sides drawn from SIZE, before it is resized as "
+        "MIN_SIZE_TRAIN says: DETR's random crops, for those who trained as it did.",
+    ),
+    Key(
+        _CROP_BRANCH + "RESIZE",
+        [400, 500, 600],
+        sides(1),
+        "Lengths of the shortest side, in pixels; DETR's.",
+    ),
+    Key(
+        _CROP_BRANCH + "SIZE",
+        [384, 600],
+        sides(2, 2),
+        "Least and greatest side of the region, in pixels; DETR's.",
+    ),
+)
+
 KEYS: tuple[Key, ...] = (
     *_DETECTOR_KEYS,
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
+    *_TRANSFORMER_ENCODER_KEYS,
+    *_TRANSFORMER_DECODER_KEYS,
     *_SOLVER_KEYS,
+    *_INPUT_KEYS,
 )
 _BY_NAME = {key.name: key for key in KEYS}
 

@@ -4,7 +4,7 @@ Shape letters, used in the comments of every file: B images, L levels, Q queries
 K classes, S stages, R the side of the pooled region.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -116,6 +116,11 @@ class Pyramid:
         pyramid = replace(self, features=tuple(features))
         object.__setattr__(pyramid, "_of_sizes", self._of_sizes)
         return pyramid
+
+    def select(self, levels: Sequence[int]) -> "Pyramid":
+        """Some of the levels, given by their indices."""
+        features = [self.features[level] for level in levels]
+        return Pyramid(features, [self.strides[level] for level in levels], self.image_sizes)
 
     def masked(self) -> "Pyramid":
         """The same pyramid with zeros beyond the true sizes."""

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from dynamic_detr import add_dynamic_detr_config
 from dynamic_detr.data.batches import BatchSchedule, aspect_ratio_groups, repeat_factors
 from dynamic_detr.data.loader import build_test_loader, build_train_loader
 from dynamic_detr.data.mapper import Failure, SeededDataset, seeded
@@ -52,6 +53,7 @@ def records(tmp_path: Path):
 @pytest.fixture
 def cfg(records):
     cfg = get_cfg()
+    add_dynamic_detr_config(cfg)
     cfg.DATASETS.TRAIN = (NAME,)
     cfg.DATASETS.TEST = (NAME,)
     cfg.INPUT.MIN_SIZE_TRAIN = (28, 32, 36, 40)

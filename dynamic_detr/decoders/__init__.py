@@ -2,5 +2,6 @@
 
 from .build import DECODER_REGISTRY, build_decoder
 from .dynamic import DynamicDecoder
+from .transformer import TransformerDecoder
 
-__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "build_decoder"]
+__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "TransformerDecoder", "build_decoder"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import check_arguments
-from ..layers import ClassHead
+from ..layers import ClassHead, check_heads
 from ..ops import pyramid_roi_align
 from ..structures import Pyramid, box_cxcywh_to_xyxy
 from .dynamic_interaction import DYNAMIC_FILTERS
@@ -81,11 +81,7 @@ class DynamicDecoderStage(nn.Module):
             dynamic_dim=dynamic_dim,
             dynamic_filter=dynamic_filter,
         )
-        if channels % num_heads:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DECODER.NUM_HEADS is {num_heads}; it must divide "
-                f"MODEL.SET_DETECTOR.HIDDEN_DIM, which is {channels}."
-            )
+        check_heads("MODEL.DYNAMIC_DECODER", num_heads, channels)
         self.pooling_size = pooling_size
         self.sampling_ratio = sampling_ratio
         self.canonical_size = canonical_size

@@ -3,5 +3,12 @@
 from .build import ENCODER_REGISTRY, build_encoder
 from .dynamic import DynamicEncoder
 from .identity import IdentityEncoder
+from .transformer import TransformerEncoder
 
-__all__ = ["ENCODER_REGISTRY", "DynamicEncoder", "IdentityEncoder", "build_encoder"]
+__all__ = [
+    "ENCODER_REGISTRY",
+    "DynamicEncoder",
+    "IdentityEncoder",
+    "TransformerEncoder",
+    "build_encoder",
+]

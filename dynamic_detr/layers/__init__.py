@@ -1,5 +1,6 @@
 """Learnable blocks that more than one room uses."""
 
+from .attention import Attention, check_heads, padding_mask
 from .box_head import MLP, inverse_sigmoid
 from .class_head import ClassHead, class_scores
 from .dyrelu import DyReLU, hard_sigmoid, linear
@@ -9,14 +10,17 @@ from .positions import sine_embedding, sine_positions
 
 __all__ = [
     "MLP",
+    "Attention",
     "ClassHead",
     "DyReLU",
     "FeedForward",
+    "check_heads",
     "class_scores",
     "group_norm_affine",
     "hard_sigmoid",
     "inverse_sigmoid",
     "linear",
+    "padding_mask",
     "sine_embedding",
     "sine_positions",
 ]
