@@ -97,7 +97,7 @@ def names(least: int) -> Range:
             return False
         return all(isinstance(name, str) for name in value) and len(set(value)) == len(value)
 
-    return Range(f"a list of {f'at least {least}' if least else 'any number of'} names", admits)
+    return Range(f"a list of {f'{least} or more ' if least else ''}different names", admits)
 
 
 def sides(least: int, most: float = float("inf")) -> Range:

@@ -9,6 +9,10 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dynamic_detr import Pyramid, add_dynamic_detr_config
+from dynamic_detr.config import KEYS
+from dynamic_detr.decoders import DynamicDecoder
+from dynamic_detr.encoders import DynamicEncoder
+from dynamic_detr.losses import HungarianMatcher, SetCosts, SetCriterion
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -52,6 +56,37 @@ def set_options(model: CfgNode, options: dict[str, object]) -> None:
             target = target[parent]
         assert key in target, name
         target[key] = value
+
+
+def defaults(node: str) -> dict[str, object]:
+    """Defaults of the keys of a node, named as constructors name their arguments."""
+    split = [key.name.rpartition(".") for key in KEYS]
+    pairs = zip(split, KEYS, strict=True)
+    return {name.lower(): key.default for (parent, _, name), key in pairs if parent == node}
+
+
+def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
+    """With the defaults of the configuration, but for one block and four groups."""
+    options = {"num_blocks": 1, "num_groups": 4, "checkpoint_blocks": False, **options}
+    return DynamicEncoder(channels, **{**defaults("MODEL.DYNAMIC_ENCODER"), **options})
+
+
+def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:
+    """With the defaults of the configuration."""
+    options = {"class_head": "focal", "checkpoint_stages": False, **options}
+    node = defaults("MODEL.DYNAMIC_DECODER")
+    return DynamicDecoder(channels, num_classes, **{**node, **options})
+
+
+def set_costs(**options: object) -> SetCosts:
+    """With the defaults of the configuration."""
+    losses = defaults("MODEL.SET_DETECTOR.LOSS")
+    return SetCosts(**{"class_head": "focal", **losses, **options})
+
+
+def set_criterion(**options: object) -> SetCriterion:
+    costs = set_costs(**options)
+    return SetCriterion(costs, HungarianMatcher(costs))
 
 
 def small_model(**options: object) -> nn.Module:

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import STRIDES, batch_pyramid, random_levels, shake, small_config
+from helpers import STRIDES, batch_pyramid, dynamic_decoder, random_levels, shake, small_config
 from reference.decoder import decoder_stage, refine
 from torch import nn
 
-from dynamic_detr.decoders import DynamicDecoder, build_decoder
+from dynamic_detr.decoders import build_decoder
 from dynamic_detr.decoders.dynamic_stage import apply_box_deltas
 
 CHANNELS, QUERIES, HEADS, BINS, CANONICAL = 16, 5, 4, 3, 60
@@ -28,7 +28,7 @@ IMAGE = (100, 136)
 
 
 def decoder(**options) -> nn.Module:
-    return DynamicDecoder(**{**SMALL, **options})
+    return dynamic_decoder(**{**SMALL, **options})
 
 
 def pyramid_of(image_size=IMAGE, channels=CHANNELS, dtype=torch.float64, padded=(128, 192)):
@@ -161,11 +161,12 @@ def test_scores_start_near_the_prior():
 
 def test_size_of_a_stage():
     """Generator 8.4 M and readout 3.2 M of a stage at the paper's sizes; 16.8 M for one filter."""
-    stage = DynamicDecoder(num_stages=1, num_queries=2).stages[0]
+    stage = dynamic_decoder(256, 80, num_stages=1, num_queries=2).stages[0]
     count = {n: sum(p.numel() for p in m.parameters()) for n, m in stage.named_modules()}
     assert count["interaction.filters"] == (256 + 1) * 2 * 256 * 64
     assert count["interaction.readout.linear"] == (49 * 256 + 1) * 256
-    single = DynamicDecoder(num_stages=1, num_queries=2, dynamic_filter="single").stages[0]
+    options = {"num_stages": 1, "num_queries": 2, "dynamic_filter": "single"}
+    single = dynamic_decoder(256, 80, **options).stages[0]
     assert sum(p.numel() for p in single.interaction.filters.parameters()) == 257 * 256 * 256
 
 
@@ -236,7 +237,7 @@ def test_config_reaches_the_decoder():
     ("options", "message"),
     [
         ({"num_heads": 3}, "NUM_HEADS is 3; it must divide .*HIDDEN_DIM, which is 16"),
-        ({"dynamic_filter": "double"}, "DYNAMIC_FILTER is 'double'; wants one of"),
+        ({"dynamic_filter": "double"}, "DYNAMIC_FILTER is 'double'; it must be one of"),
     ],
 )
 def test_bad_options_are_one_line(options, message):

@@ -171,7 +171,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         (
             ["--input", "{picture}", "--output", "o", "--stages", "--opts"]
             + ["MODEL.META_ARCHITECTURE", "RetinaNet"],
-            "this is RetinaNet; leave --stages out",
+            "this is RetinaNet; leave it out",
         ),
     ],
 )

@@ -181,10 +181,8 @@ class TestInference:
         logits = torch.tensor([[[2.0, 0.0, 9.0], [0.0, 3.0, 0.0]]])
         boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]])
         (result,) = model.to_instances(Prediction(logits, boxes), [(10, 10)])
-        assert result.pred_classes[0] == 1
         assert result.scores[0].item() == pytest.approx(math.exp(3) / (math.exp(3) + 2))
-        assert len(result) == 4
-        assert (result.pred_classes < 2).all()
+        assert result.pred_classes.tolist() == [1, 0]  # each query answers once
 
     @pytest.mark.parametrize("detections", [1, 7, 100])
     def test_number_of_detections(self, detections):
@@ -295,7 +293,7 @@ class TestConstruction:
         cfg = small_config()
         cfg.MODEL.FPN.OUT_CHANNELS = 32
         with pytest.raises(
-            ValueError, match=r"HIDDEN_DIM is 64, .*\[32\].* set MODEL\.FPN\.OUT_CHANNELS to 64"
+            ValueError, match=r"HIDDEN_DIM is 64, .*\[32\].* set MODEL\.FPN\.OUT_CHANNELS .* to 64"
         ):
             build_model(cfg)
 
@@ -303,7 +301,7 @@ class TestConstruction:
         with pytest.raises(ValueError, match=r"IN_FEATURES names \['p9'\]; the backbone has"):
             small_model(IN_FEATURES=["p2", "p9"])
 
-    @pytest.mark.parametrize("levels", [["p3", "p2"], ["p2", "p4"], ["p2", "p2"]])
+    @pytest.mark.parametrize("levels", [["p3", "p2"], ["p2", "p4"]])
     def test_levels_that_are_not_neighbours_are_one_line(self, levels):
         with pytest.raises(ValueError, match="list neighbouring levels, fine to coarse"):
             small_model(IN_FEATURES=levels)

@@ -5,6 +5,8 @@ import torch
 from helpers import (
     STRIDES,
     batch_pyramid,
+    dynamic_decoder,
+    dynamic_encoder,
     random_image,
     random_levels,
     shake,
@@ -13,8 +15,7 @@ from helpers import (
 from torch import nn
 
 from dynamic_detr import Prediction
-from dynamic_detr.decoders import DynamicDecoder
-from dynamic_detr.encoders import DynamicEncoder, IdentityEncoder
+from dynamic_detr.encoders import IdentityEncoder
 
 CHANNELS = 16
 SIZES = [(100, 136), (64, 190), (65, 1), (128, 64)]
@@ -25,8 +26,8 @@ def make_model(encoder: str = "dynamic", dynamic_filter: str = "bottleneck") -> 
     if encoder == "identity":
         first = IdentityEncoder()
     else:
-        first = DynamicEncoder(CHANNELS, num_blocks=2, num_groups=4, offsets=encoder)
-    second = DynamicDecoder(
+        first = dynamic_encoder(CHANNELS, num_blocks=2, offsets=encoder)
+    second = dynamic_decoder(
         CHANNELS,
         num_classes=3,
         num_queries=6,

@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
@@ -160,6 +161,26 @@ def test_model_zoo_configurations_train_on_the_same_data(tmp_path, monkeypatch, 
     assert _run(monkeypatch, *arguments) == 0
     text = capsys.readouterr().out
     assert "SGD lr" in text and "AP50" in text
+
+
+def test_hooks_run_after_the_backward_pass(tmp_path):
+    """As in newer Detectron2s: gradients are there, the optimiser has not stepped."""
+
+    class Hook(HookBase):
+        seen = ()
+
+        def after_backward(self):
+            weights = [p for p in trainer.detector.parameters() if p.requires_grad]
+            assert all(p.grad is not None for p in weights)
+            self.seen = (*self.seen, float(weights[0].detach().sum()))
+
+    trainer = Trainer(make_config(tmp_path, "SOLVER.MAX_ITER", 2))
+    hook = Hook()
+    trainer.register_hooks([hook])
+    before = float(next(trainer.detector.parameters()).detach().sum())
+    trainer.train()
+    assert len(hook.seen) == 2
+    assert hook.seen[0] == before != hook.seen[1]
 
 
 def test_diverged_training_saves_good_weights_and_says_where_and_why(tmp_path):

@@ -74,7 +74,7 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
         raise UserError("--val-json alone can only be evaluated: give --train-json or --eval-only")
     if errors := [report.error() for report in reports.values() if report.error()]:
         raise UserError("; ".join(errors))
-    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         print(*reports.values(), sep="\n", flush=True)
 
     changed = {split: report.repaired for split, report in reports.items()}
@@ -86,7 +86,7 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
         if changed[split]:
             json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
             _write(report.data, json_file)
-            if multiprocessing.parent_process() is None:
+            if _is_first_process():
                 print(f"repaired copy: {json_file}", flush=True)
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
@@ -96,6 +96,11 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     return list(reports.values())
+
+
+def _is_first_process() -> bool:
+    """Whether this process is the one of the run that prints, before any group of processes."""
+    return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
 
 
 def _names(report: Report) -> list[str]:

@@ -79,6 +79,7 @@ class Trainer(DefaultTrainer):
             trainer=weakref.proxy(self),
         )
         self.register_hooks(self.build_hooks())
+        self._trainer._hooks = self._hooks  # the step calls their `after_backward`
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import get_cfg
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dynamic_detr import Pyramid
-from dynamic_detr.losses.matcher import HungarianMatcher
+from dynamic_detr import Pyramid, add_dynamic_detr_config
+from dynamic_detr.losses import HungarianMatcher, SetCosts
 from dynamic_detr.ops import (
     blend_dyrelu,
     deform_conv2d,
@@ -261,8 +262,10 @@ def _matching(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     labels = torch.randint(0, CLASSES, (IMAGES * OBJECTS,), device=device)
     objects = torch.rand(IMAGES * OBJECTS, 4, device=device)
     counts = [OBJECTS] * IMAGES
-    matcher = HungarianMatcher()
-    costs = matcher.costs(logits, boxes, labels, objects, counts).cpu()
+    cfg = get_cfg()
+    add_dynamic_detr_config(cfg)
+    matcher = HungarianMatcher(SetCosts.from_config(cfg))
+    costs = matcher.pair_costs(logits, boxes, labels, objects, counts).cpu()
 
     def ours(logits: Tensor, boxes: Tensor) -> Tensor:
         return matcher(logits, boxes, labels, objects, counts).wait()[0]
