@@ -1,7 +1,14 @@
 """Encoders: one file each, Pyramid in, Pyramid out."""
 
 from .build import ENCODER_REGISTRY, build_encoder
+from .deformable import DeformableEncoder
 from .dynamic import DynamicEncoder
 from .identity import IdentityEncoder
 
-__all__ = ["ENCODER_REGISTRY", "DynamicEncoder", "IdentityEncoder", "build_encoder"]
+__all__ = [
+    "ENCODER_REGISTRY",
+    "DeformableEncoder",
+    "DynamicEncoder",
+    "IdentityEncoder",
+    "build_encoder",
+]
