@@ -297,6 +297,57 @@ _DYNAMIC_DECODER_KEYS = (
     ),
 )
 
+_TRANSFORMER_ENCODER = "MODEL.TRANSFORMER_ENCODER."
+_TRANSFORMER_ENCODER_KEYS = (
+    Key(_TRANSFORMER_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers, as in DETR."),
+    Key(_TRANSFORMER_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
+    Key(
+        _TRANSFORMER_ENCODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+)
+
+_TRANSFORMER_DECODER = "MODEL.TRANSFORMER_DECODER."
+_TRANSFORMER_DECODER_KEYS = (
+    Key(
+        _TRANSFORMER_DECODER + "NUM_QUERIES",
+        100,
+        whole(1),
+        "Learned queries, and so boxes of each layer; DETR-DC5+ has 300.",
+    ),
+    Key(_TRANSFORMER_DECODER + "NUM_LAYERS", 6, whole(1), "Layers; each predicts."),
+    Key(_TRANSFORMER_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self- and cross-attention."),
+    Key(
+        _TRANSFORMER_DECODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "IN_FEATURES",
+        [],
+        names(0),
+        "Those of MODEL.SET_DETECTOR.IN_FEATURES that the queries look at; all of them if empty. "
+        "The paper's Table 1 does not say which DETR's decoder reads behind a dynamic encoder. The "
+        "encoder must reach all other levels from these (a dynamic block reaches one further), "
+        "or what makes those is not trained.",
+    ),
+)
+
 _DEFORMABLE_ENCODER = "MODEL.DEFORMABLE_ENCODER."
 _DEFORMABLE_ENCODER_KEYS = (
     Key(_DEFORMABLE_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers in the stack."),
@@ -453,6 +504,8 @@ KEYS: tuple[Key, ...] = (
     *_DYNAMIC_DECODER_KEYS,
     *_DEFORMABLE_ENCODER_KEYS,
     *_DEFORMABLE_DECODER_KEYS,
+    *_TRANSFORMER_ENCODER_KEYS,
+    *_TRANSFORMER_DECODER_KEYS,
     *_SOLVER_KEYS,
     *_INPUT_KEYS,
 )

@@ -4,7 +4,7 @@ Shape letters, used in the comments of every file: B images, L levels, Q queries
 K classes, S stages, R the side of the pooled region.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,19 +117,15 @@ class Pyramid:
         object.__setattr__(pyramid, "_of_sizes", self._of_sizes)
         return pyramid
 
-    def levels(self) -> list["Pyramid"]:
-        """Each level as a pyramid of its own."""
-        return [
-            Pyramid((feature,), (stride,), self.image_sizes)
-            for feature, stride in zip(self.features, self.strides, strict=True)
-        ]
+    def select(self, levels: Sequence[int]) -> "Pyramid":
+        """Some of the levels, given by their indices."""
+        features = [self.features[level] for level in levels]
+        return Pyramid(features, [self.strides[level] for level in levels], self.image_sizes)
 
     def masked(self) -> "Pyramid":
         """The same pyramid with zeros beyond the true sizes."""
         if all(self.is_unpadded(level) for level in range(len(self))):
             return self
-        if "table" in self._of_features:
-            return self.with_table(torch.where(self.valid_table()[..., None], self.table(), 0))
         return self.with_features(
             [
                 feature

@@ -3,5 +3,12 @@
 from .build import DECODER_REGISTRY, build_decoder
 from .deformable import DeformableDecoder
 from .dynamic import DynamicDecoder
+from .transformer import TransformerDecoder
 
-__all__ = ["DECODER_REGISTRY", "DeformableDecoder", "DynamicDecoder", "build_decoder"]
+__all__ = [
+    "DECODER_REGISTRY",
+    "DeformableDecoder",
+    "DynamicDecoder",
+    "TransformerDecoder",
+    "build_decoder",
+]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
-from ..layers import DeformableAttention, FeedForward, check_heads, sine_positions
+from ..layers import DeformableAttention, FeedForward, check_heads, padding_mask, sine_positions
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 
@@ -61,7 +61,7 @@ class DeformableEncoderLayer(nn.Module):
             table.split(areas, dim=1),
             positions.split(areas, dim=1),
             pyramid.level_centers(),
-            pyramid.levels(),
+            (pyramid.select([level]) for level in range(len(pyramid))),
             strict=True,
         )
         return self.ffn(torch.cat([self.attention(*level) for level in rows], dim=1))
@@ -139,8 +139,7 @@ class DeformableEncoder(nn.Module):
                 f"DeformableEncoder: the pyramid has {len(pyramid)} levels; wants "
                 f"{len(self.level_embed)}, its num_levels."
             )
-        pyramid = pyramid.masked()
-        table = pyramid.table()
+        table, padding = pyramid.masked().table(), padding_mask(pyramid)
         positions = self._positions(pyramid).to(table.dtype)
         recompute = self.checkpoint_layers and self.training
         for layer in self.layers:
@@ -148,7 +147,9 @@ class DeformableEncoder(nn.Module):
                 table = checkpoint(layer, table, positions, pyramid, use_reentrant=False)
             else:
                 table = layer(table, positions, pyramid)
-        return pyramid.with_table(table).masked()
+        if padding is not None:
+            table = table.masked_fill(padding[..., None], 0)
+        return pyramid.with_table(table)
 
     def _positions(self, pyramid: Pyramid) -> Tensor:
         """Where a row is, within its level and among levels: (B, ΣHW, C)."""

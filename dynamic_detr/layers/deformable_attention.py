@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
 from ..structures import Pyramid
+from .attention import padding_mask
 
 __all__ = ["DeformableAttention"]
 
@@ -94,9 +95,9 @@ class DeformableAttention(nn.Module):
 
     def _values(self, pyramid: Pyramid) -> Tensor:
         """(B, ΣHW, heads, C / heads), zero beyond the true sizes."""
-        values = self.value_proj(pyramid.table())
-        if not all(pyramid.is_unpadded(level) for level in range(len(pyramid))):
-            values = torch.where(pyramid.valid_table()[..., None], values, 0)
+        values, padding = self.value_proj(pyramid.table()), padding_mask(pyramid)
+        if padding is not None:
+            values = values.masked_fill(padding[..., None], 0)
         return values.unflatten(-1, (self.grid[0], -1))
 
     @staticmethod
