@@ -348,6 +348,78 @@ _TRANSFORMER_DECODER_KEYS = (
     ),
 )
 
+_DEFORMABLE_ENCODER = "MODEL.DEFORMABLE_ENCODER."
+_DEFORMABLE_ENCODER_KEYS = (
+    Key(_DEFORMABLE_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers in the stack."),
+    Key(_DEFORMABLE_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the deformable attention."),
+    Key(
+        _DEFORMABLE_ENCODER + "NUM_POINTS",
+        4,
+        whole(1),
+        "Points that a head samples on each level, K in the paper; its Table 2 has 1 and 4.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward networks; the released code's.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "After attention and both layers of the feed-forward networks.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "MULTI_SCALE",
+        True,
+        FLAG,
+        'Whether a position samples all levels. False, "without multi-scale attention" in the '
+        "paper's Table 2: its own level alone, with weights that the levels share. What the "
+        "decoder does there is not said; it reads all levels here.",
+    ),
+)
+
+_DEFORMABLE_DECODER = "MODEL.DEFORMABLE_DECODER."
+_DEFORMABLE_DECODER_KEYS = (
+    Key(_DEFORMABLE_DECODER + "NUM_QUERIES", 300, whole(1), "Queries, and so boxes of each layer."),
+    Key(_DEFORMABLE_DECODER + "NUM_LAYERS", 6, whole(1), "Layers, each of which predicts."),
+    Key(_DEFORMABLE_DECODER + "NUM_HEADS", 8, whole(1), "Heads of both attentions of a layer."),
+    Key(
+        _DEFORMABLE_DECODER + "NUM_POINTS",
+        4,
+        whole(1),
+        "Points that a head samples on each level, K in the paper; its Table 2 has 1 and 4.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward networks; the released code's.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention and both layers of the feed-forward networks.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "REFINE_BOXES",
+        False,
+        FLAG,
+        "Each layer refines the boxes of the one before, with heads of its own: iterative "
+        "bounding box refinement. False: all layers predict from the same reference points, with "
+        "the same heads.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "TWO_STAGE",
+        False,
+        FLAG,
+        "The first boxes and queries are the best of proposals that every position of the pyramid "
+        "makes. It needs REFINE_BOXES, and more than one level.",
+    ),
+)
+
 # The defaults leave Detectron2's own recipes (SGD for Faster R-CNN, RetinaNet) alone;
 # configs/Base-DynamicDETR.yaml switches to AdamW and full-model clipping. CLIP_GRADIENTS.CLIP_TYPE,
 # a key of Detectron2's, also knows "full_model" here: the norm of all gradients together is brought
@@ -430,6 +502,8 @@ KEYS: tuple[Key, ...] = (
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
+    *_DEFORMABLE_ENCODER_KEYS,
+    *_DEFORMABLE_DECODER_KEYS,
     *_TRANSFORMER_ENCODER_KEYS,
     *_TRANSFORMER_DECODER_KEYS,
     *_SOLVER_KEYS,

@@ -6,12 +6,14 @@ Names that ``MODEL.BACKBONE.NAME`` may give, for an encoder within a Detectron2 
 
 from .backbone import EncodedFPN
 from .build import ENCODER_REGISTRY, build_encoder
+from .deformable import DeformableEncoder
 from .dynamic import DynamicEncoder
 from .identity import IdentityEncoder
 from .transformer import TransformerEncoder
 
 __all__ = [
     "ENCODER_REGISTRY",
+    "DeformableEncoder",
     "DynamicEncoder",
     "EncodedFPN",
     "IdentityEncoder",

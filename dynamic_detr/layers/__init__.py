@@ -3,6 +3,7 @@
 from .attention import Attention, check_heads, padding_mask
 from .box_head import MLP, inverse_sigmoid
 from .class_head import ClassHead, class_scores
+from .deformable_attention import DeformableAttention
 from .dyrelu import DyReLU, hard_sigmoid, linear
 from .feed_forward import FeedForward
 from .group_norm import group_norm_affine
@@ -12,6 +13,7 @@ __all__ = [
     "MLP",
     "Attention",
     "ClassHead",
+    "DeformableAttention",
     "DyReLU",
     "FeedForward",
     "check_heads",
