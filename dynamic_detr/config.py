@@ -112,6 +112,17 @@ def sides(least: int, most: float = float("inf")) -> Range:
     return Range(f"a list of {number} integers >= 1 in ascending order", admits)
 
 
+def several_of(*choices: str) -> Range:
+    """Lists of at least one entry; the same one may come again."""
+
+    def admits(value: object) -> bool:
+        if not isinstance(value, (list, tuple)) or not value:
+            return False
+        return all(entry in choices for entry in value)
+
+    return Range(f"a list of at least one, each one of {list(choices)}", admits)
+
+
 FLAG = Range("True or False", lambda value: isinstance(value, bool))
 NAME = Range("a name", lambda value: isinstance(value, str) and value != "")
 WEIGHT = number(0)
@@ -420,6 +431,89 @@ _DEFORMABLE_DECODER_KEYS = (
     ),
 )
 
+_SMCA_ENCODER = "MODEL.SMCA_ENCODER."
+_SMCA_ENCODER_KEYS = (
+    Key(
+        _SMCA_ENCODER + "BLOCKS",
+        ["intra", "intra", "multi", "intra", "intra"],
+        several_of("intra", "multi"),
+        'Kind of each block: with "intra" a position attends to its own level, with "multi" to all '
+        "levels. SMCA names no embedding of the level, and there is none here: sine positions are "
+        "those of each level.",
+    ),
+    Key(
+        _SMCA_ENCODER + "SHARED",
+        "all",
+        one_of("all", "ffn", "attention", "nothing"),
+        "What the levels share of the weights of a block; what is not shared has a copy for each "
+        "level, in both kinds of blocks (the parameters that SMCA reports fit that). A norm goes "
+        "with what precedes it.",
+    ),
+    Key(_SMCA_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
+    Key(
+        _SMCA_ENCODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward network, half of DETR's.",
+    ),
+    Key(
+        _SMCA_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "As in DETR's encoder; SMCA follows DETR where it is silent.",
+    ),
+)
+
+_SMCA_DECODER = "MODEL.SMCA_DECODER."
+_SMCA_DECODER_KEYS = (
+    Key(_SMCA_DECODER + "NUM_QUERIES", 300, whole(1), "Learned queries; DETR has 100."),
+    Key(
+        _SMCA_DECODER + "NUM_LAYERS",
+        6,
+        whole(1),
+        "Layers, with weights of their own but for norm and heads of their outputs, as DETR.",
+    ),
+    Key(_SMCA_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self-attention and co-attention."),
+    Key(
+        _SMCA_DECODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward network: 1024 with several levels, 2048 with one.",
+    ),
+    Key(_SMCA_DECODER + "DROPOUT", 0.1, DROPOUT, "As in DETR's decoder."),
+    Key(
+        _SMCA_DECODER + "SCALES",
+        "independent",
+        one_of("independent", "single", "fixed"),
+        'Scales of the spatial prior: "independent" ones of x and y, a "single" one for both, or '
+        '"fixed" at 1. As the released code has it, their squares multiply squared distances, '
+        "where equation 4 divides: a larger scale is a narrower prior.",
+    ),
+    Key(
+        _SMCA_DECODER + "HEAD_SHARED",
+        False,
+        FLAG,
+        "One spatial prior for all heads, as in equation 5, not one for each (equation 6).",
+    ),
+    Key(
+        _SMCA_DECODER + "SCALE_SELECTION",
+        True,
+        FLAG,
+        "With several levels, a query attends to each of them and weighs the results (equations 7 "
+        "to 9). SMCA does not say what happens without: here, one softmax over the positions of "
+        "all levels. Either way all levels share the projections of keys and values; equation 8 "
+        "speaks of separate ones, but the 39.5 M parameters that SMCA reports are those of shared "
+        "ones. Nothing is left to select on one level.",
+    ),
+    Key(
+        _SMCA_DECODER + "BETA",
+        8.0,
+        number(0, open_ends="("),
+        "Bandwidth of the spatial prior: what squared distances, in cells of the level, are "
+        "divided by. The value of the released code.",
+    ),
+)
+
 # The defaults leave Detectron2's own recipes (SGD for Faster R-CNN, RetinaNet) alone;
 # configs/Base-DynamicDETR.yaml switches to AdamW and full-model clipping. CLIP_GRADIENTS.CLIP_TYPE,
 # a key of Detectron2's, also knows "full_model" here: the norm of all gradients together is brought
@@ -506,6 +600,8 @@ KEYS: tuple[Key, ...] = (
     *_DEFORMABLE_DECODER_KEYS,
     *_TRANSFORMER_ENCODER_KEYS,
     *_TRANSFORMER_DECODER_KEYS,
+    *_SMCA_ENCODER_KEYS,
+    *_SMCA_DECODER_KEYS,
     *_SOLVER_KEYS,
     *_INPUT_KEYS,
 )

@@ -9,6 +9,7 @@ from .build import ENCODER_REGISTRY, build_encoder
 from .deformable import DeformableEncoder
 from .dynamic import DynamicEncoder
 from .identity import IdentityEncoder
+from .smca import SMCAEncoder
 from .transformer import TransformerEncoder
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "DynamicEncoder",
     "EncodedFPN",
     "IdentityEncoder",
+    "SMCAEncoder",
     "TransformerEncoder",
     "build_encoder",
 ]

@@ -61,7 +61,9 @@ class EncodedFPN(Backbone):
         """Images (B, 3, H, W) to levels (B, C, H / stride, W / stride) by name."""
         levels = self.fpn(images)
         shapes = self.output_shape()
-        features = [level.contiguous(memory_format=torch.channels_last) for level in levels.values()]
+        features = [
+            level.contiguous(memory_format=torch.channels_last) for level in levels.values()
+        ]
         pyramid = Pyramid(features, [shapes[name].stride for name in levels])
         return dict(zip(levels, self.encoder(pyramid).features, strict=True))
 
