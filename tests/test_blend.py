@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from reference import blend as reference
 from torch import Tensor
 
-from dynamic_detr.ops import blend_dyrelu, level_bands, masked_moments
+from dynamic_detr.ops import blend_dyrelu, masked_moments
 from dynamic_detr.ops.backend import KERNEL_DTYPES
+from dynamic_detr.ops.plain import tiles as level_bands
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODULES = [

@@ -11,7 +11,8 @@ from reference.sampling import deform_conv
 from torch import Tensor
 
 from dynamic_detr.ops import deform_conv as deform_conv_module
-from dynamic_detr.ops import deform_conv2d, deform_conv_gather
+from dynamic_detr.ops import deform_conv2d
+from dynamic_detr.ops.plain import deform_conv as deform_conv_gather
 
 # (height, width), kernel, stride, padding, dilation, groups
 GEOMETRIES = [

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dynamic_detr.ops import dynamic_conv, weighted_gather
-from dynamic_detr.ops.gather import add_table_gradient, weight_gradient
+from dynamic_detr.ops.plain.gather import add_table_gradient, weight_gradient
 
 
 def gradients(out: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:

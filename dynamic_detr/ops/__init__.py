@@ -4,9 +4,9 @@ Triton kernel of `kernels` serves; everywhere else it is PyTorch on `weighted_ga
 from .blend_dyrelu import blend_dyrelu
 from .deform_conv import deform_conv2d
 from .dynamic_conv import dynamic_conv
-from .gather import weighted_gather
 from .masked_moments import MeasuredMaps, masked_moments
 from .ms_deform_attn import ms_deform_attn
+from .plain.gather import weighted_gather
 from .roi_align import assign_levels, pyramid_roi_align
 
 __all__ = [

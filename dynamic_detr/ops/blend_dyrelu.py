@@ -62,9 +62,9 @@ def blend_dyrelu(maps: MeasuredMaps, coefficients: Tensor) -> Tensor:
 )
 def _forward(same, finer, coarser, sizes, coefficients, out_relay, coefficient_relay):
     if kernel_serves(same):
-        from .kernels.blend_dyrelu import blend
+        from .kernels.fuse_levels import blend
     else:
-        from .blend_plain import blend
+        from .plain.fuse_levels import blend
     return blend(same, finer, coarser, sizes, coefficients)
 
 
@@ -81,9 +81,9 @@ def _(same, finer, coarser, sizes, coefficients, out_relay, coefficient_relay):
 )
 def _backward(grad_out, same, finer, coarser, sizes, coefficients):
     if kernel_serves(same):
-        from .kernels.blend_dyrelu import coefficient_gradients
+        from .kernels.fuse_levels import coefficient_gradients
     else:
-        from .blend_plain import coefficient_gradients
+        from .plain.fuse_levels import coefficient_gradients
     return coefficient_gradients(grad_out, same, finer, coarser, sizes, coefficients)
 
 

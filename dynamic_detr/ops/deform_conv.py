@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import deform_conv_gather
 from .backend import kernel_serves
+from .plain import deform_conv as plain
 
 __all__ = ["deform_conv2d"]
 
@@ -90,7 +90,7 @@ def _forward(
         from .kernels import deform_conv
 
         return deform_conv.forward(*arguments)
-    return deform_conv_gather.forward(*arguments)
+    return plain.forward(*arguments)
 
 
 @_forward.register_fake
@@ -128,7 +128,7 @@ def _backward(
 
         grads = deform_conv.backward(*arguments, *needed)
     else:
-        grads = deform_conv_gather.backward(*arguments, *needed)
+        grads = plain.backward(*arguments, *needed)
     likes = (input, offset, input if mask is None else mask, weight)
     return tuple(
         like.new_empty(0) if grad is None else grad.to(like.dtype)

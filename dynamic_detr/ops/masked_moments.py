@@ -117,9 +117,9 @@ def _check(same, finer, coarser, sizes) -> None:
 )
 def _forward(same, finer, coarser, sizes, differentiable):
     if kernel_serves(same):
-        from .kernels.masked_moments import moments as measure
+        from .kernels.fuse_levels import moments as measure
     else:
-        from .blend_plain import moments as measure
+        from .plain.fuse_levels import moments as measure
     moments = measure(same, finer, coarser, sizes)
     return moments, *_relays(same, moments, differentiable)
 
@@ -149,9 +149,9 @@ def _relays(same: Tensor, moments: Tensor, differentiable: bool) -> tuple[Tensor
 def _backward(same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients):
     arguments = (same, finer, coarser, sizes, moments, grad_moments, grad_out, coefficients)
     if kernel_serves(same):
-        from .kernels.map_gradients import map_gradients
+        from .kernels.fuse_levels import map_gradients
     else:
-        from .blend_plain import map_gradients
+        from .plain.fuse_levels import map_gradients
     return map_gradients(*arguments)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .backend import kernel_serves
-from .bilinear import BilinearSamples
-from .gather import add_table_gradient, weight_gradient, weighted_gather
+from .plain.bilinear import BilinearSamples
+from .plain.gather import add_table_gradient, weight_gradient, weighted_gather
 
 __all__ = ["ms_deform_attn"]
 

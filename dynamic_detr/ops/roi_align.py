@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..structures import Pyramid
 from .backend import kernel_serves
-from .bilinear import BilinearSamples
-from .gather import add_table_gradient, weighted_gather
+from .plain.bilinear import BilinearSamples
+from .plain.gather import add_table_gradient, weighted_gather
 
 __all__ = ["assign_levels", "pyramid_roi_align"]
 

@@ -4,7 +4,7 @@ everything else band by band."""
 import torch
 from torch import Tensor
 
-from .level_bands import Band, add_upsampled_gradient, bands, half, result, upsampled
+from .tiles import Band, add_upsampled_gradient, bands, half, result, upsampled
 
 __all__ = ["blend", "coefficient_gradients", "map_gradients", "moments"]
 

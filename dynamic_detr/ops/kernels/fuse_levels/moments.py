@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of_first
-from .level_maps import block_sizes, channels_last, true_size
+from ..launch import on_device_of_first
+from .common import block_sizes, channels_last, true_size
 
 __all__ = ["moments"]
 

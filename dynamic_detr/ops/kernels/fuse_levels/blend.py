@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of_first
-from .level_maps import (
+from ..launch import on_device_of_first
+from .common import (
     block_sizes,
     channels_last,
     first_share,
