@@ -124,7 +124,7 @@ def encoder_level(dtype: torch.dtype, neighbours: bool) -> None:
     maps = (same, finer, coarser, torch.ones(1, 2, dtype=torch.int64))
     moments, coefficients = torch.empty(3, 3, 1, 256), torch.empty(7, 1, 256)
     fuse_levels.moments(*maps)
-    fuse_levels.blend(*maps, coefficients)
+    fuse_levels.fuse(*maps, coefficients)
     fuse_levels.coefficient_gradients(same, *maps, coefficients)
     fuse_levels.map_gradients(*maps, moments, moments, same, coefficients)
 

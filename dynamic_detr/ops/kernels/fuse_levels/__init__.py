@@ -1,7 +1,8 @@
-"""Triton kernels of `fuse_levels`: the moments of the maps, their fusion, and both gradients."""
+"""Triton kernels of `fuse_levels`: the moments of the maps of a level, their fusion, and both
+gradients. All are bound by memory: the fewer trips the better."""
 
-from .blend import blend, coefficient_gradients
+from .fuse import coefficient_gradients, fuse
 from .map_gradients import map_gradients
 from .moments import moments
 
-__all__ = ["blend", "coefficient_gradients", "map_gradients", "moments"]
+__all__ = ["coefficient_gradients", "fuse", "map_gradients", "moments"]
