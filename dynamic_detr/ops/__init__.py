@@ -7,8 +7,8 @@ from .deform_conv import deform_conv2d
 from .dynamic_conv import dynamic_conv
 from .fuse_levels import FusionWeights, fuse_levels
 from .ms_deform_attn import ms_deform_attn
-
-from .roi_align import assign_levels, pyramid_roi_align
+from .plain.roi_align import assign_levels
+from .roi_align import pyramid_roi_align
 
 __all__ = [
     "FusionWeights",
