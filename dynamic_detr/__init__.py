@@ -8,7 +8,7 @@ from . import _require_detectron2  # noqa: F401, I001  (first: says what to do w
 from . import backbones, data  # noqa: F401  (register)
 from .config import add_dynamic_detr_config
 from .decoders import DECODER_REGISTRY
-from .detector import DynamicDETR
+from .detector import DynamicDETR, SetDetector
 from .encoders import ENCODER_REGISTRY
 from .structures import Prediction, Pyramid
 
@@ -18,5 +18,6 @@ __all__ = [
     "DynamicDETR",
     "Prediction",
     "Pyramid",
+    "SetDetector",
     "add_dynamic_detr_config",
 ]

@@ -6,14 +6,16 @@ The pure-Python build of 0.5 counts as a version here: it has no compiled operat
 
 import importlib.machinery
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 
 import detectron2
 import torch
 from detectron2.config import CfgNode
+from detectron2.structures import ImageList
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 # Keys of newer versions, with their defaults. A configuration that a newer version dumped names
@@ -113,6 +115,20 @@ def set_local_process_group(ranks_per_machine: int, machine_rank: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
+def batch_images(images: list[Tensor], backbone: nn.Module) -> ImageList:
+    """Pads images to one size, as the backbone asks for.
+
+    0.5 knows ``size_divisibility`` alone; newer backbones may also have ``padding_constraints``.
+
+    Args:
+        images: (C, H, W) each.
+        backbone: a Detectron2 backbone.
+    """
+    constraints = getattr(backbone, "padding_constraints", None)
+    options = {"padding_constraints": constraints} if constraints else {}
+    return ImageList.from_tensors(images, backbone.size_divisibility, **options)
+
+
 def build_writers(output_dir: str, max_iter: int) -> list:
     """Writers of metrics: terminal, ``metrics.json``, and TensorBoard where it is installed.
 
@@ -154,7 +170,7 @@ def zoo_config(name: str) -> Path | None:
     """
     folder = Path(detectron2.__file__).parent / "model_zoo" / "configs"
     path = folder / name
-    return path if name and path.is_file() else None
+    return path if name and os.path.isfile(path) else None
 
 
 def ignore_known_warnings() -> None:

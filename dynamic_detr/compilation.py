@@ -36,7 +36,7 @@ def compile_network(network: Callable, backend: str | Callable) -> Callable:
             return compiled(*inputs)
         except TorchDynamoException as error:
             raise CompilationError(
-                f"MODEL.DYNAMIC_DETR.INFERENCE.COMPILE is True, but torch.compile fails here "
+                f"MODEL.SET_DETECTOR.INFERENCE.COMPILE is True, but torch.compile fails here "
                 f"({one_line(error)[:300]}); set it to False to run without."
             ) from error
 

@@ -10,18 +10,20 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
-from .backbones import checkpoint_resnet_stages
+from . import compat
+from .backbones import checkpoint_resnet_stages, freeze_unused
 from .compilation import compile_network
+from .config import check_arguments
 from .cuda_graphs import GraphCache
 from .decoders import build_decoder
 from .encoders import build_encoder
 from .errors import UserError
-from .losses import build_criterion
-from .losses.criterion import Target
+from .layers import class_scores
+from .losses import SetCriterion, Target
 from .structures import Prediction, Pyramid, box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
 from .transfers import to_device
 
-__all__ = ["DynamicDETR", "UnknownClassError"]
+__all__ = ["DynamicDETR", "SetDetector", "UnknownClassError"]
 
 
 class UnknownClassError(UserError, ValueError):
@@ -29,7 +31,7 @@ class UnknownClassError(UserError, ValueError):
 
 
 @META_ARCH_REGISTRY.register()
-class DynamicDETR(nn.Module):
+class SetDetector(nn.Module):
     """An end-to-end detector: image → backbone → encoder → decoder → set of boxes.
 
     Args:
@@ -66,42 +68,46 @@ class DynamicDETR(nn.Module):
         class_head: str,
         pixel_mean: list[float],
         pixel_std: list[float],
-        max_detections: int = 100,
-        cuda_graphs: int = 0,
-        compile_backend: str | None = None,
+        max_detections: int,
+        cuda_graphs: int,
+        compile_backend: str | None,
     ) -> None:
         super().__init__()
+        check_arguments(
+            "MODEL.SET_DETECTOR",
+            in_features=list(in_features),
+            num_classes=num_classes,
+            class_head=class_head,
+        )
+        check_arguments("MODEL.SET_DETECTOR.INFERENCE", cuda_graphs=cuda_graphs)
         shapes = backbone.output_shape()
         missing = [name for name in in_features if name not in shapes]
         if missing:
             raise ValueError(
-                f"MODEL.DYNAMIC_DETR.IN_FEATURES names {missing}; the backbone has {list(shapes)}."
+                f"MODEL.SET_DETECTOR.IN_FEATURES names {missing}; the backbone has {list(shapes)}."
             )
         channels = {shapes[name].channels for name in in_features}
         if channels != {hidden_dim}:
             raise ValueError(
-                f"MODEL.DYNAMIC_DETR.HIDDEN_DIM is {hidden_dim}, but the backbone's levels have "
-                f"{sorted(channels)} channels: set MODEL.FPN.OUT_CHANNELS to {hidden_dim}."
+                f"MODEL.SET_DETECTOR.HIDDEN_DIM is {hidden_dim}, but the backbone's levels have "
+                f"{sorted(channels)} channels: set MODEL.FPN.OUT_CHANNELS (or "
+                f"MODEL.LEVELS.OUT_CHANNELS) to {hidden_dim}."
             )
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.in_features = tuple(in_features)
         self.strides = tuple(shapes[name].stride for name in in_features)
         if any(coarse != 2 * fine for fine, coarse in pairwise(self.strides)):
             raise ValueError(
-                f"MODEL.DYNAMIC_DETR.IN_FEATURES {list(in_features)} have strides "
+                f"MODEL.SET_DETECTOR.IN_FEATURES {list(in_features)} have strides "
                 f"{list(self.strides)}; list neighbouring levels, fine to coarse."
             )
+        freeze_unused(self.backbone, self.in_features, channels=len(pixel_mean))
         self.encoder = encoder
         self.decoder = decoder
         self.criterion = criterion
         self.num_classes = num_classes
         self.class_head = class_head
         self.max_detections = max_detections
-        if cuda_graphs < 0:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS is {cuda_graphs}; wants the number of "
-                "graphs to keep, or 0."
-            )
         self.cuda_graphs = cuda_graphs
         self.compile_backend = compile_backend
         self._inference: Callable[[Tensor, Tensor], list[Prediction]] | None = None
@@ -110,15 +116,15 @@ class DynamicDETR(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.DYNAMIC_DETR
+        node = cfg.MODEL.SET_DETECTOR
         backbone = build_backbone(cfg)
-        if node.CHECKPOINT.BACKBONE_STAGES:
+        if node.ACTIVATION_CHECKPOINT.BACKBONE:
             checkpoint_resnet_stages(backbone)
         inference = node.INFERENCE
         if inference.CUDA_GRAPHS and not cfg.MODEL.DEVICE.startswith("cuda"):
             # results are the same without: a config may come along from another machine
             warnings.warn(
-                f"MODEL.DYNAMIC_DETR.INFERENCE.CUDA_GRAPHS is {inference.CUDA_GRAPHS}, but "
+                f"MODEL.SET_DETECTOR.INFERENCE.CUDA_GRAPHS is {inference.CUDA_GRAPHS}, but "
                 f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: the network runs without.",
                 stacklevel=2,
             )
@@ -127,7 +133,7 @@ class DynamicDETR(nn.Module):
             "in_features": node.IN_FEATURES,
             "encoder": build_encoder(cfg),
             "decoder": build_decoder(cfg),
-            "criterion": build_criterion(cfg),
+            "criterion": SetCriterion.from_config(cfg),
             "hidden_dim": node.HIDDEN_DIM,
             "num_classes": node.NUM_CLASSES,
             "class_head": node.CLASS_HEAD,
@@ -206,7 +212,7 @@ class DynamicDETR(nn.Module):
             self._inference = network
         return self._inference
 
-    def train(self, mode: bool = True) -> "DynamicDETR":
+    def train(self, mode: bool = True) -> "SetDetector":
         """Training gives back the memory of graphs that inference has captured."""
         if mode and isinstance(self._inference, GraphCache):
             self._inference.clear()
@@ -221,9 +227,7 @@ class DynamicDETR(nn.Module):
             (to_device(inputs["image"], self.device) - self.pixel_mean) / self.pixel_std
             for inputs in batched_inputs
         ]
-        # levels beyond it are halved from the coarsest, rounding up, as sizes in a `Pyramid` are
-        divisibility = self.backbone.size_divisibility or max(self.strides)
-        return ImageList.from_tensors(images, divisibility)
+        return compat.batch_images(images, self.backbone)
 
     def _targets(self, batched_inputs: list[dict]) -> list[Target]:
         labels, boxes = [], []
@@ -234,7 +238,7 @@ class DynamicDETR(nn.Module):
             if unknown:
                 raise UnknownClassError(
                     f"{inputs.get('file_name', 'an image')} has an object of class {unknown[0]}, "
-                    f"counted from 0, but MODEL.DYNAMIC_DETR.NUM_CLASSES is {self.num_classes}."
+                    f"counted from 0, but MODEL.SET_DETECTOR.NUM_CLASSES is {self.num_classes}."
                 )
             height, width = inputs["image"].shape[-2:]
             corners = instances.gt_boxes.tensor
@@ -258,11 +262,11 @@ class DynamicDETR(nn.Module):
 
         Returns:
             For each image at most `max_detections` boxes (corners, clipped to the size), best
-            first. A query may answer for several classes, as in Deformable DETR, with the focal
-            head. What is not finite or has no area within the image is left out.
+            first. A query may answer for several classes with the focal head, and answers once
+            with the softmax head. What is not finite or has no area within the image is left out.
         """
         logits = prediction.pred_logits.float()
-        scores = logits.sigmoid() if self.class_head == "focal" else logits.softmax(-1)[..., :-1]
+        scores = class_scores(logits, self.class_head)
         num_classes = scores.shape[-1]
         limits = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=logits.dtype)
         limits = to_device(limits, logits.device)[:, None]
@@ -286,3 +290,8 @@ class DynamicDETR(nn.Module):
             )
             for image, (size, count) in enumerate(zip(sizes, counts, strict=True))
         ]
+
+
+@META_ARCH_REGISTRY.register()
+class DynamicDETR(SetDetector):
+    """The same under the name of the paper's detector, which is what the defaults describe."""

@@ -9,6 +9,10 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor, nn
 
 from dynamic_detr import Pyramid, add_dynamic_detr_config
+from dynamic_detr.config import KEYS
+from dynamic_detr.decoders import DynamicDecoder
+from dynamic_detr.encoders import DynamicEncoder
+from dynamic_detr.losses import HungarianMatcher, SetCosts, SetCriterion
 
 STRIDES = (4, 8, 16, 32, 64)
 
@@ -18,7 +22,8 @@ def small_config(**options: object) -> CfgNode:
     one encoder block, two stages.
 
     Args:
-        options: keys of `MODEL.DYNAMIC_DETR`, with "__" for a dot: `DECODER__NUM_STAGES=3`.
+        options: keys of `MODEL.SET_DETECTOR`, or of another node of `MODEL` with its name, with
+            "__" for a dot: `CLASS_HEAD="softmax"`, `DYNAMIC_DECODER__NUM_STAGES=3`.
     """
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
@@ -36,32 +41,58 @@ def small_config(**options: object) -> CfgNode:
     cfg.MODEL.PIXEL_MEAN = [123.675, 116.28, 103.53]
     cfg.MODEL.PIXEL_STD = [58.395, 57.12, 57.375]
     cfg.INPUT.FORMAT = "RGB"
-    node = cfg.MODEL.DYNAMIC_DETR
-    node.HIDDEN_DIM = 64
-    node.NUM_QUERIES = 32
-    node.NUM_CLASSES = 5
-    node.ENCODER.NUM_BLOCKS = 1
-    node.DECODER.NUM_STAGES = 2
-    node.DECODER.FFN_DIM = 128
-    node.DECODER.DYNAMIC_DIM = 16
-    set_options(node, options)
+    detector = {"HIDDEN_DIM": 64, "NUM_CLASSES": 5, "DYNAMIC_ENCODER__NUM_BLOCKS": 1}
+    decoder = {"NUM_QUERIES": 32, "NUM_STAGES": 2, "FFN_DIM": 128, "DYNAMIC_DIM": 16}
+    decoder = {f"DYNAMIC_DECODER__{name}": value for name, value in decoder.items()}
+    set_options(cfg.MODEL, {**detector, **decoder, **options})
     return cfg
 
 
-def set_options(node: CfgNode, options: dict[str, object]) -> None:
+def set_options(model: CfgNode, options: dict[str, object]) -> None:
     for name, value in options.items():
         *parents, key = name.split("__")
-        target = node
+        target = model if parents and parents[0] in model else model.SET_DETECTOR
         for parent in parents:
             target = target[parent]
         assert key in target, name
         target[key] = value
 
 
+def defaults(node: str) -> dict[str, object]:
+    """Defaults of the keys of a node, named as constructors name their arguments."""
+    split = [key.name.rpartition(".") for key in KEYS]
+    pairs = zip(split, KEYS, strict=True)
+    return {name.lower(): key.default for (parent, _, name), key in pairs if parent == node}
+
+
+def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
+    """With the defaults of the configuration, but for one block and four groups."""
+    options = {"num_blocks": 1, "num_groups": 4, "checkpoint_blocks": False, **options}
+    return DynamicEncoder(channels, **{**defaults("MODEL.DYNAMIC_ENCODER"), **options})
+
+
+def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:
+    """With the defaults of the configuration."""
+    options = {"class_head": "focal", "checkpoint_stages": False, **options}
+    node = defaults("MODEL.DYNAMIC_DECODER")
+    return DynamicDecoder(channels, num_classes, **{**node, **options})
+
+
+def set_costs(**options: object) -> SetCosts:
+    """With the defaults of the configuration."""
+    losses = defaults("MODEL.SET_DETECTOR.LOSS")
+    return SetCosts(**{"class_head": "focal", **losses, **options})
+
+
+def set_criterion(**options: object) -> SetCriterion:
+    costs = set_costs(**options)
+    return SetCriterion(costs, HungarianMatcher(costs))
+
+
 def small_model(**options: object) -> nn.Module:
     """The model of `small_config`; `FPN.OUT_CHANNELS` follows HIDDEN_DIM."""
     cfg = small_config(**options)
-    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.DYNAMIC_DETR.HIDDEN_DIM
+    cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.SET_DETECTOR.HIDDEN_DIM
     return build_model(cfg)
 
 

@@ -3,7 +3,16 @@ between image and boxes makes the host wait for the device."""
 
 import pytest
 import torch
-from helpers import batch_pyramid, random_image, random_levels, shake, small_config, small_model
+from helpers import (
+    batch_pyramid,
+    dynamic_decoder,
+    dynamic_encoder,
+    random_image,
+    random_levels,
+    shake,
+    small_config,
+    small_model,
+)
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -11,14 +20,17 @@ from torch.overrides import TorchFunctionMode
 
 from dynamic_detr import DynamicDETR, Prediction, Pyramid
 from dynamic_detr.compilation import CompilationError
-from dynamic_detr.decoders import DynamicDecoder
-from dynamic_detr.encoders import DynamicEncoder
 
 CHANNELS = 16
 STRIDES = (4, 8)
 PADDED = (32, 48)
 BATCHES = ([(32, 48), (20, 31)], [(9, 48), (32, 17)])
-SMALL = {"HIDDEN_DIM": 32, "NUM_QUERIES": 4, "ENCODER__NUM_GROUPS": 8, "DECODER__NUM_STAGES": 1}
+SMALL = {
+    "HIDDEN_DIM": 32,
+    "DYNAMIC_DECODER__NUM_QUERIES": 4,
+    "DYNAMIC_ENCODER__NUM_GROUPS": 8,
+    "DYNAMIC_DECODER__NUM_STAGES": 1,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -29,12 +41,12 @@ def nothing_compiled():
 
 
 def encoder() -> nn.Module:
-    return shake(DynamicEncoder(CHANNELS, num_blocks=1, num_groups=4), 0.1)
+    return shake(dynamic_encoder(CHANNELS), 0.1)
 
 
 def decoder() -> nn.Module:
     options = {"num_queries": 4, "num_stages": 2, "ffn_dim": 16, "pooling_size": 2}
-    return shake(DynamicDecoder(CHANNELS, 3, **options, dynamic_dim=4), 0.1)
+    return shake(dynamic_decoder(CHANNELS, 3, **options, dynamic_dim=4), 0.1)
 
 
 def fresh(pyramid: Pyramid) -> Pyramid:

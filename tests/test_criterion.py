@@ -7,26 +7,16 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils import comm
 from fvcore.nn import sigmoid_focal_loss
-from helpers import small_config
+from helpers import set_costs, set_criterion, small_config
 from reference.matching import cheapest_pairs, cost_matrix, focal, giou, l1
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from dynamic_detr import Prediction
-from dynamic_detr.losses import (
-    HungarianMatcher,
-    SetCriterion,
-    build_criterion,
-    generalized_iou,
-)
+from dynamic_detr.losses import SetCriterion, generalized_iou
 from dynamic_detr.structures import box_cxcywh_to_xyxy
 
 Target = tuple[Tensor, Tensor]
-
-
-def criterion(**options) -> SetCriterion:
-    shared = {key: options[key] for key in ("class_head", "l1_format") if key in options}
-    return SetCriterion(HungarianMatcher(**shared), **options)
 
 
 def target(labels=(), boxes=()) -> Target:
@@ -50,7 +40,7 @@ class TestByHand:
     def test_focal(self):
         """All logits 0, so every p is ½: one positive and three negatives of two classes; GIoU of
         boxes that overlap by half is 1/3."""
-        losses = criterion()([simple_prediction()], [target([1], [OBJECT])])
+        losses = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
         positive, negative = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
         assert values(losses) == pytest.approx(
             {
@@ -62,24 +52,26 @@ class TestByHand:
 
     def test_l1_of_corners(self):
         """A box moved by 0.1 moves two of its corners' four coordinates."""
-        losses = criterion(l1_format="xyxy")([simple_prediction()], [target([1], [OBJECT])])
+        losses = set_criterion(l1_format="xyxy")([simple_prediction()], [target([1], [OBJECT])])
         assert losses["loss_l1"].item() == pytest.approx(5 * 0.2)
 
     def test_softmax(self):
         """Uniform over three entries: each costs log 3, "no object" a tenth of it, divided by the
         sum of the weights."""
-        losses = criterion(class_head="softmax")([simple_prediction(3)], [target([1], [OBJECT])])
+        losses = set_criterion(class_head="softmax")(
+            [simple_prediction(3)], [target([1], [OBJECT])]
+        )
         assert losses["loss_class"].item() == pytest.approx(2 * math.log(3))
         prediction = simple_prediction(3)
         prediction.pred_logits[0, 1, 1] = math.log(2)  # ¼, ½, ¼
-        losses = criterion(class_head="softmax")([prediction], [target([1], [OBJECT])])
+        losses = set_criterion(class_head="softmax")([prediction], [target([1], [OBJECT])])
         expected = 2 * (math.log(2) + 0.1 * math.log(3)) / 1.1
         assert losses["loss_class"].item() == pytest.approx(expected)
 
     def test_weights(self):
         options = {"class_weight": 3.0, "l1_weight": 7.0, "giou_weight": 11.0}
-        plain = criterion()([simple_prediction()], [target([1], [OBJECT])])
-        weighted = criterion(**options)([simple_prediction()], [target([1], [OBJECT])])
+        plain = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
+        weighted = set_criterion(**options)([simple_prediction()], [target([1], [OBJECT])])
         assert values(weighted) == pytest.approx(
             {
                 "loss_class": plain["loss_class"].item() * 3 / 2,
@@ -101,7 +93,7 @@ def test_is_the_loop(l1_format):
         Prediction(torch.randn(3, queries, classes), boxes(3, queries)) for _ in range(2)
     ]
     targets = [(torch.randint(0, classes, (count,)), boxes(count)) for count in counts]
-    losses = criterion(l1_format=l1_format)(predictions, targets)
+    losses = set_criterion(l1_format=l1_format)(predictions, targets)
     for prediction, suffix in zip(predictions, ("_0", ""), strict=True):
         expected = {"class": 0.0, "l1": 0.0, "giou": 0.0}
         for image, (labels, objects) in enumerate(targets):
@@ -125,7 +117,7 @@ def test_is_the_loop(l1_format):
 
 def test_every_stage_pays():
     predictions = [simple_prediction() for _ in range(3)]
-    losses = criterion()(predictions, [target([1], [OBJECT])])
+    losses = set_criterion()(predictions, [target([1], [OBJECT])])
     names = [
         f"loss_{what}{stage}" for stage in ("_0", "_1", "") for what in ("class", "l1", "giou")
     ]
@@ -139,7 +131,7 @@ def test_batches_without_any_object(class_head, batch):
     """They still teach that there is nothing; boxes are in the graph but pull nowhere."""
     logits = torch.randn(batch, 4, 2 + (class_head == "softmax"), requires_grad=True)
     boxes = torch.rand(batch, 4, 4, requires_grad=True)
-    losses = criterion(class_head=class_head)([Prediction(logits, boxes)], [target()] * batch)
+    losses = set_criterion(class_head=class_head)([Prediction(logits, boxes)], [target()] * batch)
     sum(losses.values()).backward()
     assert losses["loss_class"] > 0
     assert losses["loss_l1"] == losses["loss_giou"] == 0
@@ -149,8 +141,8 @@ def test_batches_without_any_object(class_head, batch):
 
 def test_empty_images_count_in_the_class_loss_only():
     prediction = Prediction(torch.zeros(2, 2, 2), torch.tensor([BOXES] * 2))
-    with_empty = criterion()([prediction], [target([1], [OBJECT]), target()])
-    alone = criterion()([simple_prediction()], [target([1], [OBJECT])])
+    with_empty = set_criterion()([prediction], [target([1], [OBJECT]), target()])
+    alone = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
     assert with_empty["loss_l1"].item() == pytest.approx(alone["loss_l1"].item())
     assert with_empty["loss_giou"].item() == pytest.approx(alone["loss_giou"].item())
     four_negatives = 2 * 4 * 0.75 * 0.25 * math.log(2)
@@ -180,7 +172,7 @@ class TestSeveralProcesses:
         targets = [target([0, 1], [OBJECT, BOXES[0]]), target()]
         # by which the class loss is divided, of each process: objects, or weights of all entries
         totals = [2.0, 0.0] if class_head == "focal" else [2 * 1 + 0.1, 3 * 0.1]
-        loss = criterion(class_head=class_head)
+        loss = set_criterion(class_head=class_head)
 
         def process(images, *other):
             two_processes[:] = [other]
@@ -199,12 +191,12 @@ class TestSeveralProcesses:
     def test_fewer_objects_than_processes(self, two_processes):
         """One object among two processes divides by ½ each, not by 1."""
         two_processes[:] = [(0.0, 0.0)]
-        losses = criterion()([simple_prediction()], [target([1], [OBJECT])])
+        losses = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
         assert losses["loss_l1"].item() == pytest.approx(2 * 5 * 0.1)
 
     def test_no_object_anywhere(self, two_processes):
         two_processes[:] = [(0.0, 0.0)]
-        losses = criterion()([simple_prediction()], [target()])
+        losses = set_criterion()([simple_prediction()], [target()])
         assert losses["loss_l1"] == 0
         assert losses["loss_class"].isfinite()
 
@@ -212,7 +204,7 @@ class TestSeveralProcesses:
         """Also one whose images are empty: else the others would wait for it."""
         two_processes[:] = [(0.0, 0.0)]
         stages = [simple_prediction(3), simple_prediction(3)]
-        criterion(class_head="softmax")(stages, [target()])
+        set_criterion(class_head="softmax")(stages, [target()])
         assert not two_processes  # once for all stages
 
 
@@ -223,21 +215,21 @@ class TestBadBoxes:
     def test_what_is_not_finite_makes_the_loss_not_finite(self, query, bad, class_head):
         prediction = simple_prediction(2 + (class_head == "softmax"))
         prediction.pred_boxes[0, query] = bad
-        losses = criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
+        losses = set_criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
         assert not sum(losses.values()).isfinite()
 
     @pytest.mark.parametrize("class_head", ["focal", "softmax"])
     def test_logits_that_are_nan(self, class_head):
         prediction = simple_prediction(2 + (class_head == "softmax"))
         prediction.pred_logits[0, 0, 0] = torch.nan
-        losses = criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
+        losses = set_criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
         assert not losses["loss_class"].isfinite()
 
     def test_all_queries_broken(self):
         prediction = simple_prediction()
         prediction.pred_boxes.fill_(torch.nan)
         prediction.pred_logits.fill_(torch.nan)
-        losses = criterion()([prediction], [target([1, 0], [OBJECT, OBJECT])])
+        losses = set_criterion()([prediction], [target([1, 0], [OBJECT, OBJECT])])
         assert all(loss.isnan() for loss in losses.values())
 
     @pytest.mark.parametrize(
@@ -256,7 +248,9 @@ class TestBadBoxes:
     def test_strange_boxes_give_finite_losses_and_gradients(self, box, size):
         boxes = torch.tensor([[box, box]], requires_grad=True)
         logits = torch.zeros(1, 2, 2, requires_grad=True)
-        losses = criterion()([Prediction(logits, boxes)], [target([1], [[0.4, 0.5, size, size]])])
+        losses = set_criterion()(
+            [Prediction(logits, boxes)], [target([1], [[0.4, 0.5, size, size]])]
+        )
         sum(losses.values()).backward()
         assert all(loss.isfinite() for loss in losses.values())
         assert boxes.grad.isfinite().all()
@@ -304,12 +298,12 @@ class TestGradients:
             (torch.randint(0, classes, (count,)), torch.rand(count, 4) * 0.4 + 0.1)
             for count in counts
         ]
-        loss = criterion(class_head=class_head)
+        loss = set_criterion(class_head=class_head)
         total = sum(loss(predictions, targets).values())
         found = torch.autograd.grad(total, (logits, boxes))
 
         labels, wanted = (torch.cat(part) for part in zip(*targets, strict=True))
-        costs = loss.matcher.costs(logits, boxes, labels, wanted, counts)
+        costs = loss.matcher.pair_costs(logits, boxes, labels, wanted, counts)
         matches = [
             [linear_sum_assignment(cost.T.numpy()) for cost in costs[:, stage].split(counts)]
             for stage in range(stages)
@@ -328,18 +322,41 @@ class TestGradients:
 def test_any_logit_that_is_not_finite_makes_the_class_loss_not_finite(bad, class_head):
     prediction = simple_prediction(2 + (class_head == "softmax"))
     prediction.pred_logits[0, 0, 0] = bad
-    losses = criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
+    losses = set_criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
     assert not losses["loss_class"].isfinite()
 
 
 def test_half_precision_predictions_are_paid_in_float32():
     prediction = Prediction(torch.zeros(1, 2, 2).bfloat16(), torch.tensor([BOXES]).bfloat16())
-    losses = criterion()([prediction], [target([1], [OBJECT])])
+    losses = set_criterion()([prediction], [target([1], [OBJECT])])
     assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
+def test_proposals_are_one_class_and_stages_may_differ_in_queries():
+    """Each group as if it were alone: proposals with all objects of class 0."""
+
+    def boxes(*shape: int) -> Tensor:
+        return torch.cat([torch.rand(*shape, 2), torch.rand(*shape, 2) * 0.4 + 0.05], dim=-1)
+
+    def prediction(queries: int, is_proposal: bool = False) -> Prediction:
+        return Prediction(torch.randn(2, queries, 3), boxes(2, queries), is_proposal)
+
+    predictions = [prediction(9, True), prediction(6), prediction(4), prediction(6)]
+    targets = [(torch.tensor([2, 1]), boxes(2)), (torch.tensor([1]), boxes(1))]
+    one_class = [(torch.zeros_like(labels), objects) for labels, objects in targets]
+    criterion = set_criterion()
+    losses = criterion(predictions, targets)
+    for suffix, alone in zip(("_proposals", "_0", "_1", ""), predictions, strict=True):
+        wanted = one_class if alone.is_proposal else targets
+        expected = criterion([Prediction(alone.pred_logits, alone.pred_boxes)], wanted)
+        for name, value in expected.items():
+            torch.testing.assert_close(losses[f"{name}{suffix}"], value)
+    assert len(losses) == 3 * len(predictions)
+    assert list(losses)[:3] == ["loss_class_proposals", "loss_l1_proposals", "loss_giou_proposals"]
+
+
 def test_config_reaches_the_criterion():
-    loss = build_criterion(
+    loss = SetCriterion.from_config(
         small_config(
             CLASS_HEAD="softmax",
             LOSS__CLASS_WEIGHT=1.0,
@@ -351,22 +368,29 @@ def test_config_reaches_the_criterion():
             LOSS__FOCAL_GAMMA=1.5,
         )
     )
-    assert loss.no_object_weight == 0.4
-    for part in (loss, loss.matcher):
-        assert (part.class_weight, part.l1_weight, part.giou_weight) == (1.0, 2.0, 3.0)
-        assert (part.class_head, part.l1_format) == ("softmax", "xyxy")
-        assert (part.alpha, part.gamma) == (0.5, 1.5)
+    assert loss.costs == set_costs(
+        class_head="softmax",
+        class_weight=1.0,
+        l1_weight=2.0,
+        giou_weight=3.0,
+        no_object_weight=0.4,
+        l1_format="xyxy",
+        focal_alpha=0.5,
+        focal_gamma=1.5,
+    )
+    assert loss.matcher.costs is loss.costs
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"CLASS_HEAD": "sigmoid"}, r"DYNAMIC_DETR\.CLASS_HEAD is 'sigmoid'; wants one of"),
-        ({"LOSS__FOCAL_ALPHA": -1.0}, r"DYNAMIC_DETR\.LOSS\.FOCAL_ALPHA is -1\.0; wants 0 to 1"),
-        ({"LOSS__L1_FORMAT": "xywh"}, r"DYNAMIC_DETR\.LOSS\.L1_FORMAT is 'xywh'; wants one of"),
+        ({"class_head": "sofmax"}, r"SET_DETECTOR\.CLASS_HEAD is 'sofmax'; it must be one of"),
+        ({"focal_alpha": -1.0}, r"LOSS\.FOCAL_ALPHA is -1\.0; it must be a number >= 0 and <= 1"),
+        ({"l1_format": "xywh"}, r"LOSS\.L1_FORMAT is 'xywh'; it must be one of"),
+        ({"giou_weight": -2}, r"LOSS\.GIOU_WEIGHT is -2; it must be a number >= 0"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        build_criterion(small_config(**options))
+        set_costs(**options)
     assert "\n" not in str(caught.value)

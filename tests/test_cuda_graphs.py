@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from dynamic_detr import Prediction, detector
 from dynamic_detr.cuda_graphs import CapturedNetwork, GraphCache
 
-SMALL = {"HIDDEN_DIM": 32, "NUM_QUERIES": 4, "ENCODER__NUM_GROUPS": 8, "DECODER__NUM_STAGES": 1}
+SMALL = {
+    "HIDDEN_DIM": 32,
+    "DYNAMIC_DECODER__NUM_QUERIES": 4,
+    "DYNAMIC_ENCODER__NUM_GROUPS": 8,
+    "DYNAMIC_DECODER__NUM_STAGES": 1,
+}
 
 
 class FakeGraph:

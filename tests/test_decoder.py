@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import STRIDES, batch_pyramid, random_levels, shake, small_config
+from helpers import STRIDES, batch_pyramid, dynamic_decoder, random_levels, shake, small_config
 from reference.decoder import decoder_stage, refine
 from torch import nn
 
-from dynamic_detr.decoders import DynamicDecoder, build_decoder
+from dynamic_detr.decoders import build_decoder
 from dynamic_detr.decoders.dynamic_stage import apply_box_deltas
 
 CHANNELS, QUERIES, HEADS, BINS, CANONICAL = 16, 5, 4, 3, 60
@@ -28,7 +28,7 @@ IMAGE = (100, 136)
 
 
 def decoder(**options) -> nn.Module:
-    return DynamicDecoder(**{**SMALL, **options})
+    return dynamic_decoder(**{**SMALL, **options})
 
 
 def pyramid_of(image_size=IMAGE, channels=CHANNELS, dtype=torch.float64, padded=(128, 192)):
@@ -161,11 +161,12 @@ def test_scores_start_near_the_prior():
 
 def test_size_of_a_stage():
     """Generator 8.4 M and readout 3.2 M of a stage at the paper's sizes; 16.8 M for one filter."""
-    stage = DynamicDecoder(num_stages=1, num_queries=2).stages[0]
+    stage = dynamic_decoder(256, 80, num_stages=1, num_queries=2).stages[0]
     count = {n: sum(p.numel() for p in m.parameters()) for n, m in stage.named_modules()}
     assert count["interaction.filters"] == (256 + 1) * 2 * 256 * 64
     assert count["interaction.readout.linear"] == (49 * 256 + 1) * 256
-    single = DynamicDecoder(num_stages=1, num_queries=2, dynamic_filter="single").stages[0]
+    options = {"num_stages": 1, "num_queries": 2, "dynamic_filter": "single"}
+    single = dynamic_decoder(256, 80, **options).stages[0]
     assert sum(p.numel() for p in single.interaction.filters.parameters()) == 257 * 256 * 256
 
 
@@ -204,17 +205,17 @@ def test_config_reaches_the_decoder():
     model = build_decoder(
         small_config(
             NUM_CLASSES=7,
-            NUM_QUERIES=9,
+            DYNAMIC_DECODER__NUM_QUERIES=9,
             CLASS_HEAD="softmax",
-            DECODER__NUM_STAGES=3,
-            DECODER__NUM_HEADS=2,
-            DECODER__FFN_DIM=40,
-            DECODER__DROPOUT=0.25,
-            DECODER__POOLING_SIZE=5,
-            DECODER__SAMPLING_RATIO=1,
-            DECODER__CANONICAL_SIZE=100,
-            DECODER__DYNAMIC_DIM=12,
-            DECODER__LEARN_INITIAL_BOXES=False,
+            DYNAMIC_DECODER__NUM_STAGES=3,
+            DYNAMIC_DECODER__NUM_HEADS=2,
+            DYNAMIC_DECODER__FFN_DIM=40,
+            DYNAMIC_DECODER__DROPOUT=0.25,
+            DYNAMIC_DECODER__POOLING_SIZE=5,
+            DYNAMIC_DECODER__SAMPLING_RATIO=1,
+            DYNAMIC_DECODER__CANONICAL_SIZE=100,
+            DYNAMIC_DECODER__DYNAMIC_DIM=12,
+            DYNAMIC_DECODER__LEARN_INITIAL_BOXES=False,
         )
     )
     stage = model.stages[2]
@@ -228,7 +229,7 @@ def test_config_reaches_the_decoder():
     assert stage.interaction.readout.linear.in_features == 25 * 64
     assert stage.interaction.filters.out_features == 2 * 64 * 12
     assert not isinstance(model.initial_boxes, nn.Parameter)
-    single = build_decoder(small_config(DECODER__DYNAMIC_FILTER="single"))
+    single = build_decoder(small_config(DYNAMIC_DECODER__DYNAMIC_FILTER="single"))
     assert single.stages[0].interaction.filters.out_features == 64 * 64
 
 
@@ -236,7 +237,7 @@ def test_config_reaches_the_decoder():
     ("options", "message"),
     [
         ({"num_heads": 3}, "NUM_HEADS is 3; it must divide .*HIDDEN_DIM, which is 16"),
-        ({"dynamic_filter": "double"}, "DYNAMIC_FILTER is 'double'; wants one of"),
+        ({"dynamic_filter": "double"}, "DYNAMIC_FILTER is 'double'; it must be one of"),
     ],
 )
 def test_bad_options_are_one_line(options, message):

@@ -27,7 +27,7 @@ LOW = ["--confidence-threshold", "0.001"]  # below what an untrained detector sa
 
 
 def tiny_config(folder: Path):
-    cfg = small_config(NUM_QUERIES=8, DECODER__FFN_DIM=32)
+    cfg = small_config(DYNAMIC_DECODER__NUM_QUERIES=8, DYNAMIC_DECODER__FFN_DIM=32)
     cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
     cfg.DATASETS.TEST = ()
     cfg.OUTPUT_DIR = str(folder)
@@ -110,6 +110,18 @@ def test_broken_pictures_are_named_and_skipped(detector, pictures, tmp_path, cap
     assert ["broken.jpg" in lines[0], "empty.png" in lines[1], len(lines)] == [True, True, 2]
 
 
+def test_a_loop_of_links_leaves_the_other_pictures_alone(detector, pictures, tmp_path, capsys):
+    (pictures / "loop.png").symlink_to(pictures / "loop.png")
+    (pictures / "nothing.png").symlink_to(pictures / "absent.png")
+    out = tmp_path / "out"
+    argv = [*detector, "--input", str(pictures), "--output", str(out)]
+    assert demo.main(argv) == 1
+    said = capsys.readouterr()
+    assert len(list(out.iterdir())) == 7 and "skipped: 2;" in said.out
+    for name in ("loop", "nothing"):
+        assert f"{name}.png is a link to nothing" in said.err
+
+
 def test_stages_of_every_photograph(detector, demo_images, tmp_path):
     """Every photograph gives one row of two stages, as wide as the panels are."""
     out = tmp_path / "out"
@@ -148,6 +160,11 @@ def test_the_command_itself(detector, pictures, tmp_path):
         (["--webcam", "--json", "x.json"], "--json goes with --input"),
         (["--video-input", "missing.mp4", "--output", "out"], "missing.mp4 does not exist"),
         (["--video-input", "{picture}.txt", "--output", "out"], "broken or not a video"),
+        (["--input", "a" * 5000, "--output", "out"], "aaa does not exist"),
+        (["--input", "a*" * 5000, "--output", "out"], "a* matches no file"),
+        (["--input", "{picture}", "--output", "a" * 5000], "too long"),
+        (["--video-input", "a" * 5000, "--output", "out"], "does not exist"),
+        (["--config-file", "a" * 5000, "--input", "{picture}", "--output", "o"], "does not exist"),
         (["--input", "{picture}", "--output", "o", "--confidence-threshold", "5"], "between 0 and"),
         (["--input", "{picture}", "--output", "o", "--opts", "MODEL.WEIGHT", "x"], "MODEL.WEIGHTS"),
         (["--input", "{picture}", "--output", "o", "--opts", "MODEL.WEIGHTS"], "left over"),
@@ -161,7 +178,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts"]
-            + ["MODEL.DYNAMIC_DETR.NUM_CLASSES", "7"],
+            + ["MODEL.SET_DETECTOR.NUM_CLASSES", "7"],
             "another number of classes",
         ),
         (
@@ -171,7 +188,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         (
             ["--input", "{picture}", "--output", "o", "--stages", "--opts"]
             + ["MODEL.META_ARCHITECTURE", "RetinaNet"],
-            "this is RetinaNet; leave --stages out",
+            "this is RetinaNet; leave it out",
         ),
     ],
 )
@@ -256,7 +273,7 @@ def test_class_names_fall_back_to_the_data_set_and_to_numbers(tmp_path):
     assert Predictor.from_config(cfg).metadata.thing_classes[3] == "class 3"
     cfg.DATASETS.TEST = ("coco_2017_val",)  # 80 names for 5 classes
     assert Predictor.from_config(cfg).metadata.thing_classes == [f"class {k}" for k in range(5)]
-    cfg.MODEL.DYNAMIC_DETR.NUM_CLASSES = 80
+    cfg.MODEL.SET_DETECTOR.NUM_CLASSES = 80
     assert Predictor.from_config(cfg).metadata.thing_classes[0] == "person"
 
 

@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from helpers import STRIDES, batch_pyramid, random_levels, shake, small_config
+from helpers import STRIDES, batch_pyramid, dynamic_encoder, random_levels, shake, small_config
 from reference.dyhead import dyhead_block
 from reference.encoder import encoder_block
 from torch import nn
 
 from dynamic_detr import Pyramid
-from dynamic_detr.encoders import ENCODER_REGISTRY, DynamicEncoder, IdentityEncoder, build_encoder
+from dynamic_detr.encoders import ENCODER_REGISTRY, IdentityEncoder, build_encoder
 from dynamic_detr.encoders.dynamic_block import DynamicEncoderBlock
 from dynamic_detr.encoders.dyrelu import DyReLU
 from dynamic_detr.encoders.legacy_block import LegacyDynamicEncoderBlock
@@ -19,7 +19,7 @@ CHANNELS, GROUPS = 8, 4
 
 def encoder(num_blocks: int = 1, offsets: str = "resized", channels: int = CHANNELS) -> nn.Module:
     """In float64, with parameters that are all different, offsets of about a pixel."""
-    return shake(DynamicEncoder(channels, num_blocks, GROUPS, offsets).double())
+    return shake(dynamic_encoder(channels, num_blocks=num_blocks, offsets=offsets).double())
 
 
 def numpy_weights(block: nn.Module) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ def test_block_is_the_loop(image_size, padded_size, strides):
         _, height, width = wanted.shape
         found = out.features[index][0]
         np.testing.assert_allclose(found[:, :height, :width], wanted, rtol=1e-9, atol=1e-9)
-        assert not (found * ~out.valid(index)[0]).any()
+        assert not (found * ~out.valid_mask(index)[0]).any()
 
 
 def test_two_blocks_are_the_loop_twice():
@@ -146,7 +146,7 @@ def test_legacy_block_is_dyheads(spread):
     sizes = [(100, 136), (64, 190)]
     images = [random_levels(size, CHANNELS) for size in sizes]
     pyramid = batch_pyramid(images, sizes, (128, 192), garbage=1.0)
-    model = DynamicEncoder(CHANNELS, 2, GROUPS, "legacy").double()
+    model = dynamic_encoder(CHANNELS, num_blocks=2, offsets="legacy").double()
     if spread:
         shake(model, 0.3)
     with torch.no_grad():
@@ -225,7 +225,7 @@ def test_size_of_a_block():
 
 
 def test_all_parameters_learn():
-    model = shake(DynamicEncoder(CHANNELS, 2, GROUPS))
+    model = shake(dynamic_encoder(CHANNELS, num_blocks=2))
     for block in model.blocks:
         nn.init.ones_(block.scale.bias)  # where its ReLU is open
     pyramid = batch_pyramid(
@@ -242,7 +242,7 @@ def test_shapes_and_memory_are_kept():
     pyramid = batch_pyramid(
         [random_levels((50, 70), CHANNELS, dtype=torch.float32)], [(50, 70)], (64, 128)
     )
-    out = DynamicEncoder(CHANNELS, 2, GROUPS)(pyramid)
+    out = dynamic_encoder(CHANNELS, num_blocks=2)(pyramid)
     assert out.strides == pyramid.strides
     assert torch.equal(out.image_sizes, pyramid.image_sizes)
     for found, given in zip(out.features, pyramid.features, strict=True):
@@ -252,7 +252,7 @@ def test_shapes_and_memory_are_kept():
 
 
 def test_bfloat16_autocast_is_near_float32():
-    model = shake(DynamicEncoder(CHANNELS, 2, GROUPS), 0.1)
+    model = shake(dynamic_encoder(CHANNELS, num_blocks=2), 0.1)
     pyramid = batch_pyramid(
         [random_levels((50, 70), CHANNELS, dtype=torch.float32)], [(50, 70)], (64, 128)
     )
@@ -274,12 +274,16 @@ def test_identity_encoder_only_masks():
 
 
 def test_config_reaches_the_encoder():
-    cfg = small_config(ENCODER__NUM_BLOCKS=3, ENCODER__NUM_GROUPS=8, ENCODER__OFFSETS="legacy")
+    cfg = small_config(
+        DYNAMIC_ENCODER__NUM_BLOCKS=3,
+        DYNAMIC_ENCODER__NUM_GROUPS=8,
+        DYNAMIC_ENCODER__OFFSETS="legacy",
+    )
     model = build_encoder(cfg)
     assert len(model.blocks) == 3
     assert model.blocks[0].same.norm.num_groups == 8
     assert not model.masks_padding
-    assert isinstance(build_encoder(small_config(ENCODER__NAME="IdentityEncoder")), IdentityEncoder)
+    assert isinstance(build_encoder(small_config(ENCODER="IdentityEncoder")), IdentityEncoder)
     assert set(ENCODER_REGISTRY._obj_map) >= {"DynamicEncoder", "IdentityEncoder"}
 
 
@@ -287,19 +291,19 @@ def test_config_reaches_the_encoder():
     ("options", "message"),
     [
         ({"offsets": "cropped"}, "ENCODER.OFFSETS is 'cropped'"),
-        ({"channels": 24}, "NUM_GROUPS is 16; it must divide .*HIDDEN_DIM, which is 24"),
+        ({"channels": 24}, "NUM_GROUPS is 16; it must divide the number of channels, 24"),
     ],
 )
 def test_bad_options_are_one_line(options, message):
     with pytest.raises(ValueError, match=message) as caught:
-        DynamicEncoder(**{"channels": 32, "num_blocks": 1, **options})
+        dynamic_encoder(**{"channels": 32, "num_groups": 16, **options})
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_in_half_precision(dtype):
     """What normalises and weights is computed in float32 all the same."""
-    model = shake(DynamicEncoder(CHANNELS, 2, GROUPS), 0.1).to(dtype)
+    model = shake(dynamic_encoder(CHANNELS, num_blocks=2), 0.1).to(dtype)
     levels = [random_levels((50, 70), CHANNELS, dtype=dtype)]
     out = model(batch_pyramid(levels, [(50, 70)], (64, 128))).features
     exact = [[level.float() for level in levels[0]]]

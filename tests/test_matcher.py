@@ -6,6 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
+from helpers import set_costs
 from hypothesis import given
 from hypothesis import strategies as st
 from reference.matching import cheapest_pairs, cost_matrix, giou
@@ -77,7 +78,7 @@ def test_is_the_cheapest_of_all_matchings(class_head, l1_format):
     ]
     labels = [torch.randint(0, classes, (count,)) for count in counts]
     boxes = [random_boxes(count) for count in counts]
-    matcher = HungarianMatcher(class_head=class_head, l1_format=l1_format)
+    matcher = HungarianMatcher(set_costs(class_head=class_head, l1_format=l1_format))
     matches = match(matcher, predictions, labels, boxes)
     assert len(matches) == 2
     for prediction, stage in zip(predictions, matches, strict=True):
@@ -102,9 +103,9 @@ def test_weights_choose_what_counts():
     boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.3, 0.3]]])
     target = [torch.tensor([0])], [torch.tensor([[0.7, 0.7, 0.3, 0.3]])]
     prediction = [Prediction(logits, boxes)]
-    by_class = HungarianMatcher(class_weight=1, l1_weight=0, giou_weight=0)
-    by_l1 = HungarianMatcher(class_weight=0, l1_weight=1, giou_weight=0)
-    by_giou = HungarianMatcher(class_weight=0, l1_weight=0, giou_weight=1)
+    by_class = HungarianMatcher(set_costs(class_weight=1, l1_weight=0, giou_weight=0))
+    by_l1 = HungarianMatcher(set_costs(class_weight=0, l1_weight=1, giou_weight=0))
+    by_giou = HungarianMatcher(set_costs(class_weight=0, l1_weight=0, giou_weight=1))
     for matcher, query in ((by_class, 0), (by_l1, 1), (by_giou, 1)):
         assert match(matcher, prediction, *target)[0][0] == [(query, 0)]
 
@@ -112,7 +113,7 @@ def test_weights_choose_what_counts():
 def test_stages_and_images_are_matched_on_their_own():
     predictions = [random_prediction(3, 6, 4) for _ in range(3)]
     labels, boxes = [torch.randint(0, 4, (2,)) for _ in range(3)], [random_boxes(2)] * 3
-    matcher = HungarianMatcher()
+    matcher = HungarianMatcher(set_costs())
     together = match(matcher, predictions, labels, boxes)
     for stage, prediction in enumerate(predictions):
         for image in range(3):
@@ -129,7 +130,7 @@ def test_what_is_no_number_is_matched_last(bad, where, class_head):
     prediction = random_prediction(1, 4, 3)
     broken = prediction.pred_logits if where == "logits" else prediction.pred_boxes
     broken[0, 1] = bad
-    matcher = HungarianMatcher(class_head=class_head)
+    matcher = HungarianMatcher(set_costs(class_head=class_head))
     labels, boxes = [torch.tensor([0, 1])], [random_boxes(2)]
     pairs = match(matcher, [prediction], labels, boxes)[0][0]
     if where == "boxes" or class_head == "softmax" or bad != torch.inf:
@@ -146,7 +147,7 @@ def test_half_precision_predictions():
     rounded = Prediction(exact.pred_logits.bfloat16(), exact.pred_boxes.bfloat16())
     widened = Prediction(rounded.pred_logits.float(), rounded.pred_boxes.float())
     labels, boxes = [torch.tensor([0, 1, 2])] * 2, [random_boxes(3)] * 2
-    matcher = HungarianMatcher()
+    matcher = HungarianMatcher(set_costs())
     assert match(matcher, [rounded], labels, boxes) == match(matcher, [widened], labels, boxes)
 
 
@@ -178,7 +179,7 @@ class TestAssignment:
         logits[0, 0, 2], boxes[1, 1, 3, 0], boxes[2] = torch.nan, torch.inf, torch.nan
         counts = [4, 9]
         labels, objects = torch.randint(0, 4, (13,)), random_boxes(13)
-        costs = HungarianMatcher().costs(logits, boxes, labels, objects, counts)
+        costs = HungarianMatcher(set_costs()).pair_costs(logits, boxes, labels, objects, counts)
         assert costs.isfinite().all()
         assert (costs[:, 2] == 1e6).all()
         self.assert_is_scipy(costs, counts)

@@ -9,8 +9,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from dynamic_detr import add_dynamic_detr_config
 from dynamic_detr.engine.clipping import build_clipper
-from dynamic_detr.engine.config import add_solver_config
 from dynamic_detr.engine.ema import ModelEMA
 from dynamic_detr.engine.guard import likely_cause, stage_of, where
 from dynamic_detr.engine.optimizer import build_optimizer, parameter_groups
@@ -22,7 +22,7 @@ from dynamic_detr.errors import UserError
 @pytest.fixture
 def cfg():
     cfg = get_cfg()
-    add_solver_config(cfg)
+    add_dynamic_detr_config(cfg)
     return cfg
 
 
@@ -215,7 +215,7 @@ class Scripted(nn.Module):
 def _step(model: nn.Module, **options) -> TrainStep:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     cfg = get_cfg()
-    add_solver_config(cfg)
+    add_dynamic_detr_config(cfg)
     return TrainStep(model, [[{}]] * 9, optimizer, build_clipper(cfg), seed=0, **options)
 
 

@@ -47,11 +47,11 @@ def config(weights: Path) -> CfgNode:
     """A frozen ResNet-18, pretrained to res4; all else is trained from scratch."""
     cfg = small_config(
         NUM_CLASSES=80,
-        NUM_QUERIES=40,
+        DYNAMIC_DECODER__NUM_QUERIES=40,
         IN_FEATURES=["p3", "p4", "p5", "p6"],
-        DECODER__NUM_STAGES=3,
-        DECODER__DYNAMIC_DIM=32,
-        DECODER__FFN_DIM=256,
+        DYNAMIC_DECODER__NUM_STAGES=3,
+        DYNAMIC_DECODER__DYNAMIC_DIM=32,
+        DYNAMIC_DECODER__FFN_DIM=256,
     )
     cfg.MODEL.WEIGHTS = str(weights)
     cfg.MODEL.RESNETS.NORM = "FrozenBN"

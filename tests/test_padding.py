@@ -5,6 +5,8 @@ import torch
 from helpers import (
     STRIDES,
     batch_pyramid,
+    dynamic_decoder,
+    dynamic_encoder,
     random_image,
     random_levels,
     shake,
@@ -13,8 +15,7 @@ from helpers import (
 from torch import nn
 
 from dynamic_detr import Prediction
-from dynamic_detr.decoders import DynamicDecoder
-from dynamic_detr.encoders import DynamicEncoder, IdentityEncoder
+from dynamic_detr.encoders import IdentityEncoder
 
 CHANNELS = 16
 SIZES = [(100, 136), (64, 190), (65, 1), (128, 64)]
@@ -25,8 +26,8 @@ def make_model(encoder: str = "dynamic", dynamic_filter: str = "bottleneck") -> 
     if encoder == "identity":
         first = IdentityEncoder()
     else:
-        first = DynamicEncoder(CHANNELS, num_blocks=2, num_groups=4, offsets=encoder)
-    second = DynamicDecoder(
+        first = dynamic_encoder(CHANNELS, num_blocks=2, offsets=encoder)
+    second = dynamic_decoder(
         CHANNELS,
         num_classes=3,
         num_queries=6,
@@ -110,7 +111,7 @@ def test_padding_is_empty_after_the_encoder():
     with torch.no_grad():
         out = model[0](batch_pyramid(images, SIZES, (128, 192), garbage=3.0))
     for level in range(len(STRIDES)):
-        assert not out.features[level].masked_select(~out.valid(level)).any()
+        assert not out.features[level].masked_select(~out.valid_mask(level)).any()
 
 
 def test_the_detector_pads_as_far_as_its_backbone_asks():

@@ -14,17 +14,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynamic_detr.backbones import checkpoint_resnet_stages
 
-KEYS = ("ENCODER_BLOCKS", "DECODER_STAGES", "BACKBONE_STAGES")
+KEYS = ("ENCODER", "DECODER", "BACKBONE")
 
 
 def make_model(*keys: str, norm: str = "GN", freeze_at: int = 0, **options) -> nn.Module:
     cfg = small_config(
         HIDDEN_DIM=32,
-        NUM_QUERIES=4,
-        ENCODER__NUM_GROUPS=8,
-        ENCODER__NUM_BLOCKS=2,
+        DYNAMIC_DECODER__NUM_QUERIES=4,
+        DYNAMIC_ENCODER__NUM_GROUPS=8,
+        DYNAMIC_ENCODER__NUM_BLOCKS=2,
         **options,
-        **{f"CHECKPOINT__{key}": True for key in keys},
+        **{f"ACTIVATION_CHECKPOINT__{key}": True for key in keys},
     )
     cfg.MODEL.FPN.OUT_CHANNELS = 32
     cfg.MODEL.RESNETS.NORM = norm
@@ -61,7 +61,7 @@ def parts(model: nn.Module) -> list[nn.Module]:
 @pytest.mark.parametrize(
     ("options", "dtype"),
     [
-        ({"DECODER__DROPOUT": 0.3}, None),  # the same random numbers both times
+        ({"DYNAMIC_DECODER__DROPOUT": 0.3}, None),  # the same random numbers both times
         ({"norm": "BN", "freeze_at": 2}, None),  # running statistics move once
         ({"norm": "FrozenBN", "freeze_at": 1}, torch.bfloat16),
     ],
@@ -134,5 +134,7 @@ def test_under_data_parallel(tmp_path):
 
 
 def test_other_backbones_are_one_line():
-    with pytest.raises(ValueError, match=r"BACKBONE_STAGES is True; it wants a ResNet, .* Linear"):
+    with pytest.raises(
+        ValueError, match=r"ACTIVATION_CHECKPOINT.BACKBONE is True; it wants a ResNet, .* Linear"
+    ):
         checkpoint_resnet_stages(nn.Linear(1, 1))

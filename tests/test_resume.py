@@ -16,7 +16,7 @@ from dynamic_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a step draws at random, in the model and in the data, must come back as well.
-RANDOM = [*TWO_LEVELS, "MODEL.DYNAMIC_DETR.DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
+RANDOM = [*TWO_LEVELS, "MODEL.DYNAMIC_DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
 EMA = ["SOLVER.EMA.ENABLED", True]
 
 
@@ -141,7 +141,7 @@ def test_resuming_takes_the_learning_rate_of_the_configuration(tmp_path):
     ("options", "message"),
     [
         (["SOLVER.OPTIMIZER", "SGD"], "optimiser is AdamW and the configuration's SGD"),
-        (["MODEL.DYNAMIC_DETR.NUM_CLASSES", 3], "saved by another model"),
+        (["MODEL.SET_DETECTOR.NUM_CLASSES", 3], "saved by another model"),
         (["SOLVER.WEIGHT_DECAY_NORM", 0.5], "optimiser has other parameters"),
     ],
 )

@@ -31,8 +31,7 @@ def random_boxes(batch: int, queries: int, height: float, width: float) -> Tenso
 
 def pool_pyramid(pyramid: Pyramid, boxes: Tensor, *options, **named) -> Tensor:
     """The operator, of a pyramid as a decoder stage calls it."""
-    shapes = [feature.shape[-2:] for feature in pyramid.features]
-    geometry = (shapes, pyramid.strides, pyramid.image_sizes)
+    geometry = (pyramid.shapes, pyramid.strides, pyramid.image_sizes)
     return pyramid_roi_align(pyramid.table(), *geometry, boxes, *options, **named)
 
 
@@ -132,8 +131,8 @@ class TestRoIAlign:
         features = [feature.requires_grad_() for feature in pyramid.features]
         assert torch.autograd.gradcheck(pool, features)
         for level, grad in enumerate(gradients(pool(*features), features)):
-            assert grad[pyramid.valid(level).expand_as(grad)].any()
-            assert not grad[~pyramid.valid(level).expand_as(grad)].any()
+            assert grad[pyramid.valid_mask(level).expand_as(grad)].any()
+            assert not grad[~pyramid.valid_mask(level).expand_as(grad)].any()
 
     def test_memory_layout_does_not_matter(self):
         size = (40, 56)

@@ -30,8 +30,8 @@ def test_valid_marks_true_pixels():
         for image, size in enumerate(SIZES):
             height, width = level_size(size, stride)
             expected[image, :, :height, :width] = True
-        assert torch.equal(batch.valid(level), expected)
-        assert not batch.filled(level)
+        assert torch.equal(batch.valid_mask(level), expected)
+        assert not batch.is_unpadded(level)
 
 
 @pytest.mark.parametrize("garbage", [1.0, float("inf")], ids=["noise", "NaN"])
@@ -39,7 +39,7 @@ def test_masked_is_zero_beyond_and_unchanged_within(garbage):
     batch = pyramid(garbage)
     masked = batch.masked()
     for level, (before, after) in enumerate(zip(batch.features, masked.features, strict=True)):
-        valid = batch.valid(level).expand_as(before)
+        valid = batch.valid_mask(level).expand_as(before)
         assert torch.equal(after[valid], before[valid])
         assert not after[~valid].any()
         assert after.is_contiguous(memory_format=torch.channels_last)
@@ -49,14 +49,14 @@ def test_masked_is_zero_beyond_and_unchanged_within(garbage):
 def test_masked_does_nothing_where_there_is_no_padding():
     batch = batch_pyramid([random_levels((128, 192), 4)] * 2, [(128, 192)] * 2, (128, 192))
     assert batch.masked() is batch
-    assert all(batch.filled(level) for level in range(5))
+    assert all(batch.is_unpadded(level) for level in range(5))
 
 
 def test_gradient_of_masked_is_masked():
     batch = pyramid()
     feature = batch.features[0].requires_grad_()
     batch.masked().features[0].sum().backward()
-    assert torch.equal(feature.grad, batch.valid(0).expand_as(feature).to(feature.dtype))
+    assert torch.equal(feature.grad, batch.valid_mask(0).expand_as(feature).to(feature.dtype))
 
 
 def test_table_is_row_by_row_fine_to_coarse_and_built_once():
@@ -75,12 +75,12 @@ def test_table_is_row_by_row_fine_to_coarse_and_built_once():
 
 def test_with_features_keeps_sizes_and_forgets_the_table():
     batch = pyramid()
-    batch.table(), batch.valid(0), batch.filled(0)
+    batch.table(), batch.valid_mask(0), batch.is_unpadded(0)
     other = batch.with_features([feature + 1 for feature in batch.features])
     assert other.strides == batch.strides
     assert other.image_sizes is batch.image_sizes
     torch.testing.assert_close(other.table(), batch.table() + 1)
-    assert torch.equal(other.valid(0), batch.valid(0))
+    assert torch.equal(other.valid_mask(0), batch.valid_mask(0))
 
 
 @pytest.mark.parametrize(

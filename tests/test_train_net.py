@@ -11,8 +11,10 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 from torch import nn
 
@@ -162,6 +164,26 @@ def test_model_zoo_configurations_train_on_the_same_data(tmp_path, monkeypatch, 
     assert "SGD lr" in text and "AP50" in text
 
 
+def test_hooks_run_after_the_backward_pass(tmp_path):
+    """As in newer Detectron2s: gradients are there, the optimiser has not stepped."""
+
+    class Hook(HookBase):
+        seen = ()
+
+        def after_backward(self):
+            weights = [p for p in trainer.detector.parameters() if p.requires_grad]
+            assert all(p.grad is not None for p in weights)
+            self.seen = (*self.seen, float(weights[0].detach().sum()))
+
+    trainer = Trainer(make_config(tmp_path, "SOLVER.MAX_ITER", 2))
+    hook = Hook()
+    trainer.register_hooks([hook])
+    before = float(next(trainer.detector.parameters()).detach().sum())
+    trainer.train()
+    assert len(hook.seen) == 2
+    assert hook.seen[0] == before != hook.seen[1]
+
+
 def test_diverged_training_saves_good_weights_and_says_where_and_why(tmp_path):
     cfg = make_config(tmp_path, "SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 100)
     trainer = Trainer(cfg)
@@ -209,7 +231,7 @@ def test_an_unreadable_image_stops_in_one_line_and_saves(tmp_path, monkeypatch, 
 def test_more_classes_in_the_data_than_in_the_model_are_refused(tmp_path):
     make_config(tmp_path)
     args = build_parser().parse_args(
-        ["--config-file", str(write_config(tmp_path)), "MODEL.DYNAMIC_DETR.NUM_CLASSES", "1"]
+        ["--config-file", str(write_config(tmp_path)), "MODEL.SET_DETECTOR.NUM_CLASSES", "1"]
     )
     with pytest.raises(UserError, match="tiny_train has 2 classes and the detector 1"):
         load_config(args)
@@ -257,6 +279,19 @@ def test_views_are_mapped_back_and_merged_by_class(tmp_path):
         torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.6]))
         expected = torch.tensor([[4.0, 8.0, 20.0, 16.0]] * 2)
         torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=1.0, rtol=0)
+
+
+def test_an_image_of_one_pixel_across_is_trained_on_and_evaluated(tmp_path):
+    cfg = make_config(tmp_path, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", ("tiny_train",))
+    boxes = json.loads((tmp_path / "data" / "boxes.json").read_text())
+    boxes["images"][0].update(width=3000, height=1)
+    boxes["annotations"][0]["bbox"] = [10, 0, 800, 1]
+    for number in range(1, 6):  # every batch has it
+        boxes["images"][number].update(width=3000, height=1, file_name="0.png")
+    (tmp_path / "data" / "boxes.json").write_text(json.dumps(boxes))
+    Image.new("RGB", (3000, 1)).save(tmp_path / "data" / "0.png")
+    trainer = train(cfg)
+    assert trainer.finished == 1 and "bbox/AP" in trainer.storage.latest()
 
 
 def test_augmented_evaluation_is_reported_beside_the_plain_one(tmp_path):

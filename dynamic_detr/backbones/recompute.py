@@ -60,7 +60,7 @@ def checkpoint_resnet_stages(backbone: nn.Module) -> None:
     resnet = getattr(backbone, "bottom_up", backbone)
     if not isinstance(resnet, ResNet):
         raise ValueError(
-            "MODEL.DYNAMIC_DETR.CHECKPOINT.BACKBONE_STAGES is True; it wants a ResNet, and "
+            "MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT.BACKBONE is True; it wants a ResNet, and "
             f"MODEL.BACKBONE.NAME makes a {type(resnet).__name__}."
         )
     for index, name in enumerate(resnet.stage_names):

@@ -16,15 +16,12 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from ..config import set_class_count
 from ..errors import UserError, one_line
 from .coco_check import check_coco_json
 from .coco_report import Report
 
 __all__ = ["apply_json_datasets", "check_coco_json", "register_json"]
-
-# Where the detectors that this project trains keep their number of classes; FCOS is in newer
-# Detectron2s only.
-CLASS_COUNTS = ("DYNAMIC_DETR", "ROI_HEADS", "RETINANET", "FCOS")
 
 
 def register_json(
@@ -77,7 +74,7 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
         raise UserError("--val-json alone can only be evaluated: give --train-json or --eval-only")
     if errors := [report.error() for report in reports.values() if report.error()]:
         raise UserError("; ".join(errors))
-    if multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         print(*reports.values(), sep="\n", flush=True)
 
     changed = {split: report.repaired for split, report in reports.items()}
@@ -89,18 +86,21 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
         if changed[split]:
             json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
             _write(report.data, json_file)
-            if multiprocessing.parent_process() is None:
+            if _is_first_process():
                 print(f"repaired copy: {json_file}", flush=True)
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
     cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()
     cfg.DATASETS.TEST = ("own_val",) if "val" in reports else ()
-    for node in CLASS_COUNTS:
-        if node in cfg.MODEL:
-            cfg.MODEL[node].NUM_CLASSES = len(_names(next(iter(reports.values()))))
+    set_class_count(cfg, len(_names(next(iter(reports.values())))))
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     return list(reports.values())
+
+
+def _is_first_process() -> bool:
+    """Whether this process is the one of the run that prints, before any group of processes."""
+    return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
 
 
 def _names(report: Report) -> list[str]:

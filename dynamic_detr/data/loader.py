@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build as detectron2_data
 from detectron2.data import (
-    DatasetMapper,
     build_detection_test_loader,
     get_detection_dataset_dicts,
 )
@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader
 
 from .. import compat
 from ..errors import UserError, one_line
+from ..plain_pickle import plain_pickles
+from .augmentation import build_mapper
 from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
 from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
 
@@ -128,13 +130,15 @@ class EvalLoader:
 
 def _records(cfg: CfgNode) -> list[dict]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     try:
-        return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        with plain_pickles(detectron2_data):  # of proposals
+            return get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=proposals,
+            )
     except FileNotFoundError as error:
         raise _missing(cfg.DATASETS.TRAIN, error) from error
     except AssertionError as error:
@@ -179,7 +183,7 @@ def build_train_loader(
         start_iter: iteration of the first batch.
         seed: of order and augmentation; not negative.
         rank, world_size: this process among all; asked of Detectron2 when None.
-        mapper: in place of Detectron2's ``DatasetMapper``.
+        mapper: in place of :func:`build_mapper`'s.
 
     Returns:
         An endless iterable of lists of dicts, in Detectron2's format for models.
@@ -194,7 +198,7 @@ def build_train_loader(
         groups = [0] * len(records)
     return TrainLoader(
         records,
-        mapper or DatasetMapper(cfg, True),
+        mapper or build_mapper(cfg, True),
         BatchSchedule(groups, cfg.SOLVER.IMS_PER_BATCH, seed, _repeats(cfg, records)),
         start_iter=start_iter,
         rank=comm.get_rank() if rank is None else rank,
@@ -209,15 +213,16 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = N
     Args:
         cfg: reads ``INPUT`` and ``DATALOADER.NUM_WORKERS``.
         dataset_name: as registered with Detectron2.
-        mapper: in place of Detectron2's ``DatasetMapper``.
+        mapper: in place of :func:`build_mapper`'s.
 
     Raises:
         UserError: the data are missing. While iterating: an image cannot be used, or a worker
             died.
     """
-    guarded = GuardedMapper(mapper or DatasetMapper(cfg, False))
+    guarded = GuardedMapper(mapper or build_mapper(cfg, False))
     try:
-        return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
+        with plain_pickles(detectron2_data):  # of proposals
+            return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
     except FileNotFoundError as error:
         raise _missing([dataset_name], error) from error
     except AssertionError as error:

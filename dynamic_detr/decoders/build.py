@@ -14,5 +14,5 @@ from the whole config.
 
 
 def build_decoder(cfg: CfgNode) -> nn.Module:
-    """The decoder that `MODEL.DYNAMIC_DETR.DECODER.NAME` names."""
-    return DECODER_REGISTRY.get(cfg.MODEL.DYNAMIC_DETR.DECODER.NAME)(cfg)
+    """The decoder that `MODEL.SET_DETECTOR.DECODER` names."""
+    return DECODER_REGISTRY.get(cfg.MODEL.SET_DETECTOR.DECODER)(cfg)

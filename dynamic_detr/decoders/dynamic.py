@@ -8,6 +8,7 @@ from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import check_arguments
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
 from .dynamic_stage import DynamicDecoderStage
@@ -50,7 +51,7 @@ class DynamicDecoder(nn.Module):
         num_classes: K.
         num_queries: Q.
         num_stages: S.
-        class_head: "focal" for K independent sigmoid logits, "softmax" for K + 1 with "no object".
+        class_head: "focal" or "softmax", see `ClassHead`.
         initial_boxes: where the first boxes start; "image": the whole image each, as the paper;
             "grid": see `grid_boxes`.
         learn_initial_boxes: whether the first boxes are parameters, or stay where they start.
@@ -60,38 +61,40 @@ class DynamicDecoder(nn.Module):
             dynamic_filter: see `DynamicDecoderStage`.
 
     Raises:
-        ValueError: initial_boxes is neither.
+        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
     """
 
     @configurable
     def __init__(
         self,
-        channels: int = 256,
-        num_classes: int = 80,
+        channels: int,
+        num_classes: int,
         *,
-        num_queries: int = 300,
-        num_stages: int = 6,
-        class_head: str = "focal",
-        initial_boxes: str = "image",
-        learn_initial_boxes: bool = True,
-        num_heads: int = 4,
-        ffn_dim: int = 2048,
-        dropout: float = 0.0,
-        pooling_size: int = 7,
-        sampling_ratio: int = 2,
-        canonical_size: float = 224,
-        dynamic_dim: int = 64,
-        dynamic_filter: str = "bottleneck",
-        checkpoint_stages: bool = False,
+        num_queries: int,
+        num_stages: int,
+        class_head: str,
+        initial_boxes: str,
+        learn_initial_boxes: bool,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        pooling_size: int,
+        sampling_ratio: int,
+        canonical_size: float,
+        dynamic_dim: int,
+        dynamic_filter: str,
+        checkpoint_stages: bool,
     ) -> None:
         super().__init__()
+        check_arguments(
+            "MODEL.DYNAMIC_DECODER",
+            num_queries=num_queries,
+            num_stages=num_stages,
+            initial_boxes=initial_boxes,
+            learn_initial_boxes=learn_initial_boxes,
+        )
         self.checkpoint_stages = checkpoint_stages
         self.query_embed = nn.Embedding(num_queries, channels)
-        if initial_boxes not in INITIAL_BOXES:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DETR.DECODER.INITIAL_BOXES is {initial_boxes!r}; "
-                f"wants one of {sorted(INITIAL_BOXES)}."
-            )
         boxes = INITIAL_BOXES[initial_boxes](num_queries)
         if learn_initial_boxes:
             self.initial_boxes = nn.Parameter(boxes)
@@ -100,8 +103,8 @@ class DynamicDecoder(nn.Module):
         self.stages = nn.ModuleList(
             DynamicDecoderStage(
                 channels,
-                num_logits=num_classes + (class_head == "softmax"),
-                prior=0.01 if class_head == "focal" else None,
+                num_classes,
+                class_head,
                 num_heads=num_heads,
                 ffn_dim=ffn_dim,
                 dropout=dropout,
@@ -116,25 +119,13 @@ class DynamicDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.DYNAMIC_DETR
-        decoder = node.DECODER
+        detector, decoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.DYNAMIC_DECODER
         return {
-            "channels": node.HIDDEN_DIM,
-            "num_classes": node.NUM_CLASSES,
-            "num_queries": node.NUM_QUERIES,
-            "num_stages": decoder.NUM_STAGES,
-            "class_head": node.CLASS_HEAD,
-            "initial_boxes": decoder.INITIAL_BOXES,
-            "learn_initial_boxes": decoder.LEARN_INITIAL_BOXES,
-            "num_heads": decoder.NUM_HEADS,
-            "ffn_dim": decoder.FFN_DIM,
-            "dropout": decoder.DROPOUT,
-            "pooling_size": decoder.POOLING_SIZE,
-            "sampling_ratio": decoder.SAMPLING_RATIO,
-            "canonical_size": decoder.CANONICAL_SIZE,
-            "dynamic_dim": decoder.DYNAMIC_DIM,
-            "dynamic_filter": decoder.DYNAMIC_FILTER,
-            "checkpoint_stages": node.CHECKPOINT.DECODER_STAGES,
+            "channels": detector.HIDDEN_DIM,
+            "num_classes": detector.NUM_CLASSES,
+            "class_head": detector.CLASS_HEAD,
+            "checkpoint_stages": detector.ACTIVATION_CHECKPOINT.DECODER,
+            **{name.lower(): value for name, value in decoder.items()},
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..config import check_arguments
+from ..layers import ClassHead, check_heads
 from ..ops import pyramid_roi_align
 from ..structures import Pyramid, box_cxcywh_to_xyxy
 from .dynamic_interaction import DYNAMIC_FILTERS
@@ -37,8 +39,8 @@ class DynamicDecoderStage(nn.Module):
 
     Args:
         channels: C.
-        num_logits: entries of the class branch.
-        prior: probability that the sigmoid logits start with; None leaves their bias at zero.
+        num_classes: K.
+        class_head: "focal" or "softmax", see `ClassHead`.
         num_heads: heads of the self-attention.
         ffn_dim: hidden units of the feed-forward network.
         dropout: after attention, dynamic convolution and both layers of the FFN.
@@ -50,14 +52,14 @@ class DynamicDecoderStage(nn.Module):
             "single", one C → C as equation 11 prints it.
 
     Raises:
-        ValueError: the heads do not divide the channels, or dynamic_filter is unknown.
+        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
     """
 
     def __init__(
         self,
         channels: int,
-        num_logits: int,
-        prior: float | None,
+        num_classes: int,
+        class_head: str,
         num_heads: int,
         ffn_dim: int,
         dropout: float,
@@ -68,16 +70,18 @@ class DynamicDecoderStage(nn.Module):
         dynamic_filter: str,
     ) -> None:
         super().__init__()
-        if channels % num_heads:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DETR.DECODER.NUM_HEADS is {num_heads}; it must divide "
-                f"MODEL.DYNAMIC_DETR.HIDDEN_DIM, which is {channels}."
-            )
-        if dynamic_filter not in DYNAMIC_FILTERS:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DETR.DECODER.DYNAMIC_FILTER is {dynamic_filter!r}; "
-                f"wants one of {sorted(DYNAMIC_FILTERS)}."
-            )
+        check_arguments(
+            "MODEL.DYNAMIC_DECODER",
+            num_heads=num_heads,
+            ffn_dim=ffn_dim,
+            dropout=dropout,
+            pooling_size=pooling_size,
+            sampling_ratio=sampling_ratio,
+            canonical_size=canonical_size,
+            dynamic_dim=dynamic_dim,
+            dynamic_filter=dynamic_filter,
+        )
+        check_heads("MODEL.DYNAMIC_DECODER", num_heads, channels)
         self.pooling_size = pooling_size
         self.sampling_ratio = sampling_ratio
         self.canonical_size = canonical_size
@@ -97,7 +101,7 @@ class DynamicDecoderStage(nn.Module):
         self.norm_ffn = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
         self.class_branch = _branch(channels, 1)
-        self.class_logits = nn.Linear(channels, num_logits)
+        self.class_logits = ClassHead(channels, num_classes, class_head)
         self.box_branch = _branch(channels, 3)
         self.box_deltas = nn.Linear(channels, 4)
 
@@ -107,9 +111,6 @@ class DynamicDecoderStage(nn.Module):
         # every stage starts by hardly moving the box: large first moves multiply over the stages
         nn.init.normal_(self.box_deltas.weight, std=0.01)
         nn.init.zeros_(self.box_deltas.bias)
-        nn.init.zeros_(self.class_logits.bias)
-        if prior is not None:
-            nn.init.constant_(self.class_logits.bias, -math.log((1 - prior) / prior))
 
     def forward(
         self, pyramid: Pyramid, queries: Tensor, boxes: Tensor
@@ -129,7 +130,7 @@ class DynamicDecoderStage(nn.Module):
         scale = torch.stack([width, height, width, height], dim=1)[:, None]
         regions = pyramid_roi_align(
             pyramid.table(),
-            [feature.shape[-2:] for feature in pyramid.features],
+            pyramid.shapes,
             pyramid.strides,
             pyramid.image_sizes,
             box_cxcywh_to_xyxy(boxes) * scale,

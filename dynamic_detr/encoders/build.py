@@ -13,5 +13,5 @@ Encoders: `forward(pyramid) -> pyramid` of the same shape. Each is made from the
 
 
 def build_encoder(cfg: CfgNode) -> nn.Module:
-    """The encoder that `MODEL.DYNAMIC_DETR.ENCODER.NAME` names."""
-    return ENCODER_REGISTRY.get(cfg.MODEL.DYNAMIC_DETR.ENCODER.NAME)(cfg)
+    """The encoder that `MODEL.SET_DETECTOR.ENCODER` names."""
+    return ENCODER_REGISTRY.get(cfg.MODEL.SET_DETECTOR.ENCODER)(cfg)

@@ -5,6 +5,7 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import check_arguments
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 from .dynamic_block import DynamicEncoderBlock
@@ -30,27 +31,28 @@ class DynamicEncoder(nn.Module):
             the backward pass.
 
     Raises:
-        ValueError: offsets is neither, or the channels do not divide into the groups.
+        ValueError: an argument is out of its key's range, or the channels do not divide into the
+            groups.
     """
 
     @configurable
     def __init__(
         self,
-        channels: int = 256,
-        num_blocks: int = 6,
-        num_groups: int = 16,
-        offsets: str = "resized",
-        checkpoint_blocks: bool = False,
+        channels: int,
+        *,
+        num_blocks: int,
+        num_groups: int,
+        offsets: str,
+        checkpoint_blocks: bool,
     ) -> None:
         super().__init__()
-        if offsets not in BLOCKS:
-            raise ValueError(
-                f"MODEL.DYNAMIC_DETR.ENCODER.OFFSETS is {offsets!r}; wants one of {sorted(BLOCKS)}."
-            )
+        check_arguments(
+            "MODEL.DYNAMIC_ENCODER", num_blocks=num_blocks, num_groups=num_groups, offsets=offsets
+        )
         if channels % num_groups:
             raise ValueError(
-                f"MODEL.DYNAMIC_DETR.ENCODER.NUM_GROUPS is {num_groups}; it must divide "
-                f"MODEL.DYNAMIC_DETR.HIDDEN_DIM, which is {channels}."
+                f"MODEL.DYNAMIC_ENCODER.NUM_GROUPS is {num_groups}; it must divide the number of "
+                f"channels, {channels}."
             )
         block = BLOCKS[offsets]
         self.blocks = nn.ModuleList(block(channels, num_groups) for _ in range(num_blocks))
@@ -59,13 +61,13 @@ class DynamicEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        node = cfg.MODEL.DYNAMIC_DETR
+        detector, encoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.DYNAMIC_ENCODER
         return {
-            "channels": node.HIDDEN_DIM,
-            "num_blocks": node.ENCODER.NUM_BLOCKS,
-            "num_groups": node.ENCODER.NUM_GROUPS,
-            "offsets": node.ENCODER.OFFSETS,
-            "checkpoint_blocks": node.CHECKPOINT.ENCODER_BLOCKS,
+            "channels": detector.HIDDEN_DIM,
+            "num_blocks": encoder.NUM_BLOCKS,
+            "num_groups": encoder.NUM_GROUPS,
+            "offsets": encoder.OFFSETS,
+            "checkpoint_blocks": detector.ACTIVATION_CHECKPOINT.ENCODER,
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:

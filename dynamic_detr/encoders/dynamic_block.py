@@ -101,12 +101,12 @@ class DynamicEncoderBlock(nn.Module):
         """Equations 4 to 7, operation by operation: what `forward` computes in fewer steps."""
         levels = []
         for i in range(len(pyramid)):
-            valid, sampling = pyramid.valid(i), self._sampling(pyramid, i)
+            valid, sampling = pyramid.valid_mask(i), self._sampling(pyramid, i)
             maps = [self.same(*sampling["same"], valid)]  # equation 4
             if "finer" in sampling:
                 maps.append(self.finer(*sampling["finer"], valid))
             if "coarser" in sampling:
-                coarser = self.coarser(*sampling["coarser"], pyramid.valid(i + 1))
+                coarser = self.coarser(*sampling["coarser"], pyramid.valid_mask(i + 1))
                 maps.append(self._upsample(coarser, pyramid, i))
             if self.scale is not None:  # equation 5
                 scores = [F.relu(self.scale(_mean(m, valid))) for m in maps]
@@ -183,10 +183,10 @@ class DynamicEncoderBlock(nn.Module):
         """The same for the coarser neighbour."""
         ratio = pyramid.strides[i] / pyramid.strides[i + 1]
         both = torch.cat([offset * ratio, mask], dim=1)
-        if pyramid.filled(i):
+        if pyramid.is_unpadded(i):
             halved = _mean_of_blocks(both)
         else:  # 0 where a block has no true pixel
-            valid = pyramid.valid(i).to(both.dtype)
+            valid = pyramid.valid_mask(i).to(both.dtype)
             halved = _mean_of_blocks(both * valid) / _mean_of_blocks(valid).clamp(min=0.25)
         return halved[:, : 2 * TAPS], halved[:, 2 * TAPS :]
 

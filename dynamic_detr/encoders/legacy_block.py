@@ -6,7 +6,6 @@ for the finer neighbour unscaled, resizes with align_corners=True, and counts th
 statistics.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,12 +19,10 @@ class LegacyDynamicEncoderBlock(DynamicEncoderBlock):
     """Arguments as `DynamicEncoderBlock`; what it says of an image depends on the padding."""
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Operation by operation: padding counts as image, so each is as large as its features."""
+        """Operation by operation, on a pyramid that knows nothing of padding."""
         self._check(pyramid)
-        padded_size = [side * pyramid.strides[0] for side in pyramid.features[0].shape[-2:]]
-        sizes = [torch.full_like(pyramid.image_sizes[:, 0], side) for side in padded_size]
-        padded = Pyramid(pyramid.features, pyramid.strides, torch.stack(sizes, dim=1))
-        return pyramid.with_features(self.plain_forward(padded).features)
+        whole = Pyramid(pyramid.features, pyramid.strides)
+        return pyramid.with_features(self.plain_forward(whole).features)
 
     def _at_finer(
         self, offset: Tensor, mask: Tensor, pyramid: Pyramid, i: int

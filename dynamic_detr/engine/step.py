@@ -145,6 +145,9 @@ class TrainStep(SimpleTrainer):
             # `scaler.step` would wait for the device once more to learn about an overflow, which
             # shows in the norm anyway; the scaler itself adapts on the device.
             self.scaler.unscale_(self.optimizer)
+        for hook in self._hooks:
+            if hasattr(hook, "after_backward"):  # hooks of 0.5 have none
+                hook.after_backward()
         return self.clip(self._parameters)
 
     def _reduce(

@@ -1,1 +1,20 @@
 """Learnable blocks that more than one room uses."""
+
+from .attention import Attention, check_heads, padding_mask
+from .box_head import MLP, inverse_sigmoid
+from .class_head import ClassHead, class_scores
+from .feed_forward import FeedForward
+from .positions import sine_embedding, sine_positions
+
+__all__ = [
+    "MLP",
+    "Attention",
+    "ClassHead",
+    "FeedForward",
+    "check_heads",
+    "class_scores",
+    "inverse_sigmoid",
+    "padding_mask",
+    "sine_embedding",
+    "sine_positions",
+]

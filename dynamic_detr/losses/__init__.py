@@ -1,8 +1,8 @@
-"""The set loss: which prediction answers for which object, and what it costs to be wrong."""
+"""The set loss: matching of predictions and objects, and the losses of the matched pairs."""
 
 from .boxes import generalized_iou
-from .build import build_criterion
+from .costs import SetCosts
 from .criterion import SetCriterion, Target
 from .matcher import HungarianMatcher
 
-__all__ = ["HungarianMatcher", "SetCriterion", "Target", "build_criterion", "generalized_iou"]
+__all__ = ["HungarianMatcher", "SetCosts", "SetCriterion", "Target", "generalized_iou"]

@@ -1,23 +1,44 @@
-"""The set loss of DETR with deep supervision: every stage is matched and pays on its own.
+"""The set loss of DETR with deep supervision: every stage is matched and trained on its own.
 
-All stages and images are computed together. What does not depend on the matching is given to the
-device while the assignment is solved; the host waits for the device once, for the costs.
+Stages of equally many queries are computed together, with all images. What does not depend on the
+matching is given to the device while the assignment is solved; the host waits for the device once,
+for the costs.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
+from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from ..structures import Prediction, box_cxcywh_to_xyxy
+from ..structures import Prediction
 from ..transfers import to_device
-from .boxes import generalized_iou
-from .focal import focal_no, focal_yes
+from .costs import SetCosts
 from .matcher import HungarianMatcher
 
 __all__ = ["SetCriterion", "Target"]
 
 # labels (T,) int64 and boxes (T, 4) cx, cy, w, h, normalised, of the objects of one image
 Target = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Predictions of one Q, computed together.
+
+    Args:
+        suffixes: of the names of their losses.
+        logits: (S, B, Q, K) float32.
+        boxes: (S, B, Q, 4) float32.
+        labels: (T,), the class that is wanted of a match, for each object.
+    """
+
+    suffixes: list[str]
+    logits: Tensor
+    boxes: Tensor
+    labels: Tensor
 
 
 class SetCriterion(nn.Module):
@@ -28,124 +49,132 @@ class SetCriterion(nn.Module):
     of one process with the whole batch.
 
     Args:
+        costs: kinds and weights of the losses.
         matcher: pairs predictions and objects.
-        class_weight, l1_weight, giou_weight: weights of the losses.
-        class_head: "focal" or "softmax".
-        no_object_weight: weight of the "no object" class with softmax.
-        l1_format: "cxcywh" or "xyxy".
-        alpha, gamma: of the focal loss.
     """
 
-    def __init__(
-        self,
-        matcher: HungarianMatcher,
-        class_weight: float = 2.0,
-        l1_weight: float = 5.0,
-        giou_weight: float = 2.0,
-        class_head: str = "focal",
-        no_object_weight: float = 0.1,
-        l1_format: str = "cxcywh",
-        alpha: float = 0.25,
-        gamma: float = 2.0,
-    ) -> None:
+    def __init__(self, costs: SetCosts, matcher: HungarianMatcher) -> None:
         super().__init__()
+        self.costs = costs
         self.matcher = matcher
-        self.class_weight = class_weight
-        self.l1_weight = l1_weight
-        self.giou_weight = giou_weight
-        self.class_head = class_head
-        self.no_object_weight = no_object_weight
-        self.l1_format = l1_format
-        self.alpha = alpha
-        self.gamma = gamma
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "SetCriterion":
+        """From `MODEL.SET_DETECTOR`; costs and losses share their weights."""
+        costs = SetCosts.from_config(cfg)
+        return cls(costs, HungarianMatcher(costs))
 
     def forward(self, predictions: list[Prediction], targets: list[Target]) -> dict[str, Tensor]:
         """Weighted losses of every stage.
 
         Args:
-            predictions: one per stage.
+            predictions: one per stage. Proposals of a two-stage decoder are trained to tell
+                objects, as class 0, from everything else.
             targets: one per image.
 
         Returns:
             `loss_class`, `loss_l1`, `loss_giou` of the last stage; with the suffix `_0`, `_1`, …
-            those of the stages before it. A prediction that is not finite makes its losses not
-            finite; nothing is raised.
+            those of the stages before it, with `_proposals` those of proposals. A prediction that
+            is not finite makes its losses not finite; nothing is raised.
         """
-        logits = torch.stack([p.pred_logits for p in predictions]).float()  # (S, B, Q, K)
-        pred_boxes = torch.stack([p.pred_boxes for p in predictions]).float()  # (S, B, Q, 4)
         counts = [len(labels) for labels, _ in targets]
         labels = torch.cat([labels for labels, _ in targets])
         boxes = torch.cat([boxes for _, boxes in targets]).float()
-        search = self.matcher(logits, pred_boxes, labels, boxes, counts)
+        groups = list(_groups(predictions, labels))
+        searches = [self.matcher(g.logits, g.boxes, g.labels, boxes, counts) for g in groups]
+        totals = self._normalizers(groups, counts)
+        prepared = [self._prepare(group) for group in groups]
+        found: dict[str, Tensor] = {}
+        for group, search, total, parts in zip(groups, searches, totals[1:], prepared, strict=True):
+            rows, matched = search.wait()  # (S, M)
+            found |= self._losses(group, parts, rows, boxes[matched], matched, totals[0], total)
+        return {name: found[name] for name in _names(predictions)}
 
-        # none of this needs the matches
-        objects, class_total = self._normalizers(logits.shape[1:3], counts, logits.device)
-        entries = self._class_entries(logits)
-        class_no = self._cost_of_no(entries)
-        # predictions that no object was matched to count as nothing, unless they are not finite
-        logits_trace = 0 * logits.sum(dim=(1, 2, 3))
-        boxes_trace = 0 * pred_boxes.sum(dim=(1, 2, 3))
+    def _prepare(self, group: _Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What needs no matches: entries and negatives of the class loss, and two zeros (S,) that
+        are not finite where a prediction is not, as those that are not matched have no other
+        say in the losses of boxes."""
+        entries = self.costs.class_loss.entries(group.logits)
+        negatives = self.costs.class_loss.negatives(entries)
+        return (
+            entries,
+            negatives,
+            0 * group.logits.sum(dim=(1, 2, 3)),
+            0 * group.boxes.sum(dim=(1, 2, 3)),
+        )
 
-        rows, matched = search.wait()
-        labels, boxes = labels[matched], boxes[matched]  # (S, M), (S, M, 4)
-        pred_boxes = pred_boxes.flatten(0, 2)[rows]
-        corners, pred_corners = box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(pred_boxes)
-        if self.l1_format == "xyxy":
-            l1 = (pred_corners - corners).abs()
-        else:
-            l1 = (pred_boxes - boxes).abs()
-        sums = {
-            "class": (
-                self.class_weight / class_total,
-                self._class_sum(entries, class_no, rows, labels) + logits_trace,
-            ),
-            "l1": (self.l1_weight / objects, l1.sum(dim=(1, 2)) + boxes_trace),
-            "giou": (
-                self.giou_weight / objects,
-                (1 - generalized_iou(pred_corners, corners)).sum(dim=1),
-            ),
-        }
-        losses = {name: (weight * total).unbind() for name, (weight, total) in sums.items()}
-        last = len(predictions) - 1
-        return {
-            f"loss_{name}" + ("" if stage == last else f"_{stage}"): losses[name][stage]
-            for stage in range(len(predictions))
-            for name in losses
-        }
+    def _losses(
+        self,
+        group: _Group,
+        parts: tuple[Tensor, Tensor, Tensor, Tensor],
+        rows: Tensor,
+        boxes: Tensor,
+        matched: Tensor,
+        objects: float | Tensor,
+        class_total: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """The losses of a group, by name.
 
-    def _normalizers(
-        self, shape: tuple[int, int], counts: list[int], device: torch.device
-    ) -> list[float] | list[Tensor]:
-        """What box losses and class loss are divided by.
-
-        Both are known before the matching: every image pairs min(Q, T_b) queries.
+        Args:
+            group, parts: and what `_prepare` made of it.
+            rows, matched: (S, M), see `PendingAssignment.wait`.
+            boxes: (S, M, 4) of the matched objects.
+            objects, class_total: by which box losses and class losses are divided.
         """
-        batch, queries = shape
-        objects = class_total = float(sum(counts))
-        if self.class_head == "softmax":
-            paired = sum(min(count, queries) for count in counts)
-            class_total = paired + self.no_object_weight * (batch * queries - paired)
-        return _mean_over_processes([objects, class_total], device)
+        entries, negatives, logits_zero, boxes_zero = parts
+        classes = self.costs.class_loss.total(entries, negatives, rows, group.labels[matched])
+        l1, giou_loss = self.costs.box_losses(group.boxes.flatten(0, 2)[rows], boxes)
+        weighted = {
+            "class": self.costs.class_weight / class_total * (classes + logits_zero),
+            "l1": self.costs.l1_weight / objects * (l1.sum(dim=1) + boxes_zero),
+            "giou": self.costs.giou_weight / objects * giou_loss.sum(dim=1),
+        }
+        return {
+            f"loss_{name}{suffix}": loss
+            for name, losses in weighted.items()
+            for suffix, loss in zip(group.suffixes, losses.unbind(), strict=True)
+        }
 
-    def _class_entries(self, logits: Tensor) -> Tensor:
-        """What the class loss looks at: sigmoid logits, or the logarithms of probabilities."""
-        return logits.log_softmax(dim=-1) if self.class_head == "softmax" else logits
+    def _normalizers(self, groups: list[_Group], counts: list[int]) -> list[float] | list[Tensor]:
+        """The numbers that box losses, and the class losses of each group, are divided by.
 
-    def _cost_of_no(self, entries: Tensor) -> Tensor:
-        """(S, B, Q, K) or, with softmax, (S, B, Q): the class loss if no query had an object."""
-        if self.class_head == "softmax":
-            return -self.no_object_weight * entries[..., -1]
-        return focal_no(entries, self.alpha, self.gamma)
+        They are known before the matching: every image pairs min(Q, T_b) queries.
+        """
+        objects = sum(counts)
+        totals = [float(objects)]
+        for group in groups:
+            _, batch, queries, _ = group.logits.shape
+            matched = sum(min(count, queries) for count in counts)
+            totals.append(self.costs.class_loss.normalizer(objects, matched, batch * queries))
+        return _mean_over_processes(totals, groups[0].logits.device)
 
-    def _class_sum(self, entries: Tensor, no: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """(S,): the class loss, with the matched entries paying for yes instead of no."""
-        yes = entries.flatten(0, 2)[rows, labels]  # (S, M)
-        if self.class_head == "softmax":
-            place, yes = rows, -yes
-        else:
-            place = rows * entries.shape[-1] + labels
-            yes = focal_yes(yes, self.alpha, self.gamma)
-        return no.flatten().index_put((place,), yes).view_as(no).flatten(1).sum(dim=1)
+
+def _suffixes(predictions: list[Prediction]) -> list[str]:
+    """One for each prediction: none for the last, "_proposals", or the number of the stage."""
+    stages = sum(not p.is_proposal for p in predictions)
+    numbers = iter([f"_{stage}" for stage in range(stages - 1)] + [""])
+    return ["_proposals" if p.is_proposal else next(numbers) for p in predictions]
+
+
+def _names(predictions: list[Prediction]) -> list[str]:
+    suffixes = _suffixes(predictions)
+    return [f"loss_{name}{suffix}" for suffix in suffixes for name in ("class", "l1", "giou")]
+
+
+def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
+    """Predictions that are computed together: stages of one Q; proposals apart."""
+    together: dict[tuple[bool, int], list[tuple[str, Prediction]]] = {}
+    for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
+        key = prediction.is_proposal, prediction.pred_logits.shape[1]
+        together.setdefault(key, []).append((suffix, prediction))
+    for (is_proposal, _), members in together.items():
+        suffixes, group = zip(*members, strict=True)
+        yield _Group(
+            list(suffixes),
+            torch.stack([p.pred_logits for p in group]).float(),
+            torch.stack([p.pred_boxes for p in group]).float(),
+            torch.zeros_like(labels) if is_proposal else labels,
+        )
 
 
 def _mean_over_processes(totals: list[float], device: torch.device) -> list[float] | list[Tensor]:

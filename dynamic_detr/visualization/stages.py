@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from detectron2.structures import Boxes, Instances
 
+from ..layers import class_scores
 from ..structures import Prediction, box_cxcywh_to_xyxy
 from .draw import color, draw_boxes, labels, rescaled, resized
 from .sheet import contact_sheet
@@ -46,7 +47,7 @@ def follow_queries(
         if prediction.is_proposal:  # proposals are of other queries
             continue
         logits = prediction.pred_logits[0].float()  # (Q, K)
-        scores = logits.sigmoid() if class_head == "focal" else logits.softmax(-1)[:, :-1]
+        scores = class_scores(logits, class_head)
         best, classes = scores.max(dim=-1)  # (Q,)
         boxes = prediction.pred_boxes[0].float().cpu()
         stages.append((best.cpu(), classes.cpu(), boxes))

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from detectron2.config import get_cfg
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dynamic_detr import Pyramid
-from dynamic_detr.losses.matcher import HungarianMatcher
+from dynamic_detr import Pyramid, add_dynamic_detr_config
+from dynamic_detr.losses import HungarianMatcher, SetCosts
 from dynamic_detr.ops import (
     FusionWeights,
     deform_conv2d,
@@ -203,7 +204,6 @@ def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case
 
 def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     maps = tuple(_map(size[0] // s, size[1] // s, dtype, device) for s in STRIDES)
-    shapes = [m.shape[-2:] for m in maps]
     sizes = torch.tensor([size], device=device)
     limit = torch.tensor([size[1], size[0]] * 2, device=device)
     corners = torch.rand(1, QUERIES, 2, 2, device=device).sort(dim=2).values
@@ -212,7 +212,8 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     pooled = torch.float32 if dtype == torch.bfloat16 else dtype  # the pooler has no bfloat16
 
     def ours(*maps: Tensor) -> Tensor:
-        table = Pyramid(maps, STRIDES, sizes).table()
+        pyramid = Pyramid(maps, STRIDES, sizes)
+        table, shapes = pyramid.table(), pyramid.shapes
         return pyramid_roi_align(table, shapes, STRIDES, sizes, boxes, *POOLING)
 
     def usual(*maps: Tensor) -> Tensor:
@@ -270,8 +271,10 @@ def _matching(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     labels = torch.randint(0, CLASSES, (IMAGES * OBJECTS,), device=device)
     objects = torch.rand(IMAGES * OBJECTS, 4, device=device)
     counts = [OBJECTS] * IMAGES
-    matcher = HungarianMatcher()
-    costs = matcher.costs(logits, boxes, labels, objects, counts).cpu()
+    cfg = get_cfg()
+    add_dynamic_detr_config(cfg)
+    matcher = HungarianMatcher(SetCosts.from_config(cfg))
+    costs = matcher.pair_costs(logits, boxes, labels, objects, counts).cpu()
 
     def ours(logits: Tensor, boxes: Tensor) -> Tensor:
         return matcher(logits, boxes, labels, objects, counts).wait()[0]

@@ -114,7 +114,7 @@ def usual_matching(
         parts = zip(labels.split(counts), objects.split(counts), strict=True)
         for image, (label, box) in enumerate(parts):
             prediction = (values[stage, image][None, None] for values in (logits, boxes))
-            cost = matcher.costs(*prediction, label, box, [len(label)])[:, 0]
+            cost = matcher.pair_costs(*prediction, label, box, [len(label)])[:, 0]
             query, _ = linear_sum_assignment(cost.T.cpu())
             queries.append(torch.as_tensor(query, device=logits.device))
     return torch.cat(queries)
