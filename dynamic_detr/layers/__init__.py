@@ -4,9 +4,7 @@ from .attention import Attention, check_heads, padding_mask
 from .box_head import MLP, inverse_sigmoid
 from .class_head import ClassHead, class_scores
 from .deformable_attention import DeformableAttention
-from .dyrelu import DyReLU, hard_sigmoid, linear
 from .feed_forward import FeedForward
-from .group_norm import group_norm_affine
 from .positions import sine_embedding, sine_positions
 
 __all__ = [
@@ -14,14 +12,10 @@ __all__ = [
     "Attention",
     "ClassHead",
     "DeformableAttention",
-    "DyReLU",
     "FeedForward",
     "check_heads",
     "class_scores",
-    "group_norm_affine",
-    "hard_sigmoid",
     "inverse_sigmoid",
-    "linear",
     "padding_mask",
     "sine_embedding",
     "sine_positions",

@@ -23,8 +23,8 @@ def dyhead_block(levels: list[Tensor], weights: dict[str, Tensor], groups: int) 
 
     result = []
     for index, level in enumerate(levels):
-        steering = F.conv2d(level, weights["offset.weight"], weights["offset.bias"], padding=1)
-        offset, mask = steering[:, :18].contiguous(), steering[:, 18:].sigmoid().contiguous()
+        predicted = F.conv2d(level, weights["offset.weight"], weights["offset.bias"], padding=1)
+        offset, mask = predicted[:, :18].contiguous(), predicted[:, 18:].sigmoid().contiguous()
         maps = [branch("same", level, offset, mask, 1)]
         if index > 0:
             maps.append(branch("finer", levels[index - 1], offset, mask, 2))

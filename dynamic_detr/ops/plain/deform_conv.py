@@ -15,7 +15,7 @@ from .gather import add_table_gradient, weight_gradient, weighted_gather
 
 __all__ = ["backward", "forward"]
 
-BLOCK = 16384  # positions that are steered together
+BLOCK = 16384  # output positions whose samples are prepared together
 PACK = 32  # input channels that groups are packed to
 
 

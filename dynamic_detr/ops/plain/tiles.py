@@ -1,8 +1,8 @@
-"""The maps of a level for plain PyTorch, band by band: the true pixels of some rows of an image,
+"""The maps of a level, tile by tile: the true pixels of some rows of an image,
 few enough to stay in a CPU's cache, or of some whole images where these are small, and the pixels
 of the coarser neighbour between which they lie.
 
-A part is what a band holds of a map: (images, rows, columns, C), in float32 (float64 for float64
+A part is what a tile holds of a map: (images, rows, columns, C), in float32 (float64 for float64
 maps).
 """
 
@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Band", "add_upsampled_gradient", "bands", "half", "result", "upsampled"]
+__all__ = ["Tile", "add_upsampled_gradient", "tiles", "half", "result", "upsampled"]
 
-NUMBERS = 2**19  # in a part: two megabytes of float32
+ELEMENTS = 2**19  # in a part: two megabytes of float32
 
 
-class Band(NamedTuple):
+class Tile(NamedTuple):
     """Some rows of one image, or of neighbours of the same true size."""
 
     images: slice
@@ -51,11 +51,11 @@ class Band(NamedTuple):
         return features.permute(0, 2, 3, 1)[self.images, self.rows, self.columns]
 
 
-def bands(features: Tensor, sizes: Tensor) -> Iterator[Band]:
+def tiles(features: Tensor, sizes: Tensor) -> Iterator[Tile]:
     """All true pixels of (B, C, H, W) features, whose true sizes are (B, 2).
 
     Only on the CPU are they cut to small ones, and sizes looked at: elsewhere that would be a
-    stall, and a band is a whole map, with a mask.
+    stall, and a tile is a whole map, with a mask.
     """
     batch, channels, height, width = features.shape
     if features.device.type != "cpu":
@@ -63,25 +63,25 @@ def bands(features: Tensor, sizes: Tensor) -> Iterator[Band]:
             row, column = (torch.arange(n, device=features.device) for n in (height, width))
             valid = ((row < size[0])[:, None] & (column < size[1]))[..., None]
             pixels = slice(image, image + 1), slice(0, height), slice(0, width)
-            yield Band(*pixels, tuple(size), valid)
+            yield Tile(*pixels, tuple(size), valid)
         return
     known = [tuple(size) for size in sizes.tolist()]
     first = 0
     while first < batch:
         true_height, true_width = size = known[first]
-        length = max(2, NUMBERS // max(1, true_width * channels) // 2 * 2)
+        length = max(2, ELEMENTS // max(1, true_width * channels) // 2 * 2)
         last = first + 1
         together = max(1, length // max(1, true_height))
         while last < min(first + together, batch) and known[last] == size:
             last += 1
         for top in range(0, true_height, length):
             rows = slice(top, min(top + length, true_height))
-            yield Band(slice(first, last), rows, slice(0, true_width), size, None)
+            yield Tile(slice(first, last), rows, slice(0, true_width), size, None)
         first = last
 
 
 def result(features: Tensor, sizes: Tensor) -> Tensor:
-    """Memory for all bands of a map like (B, C, H, W) features, with zeros where there are none."""
+    """Memory for all tiles of a map like (B, C, H, W) features, with zeros where there are none."""
     out = torch.empty_like(features, memory_format=torch.channels_last)
     if features.device.type == "cpu":
         for image, (height, width) in zip(out, sizes.tolist(), strict=True):
@@ -95,31 +95,31 @@ def half(sizes: Tensor) -> Tensor:
     return (sizes + 1) // 2
 
 
-def upsampled(band: Band, coarser: Tensor) -> Tensor:
-    """The part of the upsampled coarser map in a band of the level.
+def upsampled(tile: Tile, coarser: Tensor) -> Tensor:
+    """The part of the upsampled coarser map in a tile of the level.
 
     Each of its pixels becomes two in each direction, ¼ of the way to its neighbours; its last true
     row and column are continued.
     """
-    rows, columns = _framed(band, coarser)
-    pixels = coarser.permute(0, 2, 3, 1)[band.images].index_select(1, rows).index_select(2, columns)
+    rows, columns = _framed(tile, coarser)
+    pixels = coarser.permute(0, 2, 3, 1)[tile.images].index_select(1, rows).index_select(2, columns)
     pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
     doubled = _double(_double(pixels, dim=1), dim=2)
-    return doubled[:, : band.rows.stop - band.rows.start, : band.columns.stop]
+    return doubled[:, : tile.rows.stop - tile.rows.start, : tile.columns.stop]
 
 
-def add_upsampled_gradient(band: Band, grad: Tensor, coarser_grad: Tensor) -> None:
+def add_upsampled_gradient(tile: Tile, grad: Tensor, coarser_grad: Tensor) -> None:
     """The adjoint of `upsampled`: adds the gradient of its result to (B, C, H', W'), that of the
     coarser map."""
-    rows, columns = _framed(band, coarser_grad)
+    rows, columns = _framed(tile, coarser_grad)
     framed = _halve(_halve(grad, dim=2), dim=1)
-    images = coarser_grad.permute(0, 2, 3, 1)[band.images]
+    images = coarser_grad.permute(0, 2, 3, 1)[tile.images]
     framed = framed.new_zeros((*framed.shape[:2], *images.shape[2:])).index_add_(2, columns, framed)
     images.index_add_(1, rows, framed)
 
 
-def _framed(band: Band, coarser: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the coarser map that a band lies between, with one more at each side."""
+def _framed(tile: Tile, coarser: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the coarser map that a tile lies between, with one more at each side."""
 
     def indices(pixels: slice, length: int | Tensor) -> Tensor:
         index = torch.arange(
@@ -127,7 +127,7 @@ def _framed(band: Band, coarser: Tensor) -> tuple[Tensor, Tensor]:
         )
         return index.clamp(min=0).clamp(max=(length + 1) // 2 - 1)
 
-    return indices(band.rows, band.size[0]), indices(band.columns, band.size[1])
+    return indices(tile.rows, tile.size[0]), indices(tile.columns, tile.size[1])
 
 
 def _double(pixels: Tensor, dim: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""`masked_moments` in Triton: a running mean and variance per pixel of a tile (Welford), combined
-within and then between slabs of pixels (Chan), always in the same order.
+"""The moments of a level's maps in Triton: a running mean and variance per pixel of a tile
+(Welford), combined within and then between slabs of pixels (Chan), always in the same order.
 """
 
 import torch
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of_first
-from .level_maps import block_sizes, channels_last, true_size
+from ..launch import on_device_of_first
+from .common import block_sizes, channels_last, true_size
 
 __all__ = ["moments"]
 
@@ -17,7 +17,7 @@ SLAB = 16  # tiles of a program
 
 @on_device_of_first
 def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor) -> Tensor:
-    """(3, 3, B, C): see the operator."""
+    """(3, 3, B, C); the arguments are those of `plain.fuse_levels.moments`."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))
     batch, channels, height, width = same.shape
     out = same.new_empty((3, 3, batch, channels), dtype=torch.float32)

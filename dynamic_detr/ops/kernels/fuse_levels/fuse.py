@@ -1,4 +1,5 @@
-"""`blend_dyrelu` in Triton: a sum of maps and a maximum of two lines, tile by tile.
+"""The fusion of a level's maps in Triton: their weighted sum and the maximum of two linear
+functions of it, tile by tile; and the gradients of the coefficients.
 
 The backward pass sums the gradients of the coefficients up per slab of pixels; a second, small
 kernel adds the slabs in their order, so that the result is the same in every run.
@@ -9,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of_first
-from .level_maps import (
+from ..launch import on_device_of_first
+from .common import (
     block_sizes,
     channels_last,
     first_share,
@@ -19,7 +20,7 @@ from .level_maps import (
     upsampling,
 )
 
-__all__ = ["blend", "coefficient_gradients"]
+__all__ = ["coefficient_gradients", "fuse"]
 
 TILES = 4  # of a program of the forward kernel
 SLAB = 16  # tiles of a program of the gradient kernel
@@ -27,17 +28,17 @@ COEFFICIENTS = tl.constexpr(7)
 
 
 @on_device_of_first
-def blend(
+def fuse(
     same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor, coefficients: Tensor
 ) -> Tensor:
-    """(B, C, H, W); the arguments are those of the operator."""
+    """(B, C, H, W); the arguments are those of `plain.fuse_levels.fuse`."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))
     out = torch.empty_like(same, memory_format=torch.channels_last)
     batch, channels, height, width = same.shape
     blocks = block_sizes(channels, 1024)
     programs = triton.cdiv(height * width, blocks["BLOCK_P"] * TILES)
     if out.numel():
-        _blend_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_C"]), batch)](
+        _fuse_kernel[(programs, triton.cdiv(channels, blocks["BLOCK_C"]), batch)](
             same, finer, coarser, sizes.contiguous(), coefficients.contiguous(), out,
             batch, channels, height, width,
             HAS_FINER=finer is not None, HAS_COARSER=coarser is not None, TILES=TILES, **blocks,
@@ -78,7 +79,7 @@ def coefficient_gradients(
 
 
 @triton.jit(do_not_specialize=["batch", "height", "width"])
-def _blend_kernel(
+def _fuse_kernel(
     same, finer, coarser, sizes, coefficients, out, batch, channels, height, width,
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, TILES: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..check import check_tensor
+
 __all__ = ["add_table_gradient", "weight_gradient", "weighted_gather"]
 
 
@@ -30,13 +32,9 @@ def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: a shape does not fit.
     """
-    if table.dim() != 2:
-        raise ValueError(f"weighted_gather: table has shape {tuple(table.shape)}; wants (N, C).")
-    if index.dim() != 2 or index.shape != weight.shape:
-        raise ValueError(
-            f"weighted_gather: index {tuple(index.shape)} and weight {tuple(weight.shape)} "
-            "must both be (M, J)."
-        )
+    check_tensor("weighted_gather: table", table, ("N", "C"))
+    check_tensor("weighted_gather: index", index, ("M", "J"), table.device, integer=True)
+    check_tensor("weighted_gather: weight", weight, tuple(index.shape), table.device)
     if index.shape[0] == 0:
         return table.new_zeros((0, table.shape[1])) + 0 * table[:0].sum()
     dtype = torch.promote_types(table.dtype, torch.float32)

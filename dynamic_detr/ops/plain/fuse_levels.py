@@ -1,16 +1,23 @@
-"""`masked_moments`, `blend_dyrelu` and their gradients in plain PyTorch: statistics image by image,
-everything else band by band."""
+"""The parts of `fuse_levels` that touch the maps of a level, in plain PyTorch: statistics image by
+image, everything else tile by tile.
+
+Arguments of all: the maps `same` (B, C, H, W), `finer` of that shape and `coarser` of half the
+size, or None; `sizes` (B, 2), true heights and widths of the level; `coefficients` (7, B, C), the
+gains of the three maps, then a1, b1, a2 and b2.
+"""
 
 import torch
 from torch import Tensor
 
-from .level_bands import Band, add_upsampled_gradient, bands, half, result, upsampled
+from .tiles import Tile, add_upsampled_gradient, half, result, tiles, upsampled
 
-__all__ = ["blend", "coefficient_gradients", "map_gradients", "moments"]
+__all__ = ["coefficient_gradients", "fuse", "map_gradients", "moments"]
 
 
 def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor) -> Tensor:
-    """(3, 3, B, C): see `masked_moments`."""
+    """(3, 3, B, C). First index: mean and (biased) variance over the true pixels of the map itself,
+    mean over the true pixels of the level after upsampling. Second: same, finer, coarser; zero
+    where there is no map."""
     sizes = _within(sizes, same)
     out = same.new_zeros((3, 3, *same.shape[:2]), dtype=_wide(same))
     for index, features in enumerate((same, finer)):
@@ -32,34 +39,34 @@ def _mean_and_variance(features: Tensor, sizes: Tensor) -> Tensor:
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             out[0, image], out[1, image] = torch.batch_norm_update_stats(pixels, None, None, 0)
         return out
-    for image, band in enumerate(bands(features, sizes)):
-        pixels, count = band.read(features), sizes[image].prod()
+    for image, tile in enumerate(tiles(features, sizes)):
+        pixels, count = tile.read(features), sizes[image].prod()
         mean = out[0, image] = pixels.sum(dim=(0, 1, 2)) / count
-        out[1, image] = band.masked(pixels - mean).square_().sum(dim=(0, 1, 2)) / count
+        out[1, image] = tile.masked(pixels - mean).square_().sum(dim=(0, 1, 2)) / count
     return out
 
 
 def _mean_upsampled(coarser: Tensor, sizes: Tensor) -> Tensor:
     """(B, C), over the level's true pixels, of true sizes (B, 2)."""
     out = coarser.new_zeros(coarser.shape[:2], dtype=_wide(coarser))
-    for band in bands(coarser, half(sizes)):
-        out[band.images] += _total(band.read(coarser) * _covered(band, sizes))
+    for tile in tiles(coarser, half(sizes)):
+        out[tile.images] += _total(tile.read(coarser) * _covered(tile, sizes))
     return out / _count(sizes)
 
 
-def blend(
+def fuse(
     same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor, coefficients: Tensor
 ) -> Tensor:
-    """(B, C, H, W): see `blend_dyrelu`."""
+    """max(a1·x + b1, a2·x + b2) of x = Σ gain·map: (B, C, H, W), zero beyond the true sizes."""
     sizes = _within(sizes, same)
     out = result(same, sizes)
-    for band in bands(same, sizes):
-        own = _of_pixels(coefficients[:, band.images])
-        x = _sum(_parts(band, same, finer, coarser), own)
+    for tile in tiles(same, sizes):
+        own = _of_pixels(coefficients[:, tile.images])
+        x = _sum(_parts(tile, same, finer, coarser), own)
         a1, b1, a2, b2 = own[3:]
-        level = band.target(out, x)
+        level = tile.target(out, x)
         torch.maximum(torch.addcmul(b1, x, a1), torch.addcmul(b2, x, a2), out=level)
-        band.write(out, level)
+        tile.write(out, level)
     return out
 
 
@@ -71,25 +78,25 @@ def coefficient_gradients(
     sizes: Tensor,
     coefficients: Tensor,
 ) -> Tensor:
-    """(7, B, C): the gradients of the coefficients of `blend_dyrelu`."""
+    """(7, B, C): the gradients of the coefficients of `fuse`."""
     sizes = _within(sizes, same)
     grads = torch.zeros_like(coefficients)
-    for band in bands(same, sizes):
-        own, sums = _of_pixels(coefficients[:, band.images]), grads[:, band.images]
-        parts = _parts(band, same, finer, coarser)
+    for tile in tiles(same, sizes):
+        own, sums = _of_pixels(coefficients[:, tile.images]), grads[:, tile.images]
+        parts = _parts(tile, same, finer, coarser)
         x = _sum(parts, own)
-        grad = band.read(grad_out)
+        grad = tile.read(grad_out)
         tilt = _tilted(grad, x, own)
         grad_sum = _sum_gradient(grad, tilt, own)
         for gain_grad, part in zip(sums[:3], parts, strict=True):
             if part is not None:
                 gain_grad += _total(grad_sum * part)
-        # the first line receives (grad + tilt) / 2, the second (grad - tilt) / 2
+        # the first linear function receives (grad + tilt) / 2, the second (grad - tilt) / 2
         intercepts, tilted = _total(grad), _total(tilt)
         slopes, tilted_slopes = _total(grad * x), _total(tilt.mul_(x))
-        for line, sign in ((sums[3:5], 0.5), (sums[5:], -0.5)):
-            line[0] += (slopes / 2).add_(tilted_slopes, alpha=sign)
-            line[1] += (intercepts / 2).add_(tilted, alpha=sign)
+        for function, sign in ((sums[3:5], 0.5), (sums[5:], -0.5)):
+            function[0] += (slopes / 2).add_(tilted_slopes, alpha=sign)
+            function[1] += (intercepts / 2).add_(tilted, alpha=sign)
     return grads
 
 
@@ -103,11 +110,11 @@ def map_gradients(
     grad_out: Tensor,
     coefficients: Tensor,
 ) -> list[Tensor]:
-    """The gradients of the maps through their moments and through `blend_dyrelu`; empty where
-    there is no map.
+    """The gradients of the maps through their moments and through `fuse`; empty where there
+    is no map.
 
     A pixel y of a map receives slope · y + shift through mean and variance, and gain · that of the
-    sum through the blend.
+    sum through `fuse`.
     """
     sizes = _within(sizes, same)
     count, half_count = _count(sizes), _count(half(sizes))
@@ -119,34 +126,34 @@ def map_gradients(
     own_sizes = (sizes, sizes, half(sizes))
     maps = list(zip((same, finer, coarser), own_sizes, strict=True))
     grads = [same.new_empty(0) if m is None else result(m, s) for m, s in maps]
-    through_blend = None
+    through_fusion = None
     if coarser is not None:
-        through_blend = torch.zeros_like(coarser, dtype=moments.dtype)
+        through_fusion = torch.zeros_like(coarser, dtype=moments.dtype)
 
-    for band in bands(same, sizes):
-        images, own = band.images, _of_pixels(coefficients[:, band.images])
-        parts = _parts(band, same, finer, coarser)
-        grad = band.read(grad_out)
+    for tile in tiles(same, sizes):
+        images, own = tile.images, _of_pixels(coefficients[:, tile.images])
+        parts = _parts(tile, same, finer, coarser)
+        grad = tile.read(grad_out)
         grad_sum = _sum_gradient(grad, _tilted(grad, _sum(parts, own), own), own)
         for index, part in enumerate(parts[:2]):
             if part is not None:
-                grad = band.target(grads[index], part)
+                grad = tile.target(grads[index], part)
                 torch.addcmul(
                     _of_pixels(shift[index, images]),
                     part,
                     _of_pixels(slope[index, images]),
                     out=grad,
                 )
-                band.write(grads[index], grad.addcmul_(grad_sum, own[index]))
+                tile.write(grads[index], grad.addcmul_(grad_sum, own[index]))
         if coarser is not None:
-            add_upsampled_gradient(band, grad_sum.mul_(own[2]), through_blend)
+            add_upsampled_gradient(tile, grad_sum.mul_(own[2]), through_fusion)
 
     if coarser is not None:
-        for band in bands(coarser, half(sizes)):
-            own = _of_pixels(torch.stack([shift[2], slope[2], pooled[2]])[:, band.images])
-            grad = torch.addcmul(own[0], band.read(coarser), own[1])
-            grad.addcmul_(_covered(band, sizes).to(grad.dtype), own[2])
-            band.write(grads[2], grad.add_(band.read(through_blend)))
+        for tile in tiles(coarser, half(sizes)):
+            own = _of_pixels(torch.stack([shift[2], slope[2], pooled[2]])[:, tile.images])
+            grad = torch.addcmul(own[0], tile.read(coarser), own[1])
+            grad.addcmul_(_covered(tile, sizes).to(grad.dtype), own[2])
+            tile.write(grads[2], grad.add_(tile.read(through_fusion)))
     return grads
 
 
@@ -165,16 +172,16 @@ def _count(sizes: Tensor) -> Tensor:
     return sizes[:, :1] * sizes[:, 1:]
 
 
-def _covered(band: Band, sizes: Tensor) -> Tensor:
-    """How many true pixels of the level, of true sizes (B, 2), each pixel of a band of the coarser
+def _covered(tile: Tile, sizes: Tensor) -> Tensor:
+    """How many true pixels of the level, of true sizes (B, 2), each pixel of a tile of the coarser
     map covers: (images, rows, columns, 1). Images of one size there may differ by a pixel here.
 
     It is also the sum of the weights with which the level reads it: ¼ + ¾ + ¾ + ¼ in each
     direction, where at an edge what a pixel loses on one side it gains by being continued.
     """
-    height, width = sizes[band.images, None].unbind(dim=-1)  # (images, 1)
-    row = torch.arange(band.rows.start, band.rows.stop, device=sizes.device)
-    column = torch.arange(band.columns.stop, device=sizes.device)
+    height, width = sizes[tile.images, None].unbind(dim=-1)  # (images, 1)
+    row = torch.arange(tile.rows.start, tile.rows.stop, device=sizes.device)
+    column = torch.arange(tile.columns.stop, device=sizes.device)
     tall, wide = (height - 2 * row).clamp(0, 2), (width - 2 * column).clamp(0, 2)
     return (tall[:, :, None] * wide[:, None])[..., None]
 
@@ -189,17 +196,17 @@ def _total(part: Tensor) -> Tensor:
     return part.sum(dim=(1, 2))
 
 
-def _parts(band: Band, same, finer, coarser) -> list[Tensor | None]:
-    """What the three maps are in a band of the level."""
+def _parts(tile: Tile, same, finer, coarser) -> list[Tensor | None]:
+    """What the three maps are in a tile of the level."""
     return [
-        band.read(same),
-        None if finer is None else band.read(finer),
-        None if coarser is None else upsampled(band, coarser),
+        tile.read(same),
+        None if finer is None else tile.read(finer),
+        None if coarser is None else upsampled(tile, coarser),
     ]
 
 
 def _sum(parts: list[Tensor | None], own: Tensor) -> Tensor:
-    """x, the sum of the maps in a band by their gains, the first of an image's coefficients."""
+    """x, the sum of the maps in a tile by their gains, the first of an image's coefficients."""
     total = parts[0] * own[0]
     for part, gain in zip(parts[1:], own[1:3], strict=True):
         if part is not None:
@@ -208,13 +215,13 @@ def _sum(parts: list[Tensor | None], own: Tensor) -> Tensor:
 
 
 def _tilted(grad: Tensor, x: Tensor, own: Tensor) -> Tensor:
-    """The gradient of the result, its sign changed where the second line is the larger; 0 where
-    they meet: half goes to each there, as `torch.maximum` has it."""
+    """The gradient of the result, its sign changed where the second function is the larger;
+    0 where they are equal: half goes to each there, as `torch.maximum` has it."""
     a1, b1, a2, b2 = own[3:]
     return torch.addcmul(b1 - b2, x, a1 - a2).sign_().mul_(grad)
 
 
 def _sum_gradient(grad: Tensor, tilt: Tensor, own: Tensor) -> Tensor:
-    """The gradient of x: what the lines receive, each times its slope."""
+    """The gradient of x: what the two functions receive, each times its slope."""
     a1, _, a2, _ = own[3:] / 2
     return (grad * (a1 + a2)).addcmul_(tilt, a1 - a2)

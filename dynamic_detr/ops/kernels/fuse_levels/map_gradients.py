@@ -1,5 +1,4 @@
-"""The gradients of the maps of a level in Triton, through `masked_moments` and `blend_dyrelu` at
-once.
+"""The gradients of the maps of a level in Triton, through their moments and their fusion at once.
 
 A program owns a block of the coarser map and the pixels of the level above it, and computes the
 gradient of the sum for one row and column around them as well, which the upsampled block reaches.
@@ -11,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of_first
-from .level_maps import (
+from ..launch import on_device_of_first
+from .common import (
     block_sizes,
     channels_last,
     first_share,

@@ -1,4 +1,4 @@
-"""What the kernels of `masked_moments` and `blend_dyrelu` share: true sizes, coefficients, and
+"""What the kernels of `fuse_levels` share: true sizes, coefficients, and
 between which pixels of the coarser neighbour those of a level lie.
 
 All maps are channels-last and contiguous; a tile is (pixels, channels), with channels fastest.
@@ -22,7 +22,7 @@ __all__ = [
 def block_sizes(channels: int, numbers: int) -> dict[str, int]:
     """Channels and pixels of a tile of so many numbers.
 
-    64 channels in half precision are a line of 128 bytes; more would only cost registers, where
+    64 channels in half precision are 128 bytes, a cache line; more would only cost registers, where
     every kernel holds several vectors of coefficients.
     """
     block_c = min(64, max(16, triton.next_power_of_2(channels)))
@@ -75,6 +75,7 @@ def load_coefficients(coefficients, image, batch, channels, c, known):
 
 @triton.jit
 def first_share(x, a1, b1, a2, b2):
-    """How much of the gradient the first line gets: all, none, or half where the lines meet."""
+    """How much of the gradient the first linear function gets: all, none, or half where the two
+    are equal."""
     first, second = a1 * x + b1, a2 * x + b2
     return tl.where(first > second, 1.0, tl.where(first == second, 0.5, 0.0))
