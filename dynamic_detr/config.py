@@ -260,6 +260,21 @@ _DYNAMIC_ENCODER_KEYS = (
         "arithmetic of the published DyHead code, for its checkpoints; results then depend on the "
         "padding.",
     ),
+    Key(
+        _ENCODER + "SCALE_ATTENTION",
+        True,
+        FLAG,
+        "Weigh neighbouring levels by equation 5; else their plain mean is taken. This and the "
+        "next two are the ablations of DyHead's Table 1, which does not say what takes the place "
+        "of an attention that is left out.",
+    ),
+    Key(
+        _ENCODER + "SPATIAL_ATTENTION",
+        True,
+        FLAG,
+        "Sample at predicted offsets; else the 3x3 convolutions are plain ones.",
+    ),
+    Key(_ENCODER + "CHANNEL_ATTENTION", True, FLAG, "Activate by a DyReLU; else by a ReLU."),
 )
 
 _DECODER = "MODEL.DYNAMIC_DECODER."

@@ -70,7 +70,7 @@ class EncodedFPN(Backbone):
 
 def _with_dynamic_encoder(cfg: CfgNode, fpn: FPN) -> EncodedFPN:
     shapes = fpn.output_shape()
-    encoder = DynamicEncoder(cfg, channels=cfg.MODEL.FPN.OUT_CHANNELS)
+    encoder = DynamicEncoder(cfg, channels=cfg.MODEL.FPN.OUT_CHANNELS, num_levels=len(shapes))
     # the published weights were trained, and depend on, images padded to the coarsest stride
     legacy = cfg.MODEL.DYNAMIC_ENCODER.OFFSETS == "legacy"
     coarsest = max(shape.stride for shape in shapes.values())
