@@ -88,3 +88,53 @@ def sparse_rcnn_stage(
         **layer(f"{stage}class_logits", classes, c),
         **layer(f"{stage}bboxes_delta", 4, c),
     }
+
+
+def dyhead_block(block: str, c: int = 256) -> Shapes:
+    shapes: Shapes = {}
+    for index in range(3):
+        shapes |= layer(f"{block}DyConv.{index}.conv", c, c, 3, 3)
+        shapes |= layer(f"{block}DyConv.{index}.bn", c)
+    return {
+        **shapes,
+        **layer(f"{block}AttnConv.1", 1, c, 1, 1),
+        **layer(f"{block}relu.fc.0", c // 4, c),
+        **layer(f"{block}relu.fc.2", 4 * c, c // 4),
+        **layer(f"{block}offset", 27, c, 3, 3),
+    }
+
+
+def dyhead_faster_rcnn() -> Shapes:
+    rpn, heads = "proposal_generator.rpn_head.", "roi_heads."
+    shapes = {
+        **detectron2_resnet("backbone.backbone.bottom_up."),
+        **detectron2_fpn("backbone.backbone."),
+        **layer(f"{rpn}conv", 256, 256, 3, 3),
+        **layer(f"{rpn}objectness_logits", 3, 256, 1, 1),
+        **layer(f"{rpn}anchor_deltas", 12, 256, 1, 1),
+        **layer(f"{heads}box_head.fc1", 1024, 49 * 256),
+        **layer(f"{heads}box_head.fc2", 1024, 1024),
+        **layer(f"{heads}box_predictor.cls_score", 81, 1024),
+        **layer(f"{heads}box_predictor.bbox_pred", 320, 1024),
+    }
+    for number in range(6):
+        shapes |= dyhead_block(f"backbone.dyhead_tower.{number}.")
+    return shapes
+
+
+def dyhead_retinanet() -> Shapes:
+    shapes = {
+        **detectron2_resnet("backbone.backbone.bottom_up."),
+        **detectron2_fpn("backbone.backbone.", (3, 4, 5)),
+        **layer("backbone.backbone.top_block.p6", 256, 256, 3, 3),
+        **layer("backbone.backbone.top_block.p7", 256, 256, 3, 3),
+        **layer("head.cls_score", 720, 256, 3, 3),
+        **layer("head.bbox_pred", 36, 256, 3, 3),
+        "pixel_mean": (3, 1, 1),
+    }
+    for number in range(6):
+        shapes |= dyhead_block(f"backbone.dyhead_tower.{number}.")
+    for branch in ("cls_subnet", "bbox_subnet"):
+        for index in (0, 2, 4, 6):
+            shapes |= layer(f"head.{branch}.{index}", 256, 256, 3, 3)
+    return shapes

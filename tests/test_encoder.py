@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import STRIDES, batch_pyramid, dynamic_encoder, random_levels, shake, small_config
-from reference.dyhead import dyhead_block
 from reference.encoder import encoder_block
 from torch import nn
 
@@ -138,23 +137,6 @@ def test_switches_are_the_ablations():
 def test_another_number_of_levels_is_refused(make):
     with pytest.raises(ValueError, match="pyramid has 3 levels; wants num_levels, which is 1"):
         make(CHANNELS, GROUPS, 1).double()(ragged(3))
-
-
-@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["initial", "offsets"])
-def test_legacy_block_is_dyheads(spread):
-    """On a padded batch: DyHead's statistics, borders and samples count the padding."""
-    sizes = [(100, 136), (64, 190)]
-    images = [random_levels(size, CHANNELS) for size in sizes]
-    pyramid = batch_pyramid(images, sizes, (128, 192), garbage=1.0)
-    model = dynamic_encoder(CHANNELS, num_blocks=2, offsets="legacy").double()
-    if spread:
-        shake(model, 0.3)
-    with torch.no_grad():
-        out = model(pyramid).features
-        expected = list(pyramid.features)
-        for block in model.blocks:
-            expected = dyhead_block(expected, block.state_dict(), GROUPS)
-    torch.testing.assert_close(list(out), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_legacy_differs_only_where_offsets_do():
