@@ -154,9 +154,9 @@ def test_an_image_may_claim_to_be_larger_than_its_map(backend):
 def test_no_images(backend):
     given = arguments((4, 4), 4, ())
     found = results(given)
-    assert [level.shape for level in found[:3]] == [(0, 4, 4, 4), (0, 4, 2, 2), (0, 4, 1, 1)]
-    assert [grad.shape for grad in found[3:]] == [tensor.shape for tensor in given.tensors()]
-    assert not any(grad.any() for grad in found[3:])
+    assert [level.shape for level in found[:2]] == [(0, 4, 4, 4), (0, 4, 2, 2)]
+    assert [grad.shape for grad in found[2:]] == [tensor.shape for tensor in given.tensors()]
+    assert not any(grad.any() for grad in found[2:])
 
 
 @pytest.mark.parametrize("levels", [1, 2])
@@ -185,7 +185,7 @@ def test_dtypes(backend, dtype, tolerance):
         assert level.dtype == dtype
         assert level.is_contiguous(memory_format=torch.channels_last)
     half = given._replace(weights=FusionWeights(*(p.to(dtype) for p in given.weights)))
-    assert [grad.dtype for grad in results(half)] == [dtype] * 19
+    assert {found.dtype for found in results(half)} == {dtype}
 
 
 def test_autocast_changes_nothing(backend):
@@ -331,10 +331,10 @@ def with_part(given: Arguments, part: str, index: int, tensor: Tensor) -> Argume
         ("same", 1, torch.zeros(2, 8, 4, 4), r"same\[1\] has .*4\); wants \(2, 8, 4, 5\)"),
         ("same", 0, torch.zeros(2, 8, 7, 10, dtype=torch.int64), r"same\[0\] is torch.int64"),
         ("finer", 0, torch.zeros(2, 8, 7, 9), r"finer\[0\] has .*9\); wants \(2, 8, 4, 5\)"),
-        ("finer", 1, torch.zeros(2, 8, 2, 3).half(), r"finer\[1\] is torch.float16; wants torch.f"),
+        ("finer", 0, torch.zeros(2, 8, 4, 5).half(), r"finer\[0\] is torch.float16; wants torch.f"),
         ("coarser", 0, torch.zeros(2, 8, 3, 5), r"coarser\[0\] has .*wants \(2, 8, 4, 5\)"),
         ("sizes", 0, torch.ones(2, 2), r"sizes\[0\] is torch.float32; wants int32 or int64"),
-        ("sizes", 2, torch.ones(3, 2).long(), r"sizes\[2\] has .*wants \(2, 2\)"),
+        ("sizes", 1, torch.ones(3, 2).long(), r"sizes\[1\] has .*wants \(2, 2\)"),
         ("finer", 0, torch.zeros(2, 8, 4, 5, device="meta"), r"finer\[0\] is on meta; wants cpu"),
     ],
 )
@@ -347,7 +347,7 @@ def test_wrong_maps_are_named(part, index, tensor, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"finer": []}, "finer has 0 tensors; wants 2"),
+        ({"finer": []}, "finer has 0 tensors; wants 1"),
         ({"same": []}, "same has 0 tensors; wants 1"),
         ({"num_groups": 3}, "num_groups is 3; wants a divisor of 8"),
     ],
