@@ -120,13 +120,15 @@ def results(given: Arguments, function=fuse_levels) -> list[Tensor]:
     return [*levels, *torch.autograd.grad(levels, tensors, upstream)]
 
 
-def check(given: Arguments, tolerance=1e-3) -> None:
+def check(given: Arguments, tolerance=1e-3) -> list[Tensor]:
     """Levels and all gradients against the reference on the same numbers in float64."""
-    pairs = zip(results(given), results(given.exact(), reference.fuse_levels), strict=True)
+    tensors = results(given)
+    pairs = zip(tensors, results(given.exact(), reference.fuse_levels), strict=True)
     for found, exactly in pairs:
         assert found.isfinite().all()
         scale = exactly.abs().max().clamp(min=1) if exactly.numel() else 1
         torch.testing.assert_close(found.double() / scale, exactly / scale, rtol=0, atol=tolerance)
+    return tensors
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,8 @@ def check(given: Arguments, tolerance=1e-3) -> None:
 )
 def test_is_the_reference(backend, shape, levels):
     size, sizes = SHAPES[shape]
-    check(arguments(size, 6, sizes, levels, groups=2), tolerance=1e-4)
+    images = 5 if backend == "plain" else 2  # the interpreter is slow
+    check(arguments(size, 6, sizes[-images:], levels, groups=2), tolerance=1e-4)
 
 
 @pytest.mark.parametrize("scale", [False, True])
@@ -154,15 +157,14 @@ def test_an_image_may_claim_to_be_larger_than_its_map(backend):
 def test_no_images(backend):
     given = arguments((4, 4), 4, ())
     found = results(given)
-    assert [level.shape for level in found[:3]] == [(0, 4, 4, 4), (0, 4, 2, 2), (0, 4, 1, 1)]
-    assert [grad.shape for grad in found[3:]] == [tensor.shape for tensor in given.tensors()]
-    assert not any(grad.any() for grad in found[3:])
+    assert [level.shape for level in found[:2]] == [(0, 4, 4, 4), (0, 4, 2, 2)]
+    assert [grad.shape for grad in found[2:]] == [tensor.shape for tensor in given.tensors()]
+    assert not any(grad.any() for grad in found[2:])
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_gradients_in_float64(levels):
+def test_gradients_in_float64():
     """Of the levels, and of the moments that the operator returns beside them."""
-    given = arguments((4, 5), 2, ((4, 5), (3, 2)), levels, garbage=0.5).exact()
+    given = arguments((3, 2), 2, ((3, 2), (2, 1)), garbage=0.5).exact()
 
     def function(*tensors):
         left = iter(tensors)
@@ -180,15 +182,18 @@ def test_gradients_in_float64(levels):
 def test_dtypes(backend, dtype, tolerance):
     """The results are of the dtypes and in the memory that fake tensors promise."""
     given = arguments(dtype=dtype)
-    check(given, tolerance)
-    for level in fuse_levels(*given):
+    for level in check(given, tolerance)[:2]:
         assert level.dtype == dtype
         assert level.is_contiguous(memory_format=torch.channels_last)
-    half = given._replace(weights=FusionWeights(*(p.to(dtype) for p in given.weights)))
-    assert [grad.dtype for grad in results(half)] == [dtype] * 19
 
 
-def test_autocast_changes_nothing(backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_half_precision(dtype):
+    found = results(arguments().map(lambda t: t.to(dtype)))
+    assert {tensor.dtype for tensor in found} == {dtype}
+
+
+def test_autocast_changes_nothing():
     """Not even where the backward pass runs under it."""
     given = arguments()
     found = []
@@ -248,10 +253,10 @@ def test_equal_linear_functions_get_half_of_the_gradient_each(backend):
     torch.testing.assert_close(grads[-1], upstream.sum(dim=(2, 3)) / 2)  # of the norm's bias
 
 
-def test_gradient_of_one_argument_alone(backend):
+def test_gradient_of_one_argument_alone():
     given = arguments((4, 3), 4, ((4, 3), (3, 2)), 2)
     expected = results(given)[2:]
-    for index in (0, 2, 3, 5, 12):  # maps of each kind, the first and the last parameter
+    for index in (0, 3, 12):  # two maps, the last parameter
         alone = given.map(lambda t: t.detach().clone())
         kept = [t for part in alone[:3] for t in part] + list(alone.weights)
         kept[index].requires_grad_()
@@ -278,12 +283,13 @@ def check_any_shape(sizes, padding, channels, levels):
     check(arguments(size, channels, sizes, levels))
 
 
+@settings(max_examples=12)
 @ANY_SHAPE
 def test_any_shape(sizes, padding, channels, levels):
     check_any_shape(sizes, padding, channels, levels)
 
 
-@settings(max_examples=4)
+@settings(max_examples=3)
 @ANY_SHAPE
 def test_any_shape_on_kernels(sizes, padding, channels, levels):
     pytest.importorskip("triton")
@@ -292,9 +298,9 @@ def test_any_shape_on_kernels(sizes, padding, channels, levels):
         check_any_shape(sizes, padding, channels, levels)
 
 
-@pytest.mark.parametrize("levels", [1, 2])
-def test_is_one_for_pytorch(levels):
+def test_is_one_for_pytorch():
     """Schema, fake tensors and autograd fit together, forward and backward."""
+    levels = 2
     given = arguments((3, 5), 4, ((3, 5), (2, 2)), levels, garbage=0.5)
     given.tensors()
     *maps, weights, groups, eps = given
@@ -331,10 +337,10 @@ def with_part(given: Arguments, part: str, index: int, tensor: Tensor) -> Argume
         ("same", 1, torch.zeros(2, 8, 4, 4), r"same\[1\] has .*4\); wants \(2, 8, 4, 5\)"),
         ("same", 0, torch.zeros(2, 8, 7, 10, dtype=torch.int64), r"same\[0\] is torch.int64"),
         ("finer", 0, torch.zeros(2, 8, 7, 9), r"finer\[0\] has .*9\); wants \(2, 8, 4, 5\)"),
-        ("finer", 1, torch.zeros(2, 8, 2, 3).half(), r"finer\[1\] is torch.float16; wants torch.f"),
+        ("finer", 0, torch.zeros(2, 8, 4, 5).half(), r"finer\[0\] is torch.float16; wants torch.f"),
         ("coarser", 0, torch.zeros(2, 8, 3, 5), r"coarser\[0\] has .*wants \(2, 8, 4, 5\)"),
         ("sizes", 0, torch.ones(2, 2), r"sizes\[0\] is torch.float32; wants int32 or int64"),
-        ("sizes", 2, torch.ones(3, 2).long(), r"sizes\[2\] has .*wants \(2, 2\)"),
+        ("sizes", 1, torch.ones(3, 2).long(), r"sizes\[1\] has .*wants \(2, 2\)"),
         ("finer", 0, torch.zeros(2, 8, 4, 5, device="meta"), r"finer\[0\] is on meta; wants cpu"),
     ],
 )
@@ -347,7 +353,7 @@ def test_wrong_maps_are_named(part, index, tensor, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"finer": []}, "finer has 0 tensors; wants 2"),
+        ({"finer": []}, "finer has 0 tensors; wants 1"),
         ({"same": []}, "same has 0 tensors; wants 1"),
         ({"num_groups": 3}, "num_groups is 3; wants a divisor of 8"),
     ],
