@@ -4,10 +4,12 @@
 python tools/convert_weights.py --from detr detr-r50.pth output/detr_R_50.pth
 python tools/convert_weights.py --from deformable-detr --config-file \\
     configs/Deformable-DETR/deformable_detr_R_50_two_stage.yaml in.pth out.pth
+python tools/convert_weights.py --from torchvision resnet101.pth output/torchvision/R-101.pth
 
 No pickled code of the file is run. Every weight must find its place in the model of the
 configuration, and every place its weight. Class heads with a row for each COCO id are reduced to
-the 80 classes that Detectron2 counts.
+the 80 classes that Detectron2 counts. A ResNet of torchvision fits any model: what is not its
+backbone starts anew.
 """
 
 import argparse
@@ -19,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversions import COCO_ROWS, CONFIGS, SYSTEMS, select_coco_classes
+from conversions import COCO_ROWS, CONFIGS, SYSTEMS, rename, select_coco_classes
 from conversions.huggingface import system_of
+from conversions.resnet import resnet_rules
 from detectron2.modeling import build_model
 from torch import Tensor
 
@@ -162,7 +165,7 @@ def convert_file(system: str, source: Path, target: Path, config_file: str | Non
     """Converts a file.
 
     Args:
-        system: one of `SYSTEMS`.
+        system: one of `SYSTEMS`, or "torchvision" for a ResNet to start training from.
         source: the published file.
         target: the file to write; folders are made.
         config_file: of the model that the weights are for; None for the system's first one.
@@ -171,6 +174,10 @@ def convert_file(system: str, source: Path, target: Path, config_file: str | Non
         UserError: the source is no file of weights, or they are not those of the model.
     """
     published = read_weights(source)
+    if system == "torchvision":
+        weights = rename(published, [*resnet_rules("", ""), (r"fc\..*", None)])
+        _write({"model": weights, "matching_heuristics": True}, source, target)
+        return
     if config_file is None:
         kind = system_of(published) if system == "huggingface" else system
         config_file = str(PROJECT / "configs" / CONFIGS[kind])
@@ -182,14 +189,19 @@ def convert_file(system: str, source: Path, target: Path, config_file: str | Non
         raise UserError(
             f"{source} does not hold the weights of {config_file} (--config-file): {error}"
         ) from error
+    _write({"model": weights}, source, target)
+
+
+def _write(data: dict[str, Any], source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, lambda file: torch.save({"model": weights}, file))
-    print(f"{target}: {len(weights)} weights, {target.stat().st_size / 1e6:.1f} MB, from {source}")
+    write_atomically(target, lambda file: torch.save(data, file))
+    size = target.stat().st_size / 1e6
+    print(f"{target}: {len(data['model'])} weights, {size:.1f} MB, from {source}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="system", required=True, choices=SYSTEMS)
+    parser.add_argument("--from", dest="system", required=True, choices=[*SYSTEMS, "torchvision"])
     parser.add_argument("--config-file", help="of the model that the weights are for")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
