@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -177,10 +178,10 @@ def frame_drawer(
 
 def video_target(source: str, output: str) -> Path:
     """Where the drawn video goes: the file `output`, or into the folder `output`."""
-    target = Path(output).expanduser()
-    if target.is_dir() or not target.suffix:
+    target = Path(os.path.expanduser(output))
+    if os.path.isdir(target) or not target.suffix:
         target /= f"{Path(source).stem}.mp4"
-    if target.resolve() == Path(source).resolve():
+    if os.path.realpath(target) == os.path.realpath(source):
         raise UserError(f"--output {output} would overwrite the video; choose another name")
     return target
 

@@ -6,6 +6,7 @@ The pure-Python build of 0.5 counts as a version here: it has no compiled operat
 
 import importlib.machinery
 import importlib.util
+import os
 import warnings
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def zoo_config(name: str) -> Path | None:
     """
     folder = Path(detectron2.__file__).parent / "model_zoo" / "configs"
     path = folder / name
-    return path if name and path.is_file() else None
+    return path if name and os.path.isfile(path) else None
 
 
 def ignore_known_warnings() -> None:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def folder(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "b.png")
     Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
+    # Says that it has 400 million pixels, which is all that anybody reads of it.
+    with Image.new("1", (1, 1)) as image:
+        image.save(tmp_path / "large.png")
+    large = bytearray((tmp_path / "large.png").read_bytes())
+    large[16:24] = (20_000).to_bytes(4, "big") * 2
+    large[29:33] = zlib.crc32(large[12:29]).to_bytes(4, "big")
+    (tmp_path / "large.png").write_bytes(large)
     return tmp_path
 
 
@@ -73,8 +81,10 @@ def test_good_file_is_left_alone(folder):
 
 
 NAN, INFINITY = float("nan"), float("inf")
+HUGE, HALF = 10**400, "\ud800"  # no float, and one half of a character
 CASES = {
     "unreadable file": ["{", "[1, 2]", "3"],
+    "byte-order mark": ["\ufeff" + json.dumps(GOOD)],
     "missing list": [
         _changed(lambda d: d.pop("categories")),
         _changed(lambda d: d.update(annotations={})),
@@ -89,6 +99,7 @@ CASES = {
     ],
     "duplicate category id": [_set("categories", 0, id=3)],
     "duplicate category name": [_set("categories", 0, name="cat")],
+    "category name of broken characters": [_set("categories", 0, name=f"do{HALF}g")],
     "category without boxes": [_changed(lambda d: d["categories"].append({"id": 6, "name": "x"}))],
     "image without id or file_name": [_without("images", 0, "id"), _set("images", 1, file_name="")],
     "duplicate image id": [_set("images", 0, id=9)],
@@ -97,9 +108,15 @@ CASES = {
     ],
     "size differs from the file": [_set("images", 0, width=30, height=40)],
     "image of more than 8 bits": [_set("images", 0, file_name="deep.png")],
-    "missing image file": [_set("images", 0, file_name="no.png")],
+    "missing image file": [
+        *(_set("images", 0, file_name=name) for name in ("no.png", "a" * 5000, HALF, "a\0.png"))
+    ],
+    "image of too many pixels": [_set("images", 0, file_name="large.png")],
     "image file that is no image": [_set("images", 0, file_name="labels.json")],
-    "image without width or height": [_without("images", 0, "width"), _set("images", 0, height=0)],
+    "image without width or height": [
+        _without("images", 0, "width"),
+        *(_set("images", 0, height=height) for height in (0, HUGE, INFINITY, NAN, -HUGE, "30")),
+    ],
     "image listed under several ids": [
         _changed(lambda d: d["images"].append({**d["images"][0], "id": 8}))
     ],
@@ -140,23 +157,47 @@ CASES = {
         _without("annotations", 0, "id"),
     ],
     "id that is no whole number": [
+        *(
+            _changed(
+                lambda d, number=number: (
+                    [a.update(category_id=number) for a in d["annotations"][1:]]
+                    + [d["categories"][0].update(id=number)]
+                )
+            )
+            for number in (HUGE, INFINITY, 2**60, 1.5)
+        ),
         _changed(
             lambda d: (
                 [r.update(image_id="x") for r in d["annotations"] if r["image_id"] == 7]
                 + [d["images"][0].update(id="x")]
             )
-        )
+        ),
     ],
     "missing or impossible area": [
         _without("annotations", 0, "area"),
-        _set("annotations", 0, area=-1),
+        *(_set("annotations", 0, area=area) for area in (-1, HUGE, INFINITY, NAN, "80")),
     ],
     "missing or odd iscrowd": [
         _without("annotations", 0, "iscrowd"),
         _set("annotations", 1, iscrowd=True),
     ],
     "ignored box": [_set("annotations", 0, ignore=1)],
-    "outline that is no polygon": [_set("annotations", 0, segmentation=[[1, 2, 3, 4]])],
+    "outline that is no polygon": [
+        *(
+            _set("annotations", 0, segmentation=outline)
+            for outline in (
+                *([[1, 2, 3, 4]], [[1, 2, 3, 4, 5, "6"]], [[1, 2, 3, 4, 5, HUGE]], [3], "text", 3),
+                *({}, {"counts": [1], "size": [30, 40]}, {"counts": [1200], "size": "ab"}),
+                {"counts": [-1, 1201], "size": [30, 40]},
+            )
+        )
+    ],
+    "keypoints that are no numbers": [
+        *(
+            _set("annotations", 0, keypoints=points)
+            for points in (["1", 2, 2], [1, 2], "text", 3, [HUGE, 1, 2])
+        )
+    ],
 }
 
 

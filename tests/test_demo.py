@@ -110,6 +110,18 @@ def test_broken_pictures_are_named_and_skipped(detector, pictures, tmp_path, cap
     assert ["broken.jpg" in lines[0], "empty.png" in lines[1], len(lines)] == [True, True, 2]
 
 
+def test_a_loop_of_links_leaves_the_other_pictures_alone(detector, pictures, tmp_path, capsys):
+    (pictures / "loop.png").symlink_to(pictures / "loop.png")
+    (pictures / "nothing.png").symlink_to(pictures / "absent.png")
+    out = tmp_path / "out"
+    argv = [*detector, "--input", str(pictures), "--output", str(out)]
+    assert demo.main(argv) == 1
+    said = capsys.readouterr()
+    assert len(list(out.iterdir())) == 7 and "skipped: 2;" in said.out
+    for name in ("loop", "nothing"):
+        assert f"{name}.png is a link to nothing" in said.err
+
+
 def test_stages_of_every_photograph(detector, demo_images, tmp_path):
     """Every photograph gives one row of two stages, as wide as the panels are."""
     out = tmp_path / "out"
@@ -148,6 +160,11 @@ def test_the_command_itself(detector, pictures, tmp_path):
         (["--webcam", "--json", "x.json"], "--json goes with --input"),
         (["--video-input", "missing.mp4", "--output", "out"], "missing.mp4 does not exist"),
         (["--video-input", "{picture}.txt", "--output", "out"], "broken or not a video"),
+        (["--input", "a" * 5000, "--output", "out"], "aaa does not exist"),
+        (["--input", "a*" * 5000, "--output", "out"], "a* matches no file"),
+        (["--input", "{picture}", "--output", "a" * 5000], "too long"),
+        (["--video-input", "a" * 5000, "--output", "out"], "does not exist"),
+        (["--config-file", "a" * 5000, "--input", "{picture}", "--output", "o"], "does not exist"),
         (["--input", "{picture}", "--output", "o", "--confidence-threshold", "5"], "between 0 and"),
         (["--input", "{picture}", "--output", "o", "--opts", "MODEL.WEIGHT", "x"], "MODEL.WEIGHTS"),
         (["--input", "{picture}", "--output", "o", "--opts", "MODEL.WEIGHTS"], "left over"),

@@ -276,6 +276,23 @@ def test_image_of_another_size_is_named(cfg, records):
         _take(build_train_loader(cfg, seed=0), 20)
 
 
+def test_an_image_of_too_many_pixels_is_named_for_what_it_is(cfg, records, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"is too large \(more than 200 pixels\); make it smaller"):
+        _take(build_train_loader(cfg, seed=1), 1)
+
+
+@pytest.mark.parametrize("size", [(3000, 1), (1, 3000)])
+def test_an_image_of_one_pixel_across_is_loaded(cfg, records, size):
+    cfg.INPUT.CROP.ENABLED = False
+    Image.new("RGB", size).save(records[1]["file_name"])
+    records[1].update(width=size[0], height=size[1])
+    (inputs,) = (i for (i,) in build_test_loader(cfg, NAME) if i["image_id"] == 1)
+    assert inputs["image"].shape == (3, *((1, 1333) if size[0] > 1 else (1333, 1)))
+    seen = itertools.chain(*_take(build_train_loader(cfg, seed=0), 6))
+    assert any(min(inputs["image"].shape) == 1 for inputs in seen)
+
+
 def test_other_errors_keep_their_traceback(cfg, records):
     def mapper(record: dict) -> dict:
         raise ZeroDivisionError

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
+from PIL import Image
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 from torch import nn
 
@@ -278,6 +279,19 @@ def test_views_are_mapped_back_and_merged_by_class(tmp_path):
         torch.testing.assert_close(found.scores, torch.tensor([0.9, 0.6]))
         expected = torch.tensor([[4.0, 8.0, 20.0, 16.0]] * 2)
         torch.testing.assert_close(found.pred_boxes.tensor, expected, atol=1.0, rtol=0)
+
+
+def test_an_image_of_one_pixel_across_is_trained_on_and_evaluated(tmp_path):
+    cfg = make_config(tmp_path, "SOLVER.MAX_ITER", 2, "DATASETS.TEST", ("tiny_train",))
+    boxes = json.loads((tmp_path / "data" / "boxes.json").read_text())
+    boxes["images"][0].update(width=3000, height=1)
+    boxes["annotations"][0]["bbox"] = [10, 0, 800, 1]
+    for number in range(1, 6):  # every batch has it
+        boxes["images"][number].update(width=3000, height=1, file_name="0.png")
+    (tmp_path / "data" / "boxes.json").write_text(json.dumps(boxes))
+    Image.new("RGB", (3000, 1)).save(tmp_path / "data" / "0.png")
+    trainer = train(cfg)
+    assert trainer.finished == 1 and "bbox/AP" in trainer.storage.latest()
 
 
 def test_augmented_evaluation_is_reported_beside_the_plain_one(tmp_path):

@@ -1,8 +1,10 @@
 """Checks COCO-format annotations before anything is trained on them, and repairs what is clear."""
 
+import codecs
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ __all__ = ["check_coco_json"]
 SIZE_CHECKS = 2000  # files whose headers are read to compare sizes, spread over the data set
 TOLERANCE = 1.0  # pixels by which a box may leave its image: rounding, not a mistake
 EXIF_ORIENTATION = 274
+LARGEST = 1e9  # no coordinate or side in pixels is larger
+LARGEST_ID = 2**53  # larger ones are not exact in pycocotools
 NO = ("none", "false", "no", "0", "0.0", "")
 
 
@@ -58,10 +62,13 @@ def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Re
 def _read(report: Report) -> tuple[list, list, list] | None:
     """Copies of the three lists; None, with the errors reported, where there are none."""
     try:
-        data = json.loads(report.path.read_text(encoding="utf-8-sig"))
+        content = report.path.read_bytes()
+        data = json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         report.add("unreadable file", one_line(error))
         return None
+    if content.startswith(codecs.BOM_UTF8):  # pycocotools does not expect it
+        report.add("byte-order mark", str(report.path))
     if not isinstance(data, dict):
         report.add("unreadable file", f"it holds a {type(data).__name__}, not an object")
         return None
@@ -92,6 +99,24 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_size(value: Any) -> bool:
+    return _is_number(value) and 1 <= value <= LARGEST and value == int(value)
+
+
+def _is_whole_id(value: Any) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and -LARGEST_ID < value < LARGEST_ID
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string is whole Unicode: JSON can also hold one half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_categories(report: Report, categories: list[dict]) -> set:
     ids, names = set(), set()
     for category in categories:
@@ -99,6 +124,8 @@ def _check_categories(report: Report, categories: list[dict]) -> set:
         if not _is_id(number) or not isinstance(name, str) or not name:
             report.add("category without id or name", repr(category))
             continue
+        if not _is_text(name):
+            report.add("category name of broken characters", repr(category))
         if number in ids:
             report.add("duplicate category id", f"{number} of {name!r}")
         if name in names:
@@ -126,17 +153,20 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
         files.add(name)
         sizes[number] = None
         file = image_dir / name
-        if not file.is_file():
+        if not os.path.isfile(file):  # Path.is_file stumbles over names that are too long
             report.add("missing image file", str(file))
             continue
         size = tuple(image.get(key) for key in ("width", "height"))
-        known = all(_is_number(n) and n >= 1 and n == int(n) for n in size)
+        known = all(_is_size(n) for n in size)
         if not known or index % every == 0:
-            header = _header(file)
-            if header is None:
+            try:
+                true_size, mode = _header(file)
+            except Image.DecompressionBombError:
+                report.add("image of too many pixels", str(file))
+                continue
+            except Exception:  # Pillow's readers raise whatever their format makes them
                 report.add("image file that is no image", str(file))
                 continue
-            true_size, mode = header
             if mode == "F" or mode.startswith("I"):
                 report.add("image of more than 8 bits", f"{name}, {mode} in Pillow's terms")
             if not known:
@@ -147,20 +177,22 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
                 report.add("size differs from the file", f"{name}, {wrong} but {right} in the file")
         sizes[number] = image["width"], image["height"] = int(size[0]), int(size[1])
     if not any(sizes.values()) and not report.error():
-        unusable = "missing image file", "image file that is no image"
+        unusable = (
+            *("missing image file", "image file that is no image"),
+            "image of too many pixels",
+        )
         example = next(report.examples[kind] for kind in unusable if report.counts[kind])
         report.add("no image file found", example)
     return sizes
 
 
-def _header(file: Path) -> tuple[tuple[int, int], str] | None:
+def _header(file: Path) -> tuple[tuple[int, int], str]:
     """(width, height) as the image is meant to be looked at, and its mode; nothing is decoded."""
-    try:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # damaged metadata, and sizes short of the limit
         with Image.open(file) as image:
             turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
             return (image.size[::-1] if turned else image.size), image.mode
-    except Exception:  # Pillow's readers raise whatever their format makes them
-        return None
 
 
 def _check_annotations(
@@ -182,13 +214,13 @@ def _check_annotations(
         if box is None:
             continue
         number = annotation.get("id")
-        if not isinstance(number, int) or isinstance(number, bool) or number in numbers:
+        if not _is_whole_id(number) or number in numbers:
             report.add("missing or duplicate annotation id", f"{where} of image {image_id}")
             renumber = True
         else:
             numbers.add(number)
         annotation["bbox"] = box
-        _check_rest(report, annotation, where)
+        _check_rest(report, annotation, sizes[image_id], where)
         kept.append(annotation)
     if renumber:
         for number, annotation in enumerate(kept, start=1):
@@ -204,7 +236,7 @@ def _check_box(
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(n) for n in box):
         report.add("box that is not 4 numbers", where)
         return None
-    if not all(math.isfinite(n) for n in box):
+    if not all(-LARGEST <= n <= LARGEST for n in box):  # integers may be too large for a float
         report.add("box with NaN or infinity", where)
         return None
     x, y, width, height = box
@@ -223,11 +255,11 @@ def _check_box(
     return box
 
 
-def _check_rest(report: Report, annotation: dict, where: str) -> None:
+def _check_rest(report: Report, annotation: dict, image_size: tuple[int, int], where: str) -> None:
     """Fields beside the box, repaired in place."""
     box_area = annotation["bbox"][2] * annotation["bbox"][3]
     area = annotation.get("area")
-    if not _is_number(area) or not math.isfinite(area) or area <= 0:
+    if not _is_number(area) or not 0 < area <= LARGEST**2:
         report.add("missing or impossible area", f"{where}, area {area!r}")
         annotation["area"] = box_area
     crowd = annotation.get("iscrowd")
@@ -238,11 +270,39 @@ def _check_rest(report: Report, annotation: dict, where: str) -> None:
         report.add("ignored box", where)
         annotation["iscrowd"] = 1
     outline = annotation.get("segmentation")
-    if isinstance(outline, list) and outline:
-        polygons = [p for p in outline if isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0]
+    if isinstance(outline, list):
+        polygons = [polygon for polygon in outline if _is_polygon(polygon)]
         if len(polygons) < len(outline):
             report.add("outline that is no polygon", where)
         annotation["segmentation"] = polygons
+    elif outline is not None and not _is_mask(outline, image_size):
+        report.add("outline that is no polygon", where)
+        del annotation["segmentation"]
+    keypoints = annotation.get("keypoints")
+    if keypoints is not None and not (_are_numbers(keypoints) and len(keypoints) % 3 == 0):
+        report.add("keypoints that are no numbers", where)
+        del annotation["keypoints"]
+
+
+def _are_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        _is_number(value) and -LARGEST <= value <= LARGEST for value in values
+    )
+
+
+def _is_polygon(values: Any) -> bool:
+    return _are_numbers(values) and len(values) >= 6 and len(values) % 2 == 0
+
+
+def _is_mask(outline: Any, image_size: tuple[int, int]) -> bool:
+    """Whether it is a mask of the image's size as lengths of runs, plain or in COCO's letters."""
+    if not isinstance(outline, dict) or outline.get("size") != list(reversed(image_size)):
+        return False
+    counts = outline.get("counts")
+    if isinstance(counts, list):
+        whole = all(isinstance(count, int) and count >= 0 for count in counts)
+        return whole and sum(counts) == image_size[0] * image_size[1]
+    return isinstance(counts, str) and counts.isascii()
 
 
 def _note_unused(
@@ -261,7 +321,7 @@ def _note_unused(
 def _whole_numbers(report: Report, what: str, records: list[dict]) -> dict[Any, int]:
     """New ids by old ones; pycocotools and Detectron2 take whole numbers only."""
     ids = [record["id"] for record in records]
-    odd = [number for number in ids if not isinstance(number, int) or isinstance(number, bool)]
+    odd = [number for number in ids if not _is_whole_id(number)]
     if not odd:
         return {number: number for number in ids}
     report.add("id that is no whole number", f"{what} {odd[0]!r}")

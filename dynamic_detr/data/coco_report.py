@@ -12,7 +12,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "Report", "Severity"]
+__all__ = ["KINDS", "Report", "Severity", "printable"]
+
+LONGEST = 300  # characters of an example
 
 
 class Severity(Enum):
@@ -25,12 +27,14 @@ _E, _R, _N = Severity.ERROR, Severity.REPAIRED, Severity.NOTED
 KINDS: dict[str, tuple[Severity, str]] = {
     # the file
     "unreadable file": (_E, "give a JSON file in COCO's instances format"),
+    "byte-order mark": (_R, "left out"),
     "missing list": (_E, "the file needs the lists images, annotations and categories"),
     "no images": (_E, "list at least one image"),
     "no categories": (_E, "list at least one category"),
     "record that is no object": (_E, "every list holds objects with named fields"),
     # categories
     "category without id or name": (_E, "give every category an id and a name"),
+    "category name of broken characters": (_E, "write it in whole Unicode characters"),
     "duplicate category id": (_E, "give every category its own id"),
     "duplicate category name": (_E, "give every category its own name"),
     "category without boxes": (_N, "it cannot be learned or measured here"),
@@ -42,6 +46,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "image of more than 8 bits": (_E, "convert it: Detectron2 would read nearly all as white"),
     "missing image file": (_R, "left out"),
     "image file that is no image": (_R, "left out"),
+    "image of too many pixels": (_R, "left out; Pillow reads no more than 178 million"),
     "image without width or height": (_R, "read from the file"),
     "image listed under several ids": (_N, "used once per id"),
     "image without boxes": (_N, "used as background"),
@@ -60,7 +65,20 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "missing or odd iscrowd": (_R, "0, or 1 where it says something like yes"),
     "ignored box": (_R, "treated as a crowd region"),
     "outline that is no polygon": (_R, "outline left out, box kept"),
+    "keypoints that are no numbers": (_R, "left out, box kept"),
 }
+
+
+def printable(text: str) -> str:
+    """What can be printed of a text from a file: without its middle if it is long, and without
+    halves of characters."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return _whole(text)
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
@@ -78,7 +96,8 @@ class Report:
 
     def add(self, kind: str, example: str) -> None:
         self.counts[kind] += 1
-        self.examples.setdefault(kind, example)
+        if kind not in self.examples:
+            self.examples[kind] = printable(example)
 
     def kinds(self, severity: Severity) -> list[str]:
         """The kinds of problems found that are of this severity, in the order of ``KINDS``."""
@@ -105,4 +124,4 @@ class Report:
         ]
         for severity in Severity:
             lines += [f"  {severity.value}: {self.describe(k)}" for k in self.kinds(severity)]
-        return "\n".join(lines)
+        return _whole("\n".join(lines))

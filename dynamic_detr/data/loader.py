@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import build as detectron2_data
 from detectron2.data import (
     build_detection_test_loader,
     get_detection_dataset_dicts,
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from .. import compat
 from ..errors import UserError, one_line
+from ..plain_pickle import plain_pickles
 from .augmentation import build_mapper
 from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
 from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
@@ -128,13 +130,15 @@ class EvalLoader:
 
 def _records(cfg: CfgNode) -> list[dict]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     try:
-        return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
+        with plain_pickles(detectron2_data):  # of proposals
+            return get_detection_dataset_dicts(
+                cfg.DATASETS.TRAIN,
+                filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+                min_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+                proposal_files=proposals,
+            )
     except FileNotFoundError as error:
         raise _missing(cfg.DATASETS.TRAIN, error) from error
     except AssertionError as error:
@@ -217,7 +221,8 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = N
     """
     guarded = GuardedMapper(mapper or build_mapper(cfg, False))
     try:
-        return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
+        with plain_pickles(detectron2_data):  # of proposals
+            return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
     except FileNotFoundError as error:
         raise _missing([dataset_name], error) from error
     except AssertionError as error:

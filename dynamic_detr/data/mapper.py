@@ -13,11 +13,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.data.detection_utils import SizeMismatchError, read_image
+from PIL import Image
 from torch.utils.data import Dataset
 
 from ..errors import UserError, one_line
 
-__all__ = ["Failure", "GuardedMapper", "SeededDataset", "seeded"]
+__all__ = [
+    "Failure",
+    "GuardedMapper",
+    "SeededDataset",
+    "seeded",
+]
 
 Mapper = Callable[[dict], dict]
 
@@ -79,6 +85,11 @@ class GuardedMapper:
             name = record.get("file_name", "")
             try:
                 read_image(name, "RGB")
+            except Image.DecompressionBombError:
+                return Failure(
+                    f"the image {name} is too large (more than {2 * Image.MAX_IMAGE_PIXELS} "
+                    "pixels); make it smaller, or take it out of the annotations"
+                )
             except Exception as error:  # Pillow's readers raise whatever their format makes them
                 return Failure(
                     f"the image {name} cannot be read ({one_line(error)}); replace the file, or "

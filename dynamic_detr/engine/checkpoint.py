@@ -21,21 +21,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
 from torch import nn
 
 from ..errors import UserError, one_line
+from ..plain_pickle import plain_pickles
+from .disk import reason
 from .ema import ModelEMA
+from .reading import (
+    BrokenCheckpoint,
+    broken,
+    check_archive,
+    check_class_names,
+    check_weights,
+    read_checkpoint,
+)
 
 _PERIODIC = re.compile(r"model_\d{7}\.pth")
 _LAST = "last_checkpoint"
 # Detectron2's class layers are called cls_score, and with class-wise boxes or masks also bbox_pred
 # and predictor.
 _CLASS_LAYER = re.compile("class|cls|pred|logits")
-
-
-class BrokenCheckpoint(UserError):
-    """A file that is not a whole checkpoint: truncated, or something else altogether."""
+_MISFITS = (ValueError, AssertionError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 def write_atomically(path: Path, write) -> None:
@@ -128,7 +135,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             write_atomically(path, lambda file: torch.save(data, file))
             self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
-            raise UserError(f"could not write {path} ({one_line(error)[:120]})") from error
+            raise UserError(f"could not write {path} ({reason(error)})") from error
         self.last_iteration = extra.get("iteration", -1)
         self._prune()
 
@@ -163,11 +170,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         candidates = [last, *(path for path in self._periodic_files() if path.name != last.name)]
         for path in candidates:
             try:
-                return str(path), torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # torch, pickle and zip each have their own errors
-                self.logger.warning(
-                    f"{_broken(str(path), error)}; falling back to the checkpoint before it"
-                )
+                return str(path), read_checkpoint(path, self.checkpointables)
+            except BrokenCheckpoint as error:
+                self.logger.warning(f"{error}; falling back to the checkpoint before it")
         raise BrokenCheckpoint(
             f"none of the {len(candidates)} checkpoints in {self.save_dir} can be read; "
             "start again without --resume"
@@ -220,8 +225,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._require(path)
         try:
             rest = super().load(path, checkpointables)
-        except ValueError as error:  # a file of something else than tensors by name
-            raise BrokenCheckpoint(_broken(path, error)) from error
+        except _MISFITS as error:  # names or shapes that Detectron2's heuristics stumble over
+            raise broken(path, error) from error
         if self.ema is not None:
             self.ema.restart()
         return rest
@@ -240,9 +245,16 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            return super()._load_file(filename)
+            check_archive(filename)
+            with plain_pickles(detection_checkpoint):
+                loaded = super()._load_file(filename)
+            check_weights(loaded["model"])
+            check_class_names(loaded.get("class_names"))
+            return loaded
+        except UserError:
+            raise
         except Exception as error:  # torch, pickle and zip each have their own errors
-            raise BrokenCheckpoint(_broken(filename, error)) from error
+            raise broken(filename, error) from error
 
     def _log_incompatible_keys(self, incompatible) -> None:
         """One line for class layers of another size, one for anything else that does not fit."""
@@ -276,11 +288,6 @@ class SafeCheckpointer(DetectionCheckpointer):
 def _is_class_layer(name: str, saved: tuple[int, ...], built: tuple[int, ...]) -> bool:
     """Whether a layer that has rows for each class differs in the number of rows alone."""
     return saved[1:] == built[1:] and _CLASS_LAYER.search(name) is not None
-
-
-def _broken(path: str, error: Exception) -> str:
-    reason = one_line(error).partition(". ")[0][:120]
-    return f"{path} is not a whole checkpoint of tensors ({reason})"
 
 
 def _some(names: list[str], limit: int = 3) -> str:

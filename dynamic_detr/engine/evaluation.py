@@ -8,6 +8,7 @@ from detectron2.evaluation import DatasetEvaluator
 
 from .. import compat
 from ..errors import UserError
+from .disk import telling_of
 
 
 def build_evaluator(
@@ -30,4 +31,23 @@ def build_evaluator(
             "project evaluates COCO boxes only: register it as a COCO data set"
         )
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    return compat.coco_evaluator(dataset_name, folder)
+    with telling_of(folder):
+        return _Telling(compat.coco_evaluator(dataset_name, folder), folder)
+
+
+class _Telling(DatasetEvaluator):
+    """An evaluator that says in one line that it cannot write the detections.
+
+    Args:
+        evaluator: writes them at the end of an evaluation.
+        folder: where to.
+    """
+
+    def __init__(self, evaluator: DatasetEvaluator, folder: str) -> None:
+        self.evaluator = evaluator
+        self.folder = folder
+        self.reset, self.process = evaluator.reset, evaluator.process
+
+    def evaluate(self) -> dict | None:
+        with telling_of(f"the detections in {self.folder}"):
+            return self.evaluator.evaluate()

@@ -11,8 +11,10 @@ from detectron2.utils.logger import setup_logger
 
 from .. import compat
 from .checkpoint import SafeCheckpointer
+from .disk import logging_to
 from .exits import report_user_errors
 from .launch import launch
+from .reading import require_finite
 from .setup import build_parser, load_config, process_count
 from .trainer import Trainer
 
@@ -23,7 +25,9 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate the weights of ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint's."""
     model = Trainer.build_model(cfg)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict_classes=True)
-    checkpointer.load(checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS)
+    weights = checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS
+    checkpointer.load(weights)
+    require_finite(model, weights)
     results = Trainer.test(cfg, model)
     if cfg.TEST.AUG.ENABLED:
         results.update(Trainer.test_with_tta(cfg, model))
@@ -38,8 +42,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     with report_user_errors(PROGRAM, args.debug, quiet=not comm.is_main_process()):
         if multiprocessing.parent_process() is not None:  # data sets are registered by process
             cfg = load_config(args)
-        setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dynamic_detr")
-        default_setup(cfg, args)
+        with logging_to(cfg.OUTPUT_DIR, "dynamic_detr", "detectron2", "fvcore"):
+            setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dynamic_detr")
+            default_setup(cfg, args)
         if args.eval_only:
             evaluate(cfg, args.resume)
             return

@@ -15,6 +15,7 @@ from detectron2.engine import default_argument_parser
 from .. import compat
 from ..config import add_dynamic_detr_config, check_config, class_count
 from ..errors import UserError, did_you_mean, one_line
+from .disk import require_output_dir
 from .launch import under_torchrun
 
 _EPILOG = """
@@ -71,10 +72,10 @@ def find_config(name: str) -> str:
     zoo = compat.zoo_config(name)
     if zoo is None:
         folder = Path(name).parent
-        here = folder.glob("*.yaml") if folder.is_dir() else ()
+        here = folder.glob("*.yaml") if os.path.isdir(folder) else ()
         raise UserError(
-            f"the configuration {name} does not exist, neither as a file nor in Detectron2's model "
-            f"zoo{did_you_mean(name, map(str, here))}"
+            f"the configuration {name:.300} does not exist, neither as a file nor in Detectron2's "
+            f"model zoo{did_you_mean(name, map(str, here))}"
         )
     return str(zoo)
 
@@ -140,6 +141,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     """
     args.config_file = find_config(args.config_file)
     cfg = read_config(args.config_file, args.opts or [])
+    require_output_dir(cfg.OUTPUT_DIR)  # a repaired copy of the annotations may go there
     _choose_device(cfg, args)
     _register_data(cfg, args)
     _check_data(cfg, need_train=not args.eval_only)

@@ -20,11 +20,13 @@ from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_trai
 from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .clipping import build_clipper
+from .disk import PatientWriter, telling_of
 from .ema import ModelEMA
 from .evaluation import build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
 from .guard import likely_cause, where
 from .optimizer import build_optimizer
+from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
 from .setup import class_names
 from .signals import EvaluationInterrupted, StopRequest
@@ -124,8 +126,10 @@ class Trainer(DefaultTrainer):
         yield from self._train_loader
 
     def build_writers(self) -> list:
-        os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-        return compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        with telling_of(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}"):
+            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
+            writers = compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        return [PatientWriter(writer) for writer in writers]
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted."""
@@ -285,17 +289,24 @@ class Trainer(DefaultTrainer):
                 f"the checkpoint's optimiser is {state_dict.get('optimizer_name')} and the "
                 f"configuration's {name}; resume with the configuration of that run"
             )
+        try:
+            check_trainer_state(state_dict, self.state_dict(), self.optimizer)
+        except ValueError as error:
+            raise UserError(
+                f"the checkpoint's trainer does not fit ({one_line(error)}); resume with the "
+                "configuration of that run"
+            ) from error
+        done = state_dict["iteration"] + 1
+        if done > self.max_iter:
+            raise UserError(
+                f"{done} iterations are done already and SOLVER.MAX_ITER is {self.max_iter}; raise "
+                "it to go on, or evaluate with --eval-only --resume"
+            )
         wanted = [
             (group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups
         ]
         TrainerBase.load_state_dict(self, state_dict)
-        try:
-            self._trainer.load_state_dict(state_dict["step"])
-        except ValueError as error:
-            raise UserError(
-                f"the checkpoint's optimiser has other parameters ({one_line(error)}); resume with "
-                "the configuration of that run"
-            ) from error
+        self._trainer.load_state_dict(state_dict["step"])
         self._keep_configured_rates(wanted)
         self.finished = state_dict["iteration"]
         if self.cfg.SEED >= 0 and state_dict["seed"] != self.cfg.SEED:

@@ -1,10 +1,11 @@
 """Which pictures the command line means, and under which names their drawings are written."""
 
 import glob
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 
 __all__ = ["IMAGE_SUFFIXES", "find_images", "output_paths"]
 
@@ -25,27 +26,36 @@ def find_images(inputs: Iterable[str]) -> list[Path]:
     Raises:
         UserError: an argument names nothing.
     """
-    found: dict[Path, Path] = {}
+    found: dict[str, Path] = {}
     for name in inputs:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files = sorted(
-                file
-                for file in path.iterdir()
-                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-            )
+        # Of os.path, as Path's methods stumble over long names and loops of links.
+        path = Path(os.path.expanduser(name))
+        if os.path.isdir(path):
+            files = sorted(file for file in _entries(path) if _is_picture(file))
             problem = f"the folder {name} holds no pictures"
-        elif path.exists():
+        elif os.path.exists(path):
             files, problem = [path], ""
         else:
             matches = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(name) else []
-            files = [Path(match) for match in matches if not Path(match).is_dir()]
-            problem = f"{name} " + ("matches no file" if glob.has_magic(name) else "does not exist")
+            files = [Path(match) for match in matches if not os.path.isdir(match)]
+            problem = "matches no file" if glob.has_magic(name) else "does not exist"
+            problem = f"{name:.300} {problem}"
         if not files:
             raise UserError(f"--input: {problem}")
         for file in files:
-            found.setdefault(file.resolve(), file)
+            found.setdefault(os.path.realpath(file), file)
     return list(found.values())
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--input: {folder} cannot be read ({one_line(error)})") from error
+
+
+def _is_picture(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def output_paths(images: Sequence[Path], output: str) -> list[Path]:
@@ -61,20 +71,20 @@ def output_paths(images: Sequence[Path], output: str) -> list[Path]:
     Raises:
         UserError: one file for several pictures, or for the input itself.
     """
-    target = Path(output).expanduser()
-    if target.suffix.lower() in IMAGE_SUFFIXES and not target.is_dir():
+    target = Path(os.path.expanduser(output))
+    if target.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(target):
         if len(images) > 1:
             raise UserError(
                 f"--output {output} is one file and there are {len(images)} pictures; name a folder"
             )
-        if target.resolve() == images[0].resolve():
+        if os.path.realpath(target) == os.path.realpath(images[0]):
             raise UserError(f"--output {output} would overwrite the input; choose another name")
         return [target]
-    if target.exists() and not target.is_dir():
+    if os.path.lexists(target) and not os.path.isdir(target):
         raise UserError(f"--output {output} is neither a folder nor a picture's name")
     # In lower case, as some file systems take a.jpg and A.JPG for the same.
-    taken = {str(image.resolve()).lower() for image in images}
-    folder = target.resolve()
+    taken = {os.path.realpath(image).lower() for image in images}
+    folder = Path(os.path.realpath(target))
     paths = []
     for image in images:
         suffix = image.suffix if image.suffix.lower() in _WRITTEN_AS_THEY_ARE else ".png"

@@ -35,7 +35,9 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         UserError: there is no such file, or it is not a whole picture.
     """
     path = Path(path)
-    if not path.is_file():
+    if os.path.islink(path) and not os.path.exists(path):
+        raise UserError(f"{path} is a link to nothing")
+    if not os.path.isfile(path):
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
         with warnings.catch_warnings():

@@ -6,14 +6,15 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.data.catalog import Metadata
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
 from ..config import CLASS_COUNTS, class_count
+from ..data.augmentation import ResizeShortestEdge
 from ..engine.checkpoint import SafeCheckpointer
+from ..engine.reading import require_finite
 from ..errors import UserError, one_line
 from .stages import MAX_QUERIES, follow_queries
 
@@ -75,7 +76,7 @@ class Predictor:
         if image_format not in ("RGB", "BGR"):
             raise UserError(f"INPUT.FORMAT is {image_format!r}; the demo knows RGB and BGR")
         self.model = model.eval()
-        self.resize = T.ResizeShortestEdge([min_size, min_size], max_size)
+        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
         self.image_format = image_format
         self.metadata = metadata or Metadata()
 
@@ -103,12 +104,7 @@ class Predictor:
         if not cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS is empty: the detector knows nothing yet")
         loaded = _Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-        for name, parameter in model.named_parameters():
-            if not parameter.isfinite().all():
-                raise UserError(
-                    f"the weights {cfg.MODEL.WEIGHTS} hold numbers that are not finite ({name}); "
-                    "take an earlier checkpoint"
-                )
+        require_finite(model, cfg.MODEL.WEIGHTS)
         return cls(
             model,
             cfg.INPUT.MIN_SIZE_TEST,
@@ -162,8 +158,6 @@ class Predictor:
             image = image[:, :, ::-1]
         height, width = image.shape[:2]
         transform = self.resize.get_transform(image)
-        if isinstance(transform, T.ResizeTransform):  # a line of pixels must not vanish
-            transform.new_h, transform.new_w = max(transform.new_h, 1), max(transform.new_w, 1)
         pixels = np.ascontiguousarray(transform.apply_image(image).transpose(2, 0, 1))
         tensor = torch.as_tensor(pixels.astype(np.float32))
         return {"image": tensor, "height": height, "width": width}

@@ -65,8 +65,8 @@ class VideoReader:
         Raises:
             UserError: there is no such file, or it is no video.
         """
-        if not Path(path).is_file():
-            raise UserError(f"--video-input {path} does not exist")
+        if not os.path.isfile(path):
+            raise UserError(f"--video-input {path:.300} does not exist")
         return cls(path, f"{path} is broken or not a video: it")
 
     def __iter__(self) -> Iterator[np.ndarray]:

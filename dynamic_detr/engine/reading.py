@@ -1,0 +1,157 @@
+"""Files of weights and checkpoints, read with suspicion: checksums, types and shapes are checked
+before anything is made of them.
+
+``torch.save`` writes a zip archive with a CRC-32 for every tensor, which ``torch.load`` does not
+look at: a flipped bit on a disk becomes a weight of 1e30.
+"""
+
+import zipfile
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError, one_line
+
+__all__ = [
+    "BrokenCheckpoint",
+    "broken",
+    "check_archive",
+    "check_class_names",
+    "check_weights",
+    "read_checkpoint",
+    "require_finite",
+]
+
+_ZIP_MAGIC = b"PK\x03\x04"
+_CHUNK = 1 << 20
+
+
+class BrokenCheckpoint(UserError):
+    """A file that is not a whole checkpoint: truncated, or something else altogether."""
+
+
+def broken(path: str | PathLike, error: Exception) -> BrokenCheckpoint:
+    """The error that says in one line why a file is none of a checkpoint."""
+    reason = one_line(error).partition(". ")[0][:120]
+    return BrokenCheckpoint(f"{path} is not a whole checkpoint of tensors ({reason})")
+
+
+def check_archive(path: str | PathLike) -> None:
+    """Compare every record of a ``torch.save`` archive with its checksum.
+
+    Files in PyTorch's older format have none, and neither have records whose checksum is 0
+    (``torch.serialization.set_crc32_options(False)``).
+
+    Raises:
+        Exception: the archive is damaged.
+    """
+    with open(path, "rb") as file:
+        if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:
+            return
+        with zipfile.ZipFile(file) as archive:
+            for record in archive.infolist():
+                if record.CRC == 0:
+                    continue
+                with archive.open(record) as data:  # compares at the record's end
+                    while data.read(_CHUNK):
+                        pass
+
+
+def check_weights(weights: Any, what: str = "model") -> None:
+    """See that weights are dense tensors or arrays of numbers by name.
+
+    Args:
+        weights: from a file.
+        what: its name, for the message.
+
+    Raises:
+        ValueError: they are something else.
+    """
+    if not isinstance(weights, dict):
+        raise ValueError(f"its {what} is a {type(weights).__name__}, not tensors by name")
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise ValueError(f"its {what} has {name!r:.40} for a name")
+        is_plain = (
+            value.layout is torch.strided and not value.is_meta and not value.is_quantized
+            if isinstance(value, Tensor)
+            else isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf"
+        )
+        if not is_plain:
+            kind = f"{value.layout}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name:.80} in its {what} is no dense tensor ({kind})")
+
+
+def check_class_names(names: Any) -> None:
+    """See that what a file gives as the names of its classes is a list of strings, or None.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if names is not None and not are_names:
+        raise ValueError(f"its class_names are {names!r:.40}, not a list of strings")
+
+
+def read_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str, Any]:
+    """A checkpoint of this project with everything that resuming needs.
+
+    Args:
+        path: a file of :class:`SafeCheckpointer`.
+        parts: names of the states that it must hold beside model and iteration.
+
+    Returns:
+        Its content, on the CPU.
+
+    Raises:
+        BrokenCheckpoint: it cannot be read, a checksum is wrong, or something is missing or of
+            another type.
+    """
+    try:
+        check_archive(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _check_contents(checkpoint, parts)
+    except Exception as error:  # torch, pickle and zip each have their own errors
+        raise broken(path, error) from error
+    return checkpoint
+
+
+def _check_contents(checkpoint: Any, parts: Iterable[str]) -> None:
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"it holds a {type(checkpoint).__name__}")
+    if missing := [name for name in ("model", "iteration", *parts) if name not in checkpoint]:
+        raise ValueError(f"it has no {' and no '.join(missing)}")
+    check_weights(checkpoint["model"])
+    counts = {"iteration": -1}
+    if "model_training" in checkpoint:
+        check_weights(checkpoint["model_training"], "model_training")
+        counts["ema_updates"] = 0
+    for name, least in counts.items():
+        value = checkpoint.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**53:
+            raise ValueError(f"its {name} is {value!r:.40}")
+    for name in parts:
+        if not isinstance(checkpoint[name], dict):
+            raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")
+
+
+def require_finite(model: nn.Module, source: str) -> None:
+    """See that no weight is NaN or infinite.
+
+    Args:
+        model: with its weights.
+        source: the file that they come from.
+
+    Raises:
+        UserError: one is; training would diverge, and an evaluation would find nothing.
+    """
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(
+                f"the weights {source or 'of the model'} hold numbers that are not finite "
+                f"({name}); take an earlier checkpoint"
+            )
