@@ -149,6 +149,16 @@ def test_size_of_a_block():
     assert parameters == convolutions + offsets + scale + dyrelu == 1_917_276
 
 
+def test_every_parameter_has_a_gradient_on_one_level():
+    for offsets in ("resized", "legacy"):
+        model = dynamic_encoder(CHANNELS, num_blocks=2, offsets=offsets)
+        features = random_levels((50, 70), CHANNELS, (32,), dtype=torch.float32)
+        out = model(batch_pyramid([features], [(50, 70)], (64, 96), (32,)))
+        out.features[0].square().sum().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None, name
+
+
 def test_all_parameters_learn():
     model = shake(dynamic_encoder(CHANNELS, num_blocks=2))
     for block in model.blocks:

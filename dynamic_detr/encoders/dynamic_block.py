@@ -114,7 +114,13 @@ class DynamicEncoderBlock(nn.Module):
             gain, shift = weight * gain, (weight * shift).sum(dim=1)
             a1, b1, a2, b2 = self.dyrelu((pooled * gain).sum(dim=1) + shift)
             lines = torch.stack([a1, a1 * shift + b1, a2, a2 * shift + b2], dim=1)
-            return torch.cat([gain, lines], dim=1)
+            coefficients = torch.cat([gain, lines], dim=1)
+        if len(coefficients) == 1:
+            # without neighbours their convolutions get a gradient too, of zero:
+            # DistributedDataParallel waits for one
+            unused = self.finer.conv.weight.sum() + self.coarser.conv.weight.sum()
+            coefficients = coefficients + 0 * unused
+        return coefficients
 
     def _normalize(self, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
         """The three GroupNorms, of maps that lack the bias of their convolution, as gain and
