@@ -26,6 +26,7 @@ from dynamic_detr import Prediction, Pyramid, add_dynamic_detr_config
 from dynamic_detr.config import check_config
 from dynamic_detr.decoders import DeformableDecoder
 from dynamic_detr.encoders import DeformableEncoder
+from dynamic_detr.engine.optimizer import build_optimizer
 from dynamic_detr.structures import box_cxcywh_to_xyxy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -511,6 +512,19 @@ def test_a_pyramid_of_other_levels_is_refused():
     for model in everything():
         with pytest.raises(ValueError, match="the pyramid has 2 levels; wants 4"):
             model(pyramid)
+
+
+def test_offsets_and_reference_points_learn_slower():
+    """As does the pretrained part of the backbone; everything decays."""
+    cfg = load("deformable_detr_R_50.yaml", *NARROW)
+    model = build_model(cfg)
+    groups = build_optimizer(cfg, model).param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        slow = ("backbone.bottom_up.", "sampling_offsets", "reference_points")
+        factor = 0.1 if any(part in name for part in slow) else 1
+        assert rates[parameter] == pytest.approx(2e-4 * factor), name
+    assert {group["weight_decay"] for group in groups} == {1e-4}
 
 
 # --- published weights
