@@ -27,6 +27,7 @@ RECIPES = [*COCO, *ABLATIONS]
 SHORT = {  # one of each system; the others take minutes together
     "COCO-Detection/dynamic_detr_R_50_1x.yaml",
     "DETR/detr_R_50.yaml",
+    "Deformable-DETR/deformable_detr_R_50_two_stage.yaml",
     "quickstart/pretrain.yaml",
 }
 

@@ -55,7 +55,8 @@ class ProposedQueries(nn.Module):
         inside = valid & ((anchors > LEAST) & (anchors < MOST)).all(dim=-1)  # (B, ΣHW)
         memory = torch.where(inside[..., None], table, 0)
         memory = self.memory_norm(self.memory(memory))
-        logits = self.class_head(memory).to(anchors.dtype)
+        with torch.autocast(table.device.type, enabled=False):  # scores would tie in half precision
+            logits = self.class_head(memory.to(self.class_head.weight.dtype)).to(anchors.dtype)
         starts = inverse_sigmoid(anchors).masked_fill(~inside[..., None], float("inf"))
         box_logits = self.box_head(memory).to(anchors.dtype) + starts
         boxes = self._best(box_logits, logits, valid).sigmoid().detach()

@@ -1,5 +1,7 @@
 """Deformable DETR: names of its released code and of Hugging Face's class to this project's."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -133,10 +135,17 @@ def _head_rules(weights: dict[str, Tensor], prefix: str) -> Rules:
     """Heads of each layer, the proposals' last; or the same ones again and again.
 
     Args:
-        prefix: pattern under which refining variants keep them once more.
+        prefix: pattern under which refining variants may keep them once more.
     """
     layers = {int(name.split(".")[3]) for name in weights if ".decoder.layers." in name}
-    refines = any(".decoder.bbox_embed." in name for name in weights)
+    last = [
+        w
+        for name, w in weights.items()
+        if re.fullmatch(r"bbox_embed\.\d+\.layers\.2\.weight", name)
+    ]
+    refines = any(".decoder.bbox_embed." in name for name in weights) or any(
+        not torch.equal(weight, last[0]) for weight in last
+    )
     rules: Rules = []
     for published, new in (("class_embed", "class_head"), ("bbox_embed", "box_head")):
         old = rf"{prefix}{published}"
