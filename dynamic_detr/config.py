@@ -502,7 +502,10 @@ _SMCA_DECODER_KEYS = (
         one_of("independent", "single", "fixed"),
         'Scales of the spatial prior: "independent" ones of x and y, a "single" one for both, or '
         '"fixed" at 1. As the released code has it, their squares multiply squared distances, '
-        "where equation 4 divides: a larger scale is a narrower prior.",
+        "where equation 4 divides: a larger scale is a narrower prior. SMCA does not say what "
+        "scales, offsets and reference points are predicted from: as in that code, from the norm "
+        "of the content that enters a layer plus the query's position, the reference points in "
+        "the first layer alone. Scales start at 1, and offsets at 0, which is our choice.",
     ),
     Key(
         _SMCA_DECODER + "HEAD_SHARED",
@@ -525,7 +528,7 @@ _SMCA_DECODER_KEYS = (
         8.0,
         number(0, open_ends="("),
         "Bandwidth of the spatial prior: what squared distances, in cells of the level, are "
-        "divided by. The value of the released code.",
+        "divided by; value and unit of the released code, which has one level.",
     ),
 )
 

@@ -1,18 +1,31 @@
 """SMCA's encoder and decoder against loops written from the paper, and what they promise."""
 
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from helpers import batch_pyramid, defaults, random_levels, shake
 from reference import smca as reference
 from torch import Tensor, nn
+from torchvision.models import resnet50
 
 from dynamic_detr import Prediction, Pyramid
 from dynamic_detr.decoders import SMCADecoder
+from dynamic_detr.decoders.smca_layer import SMCADecoderLayer
 from dynamic_detr.decoders.spatial_prior import SpatialPrior
 from dynamic_detr.encoders import SMCAEncoder
+from dynamic_detr.engine.setup import read_config
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIGS = PROJECT / "configs" / "SMCA"
+sys.path.insert(0, str(PROJECT / "tools"))
+
+import convert_weights  # noqa: E402
+from conversions import smca as conversion  # noqa: E402
 
 CHANNELS, HEADS, CLASSES = 8, 2, 3
 STRIDES = (16, 32, 64)
@@ -35,7 +48,8 @@ def make_decoder(num_levels: int = 3, **options: object) -> SMCADecoder:
 def make_pyramid(
     num_levels: int = 3, padded: tuple[int, int] = SIZE, dtype: torch.dtype = torch.float64
 ) -> tuple[list[Tensor], Pyramid]:
-    """The levels of one image, and their pyramid with NaN in the padding."""
+    """The levels of one image, and their pyramid with NaN in the padding, as a backbone may give
+    it to an encoder."""
     strides = STRIDES[-num_levels:] if num_levels > 1 else (32,)
     levels = random_levels(SIZE, CHANNELS, strides, dtype)
     return levels, batch_pyramid([levels], [SIZE], padded, strides, garbage=float("inf"))
@@ -95,7 +109,7 @@ def test_decoder_is_the_loop(num_levels, options):
     model = shake(make_decoder(num_levels, **options).double())
     levels, pyramid = make_pyramid(num_levels, (90, 128))
     with torch.no_grad():
-        found = model(pyramid)
+        found = model(pyramid.masked())
     beta = options.get("beta", 8.0)
     logits, boxes = reference.decoder(arrays(levels), numpy_weights(model), HEADS, beta)
     assert len(found) == len(logits) == 2
@@ -223,13 +237,14 @@ def test_centres_far_away_leave_finite_softmaxes():
     with torch.no_grad():
         layer = make_decoder(scale_selection=False, num_layers=1)
         layer.layers[0].co_attention.prior.offsets.bias.fill_(3e4)
-        assert all(output.isfinite().all() for output in outputs(layer(pyramid)))
+        assert all(output.isfinite().all() for output in outputs(layer(pyramid.masked())))
 
 
 def test_compiled_is_the_same():
     """As one graph, with its gradients."""
     torch.compiler.reset()
-    model = shake(nn.Sequential(make_encoder(2), make_decoder(2, num_layers=1)), 0.1).eval()
+    encoder = make_encoder(2, blocks=["intra"], shared="ffn")
+    model = shake(nn.Sequential(encoder, make_decoder(2, num_layers=1)), 0.1).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     _, pyramid = make_pyramid(2, (90, 128), torch.float32)
     results = []
@@ -265,3 +280,119 @@ def test_wrong_arguments_are_one_line(make, options, message):
 def test_another_number_of_levels_is_refused(make):
     with pytest.raises(ValueError, match="got 2 levels; wants num_levels, 3"):
         make(3).double()(make_pyramid(2)[1])
+
+
+def meta_model(config: str) -> nn.Module:
+    """Without memory for its parameters."""
+    cfg = read_config(str(CONFIGS / f"{config}.yaml"), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [  # of the paper's Tables 3 and 4
+        ("smca_single_scale_R_50", 41.0),
+        ("smca_R_50", 39.5),
+        ("smca_R_50_no_scale_selection", 39.5),
+        ("smca_R_50_3_intra", 37.9),
+        ("smca_R_50_3_multi", 37.9),
+        ("smca_R_50_5_intra", 39.5),
+        ("smca_R_50_shared_ffn", 42.2),
+        ("smca_R_50_shared_attention", 44.7),
+        ("smca_R_50_nothing_shared", 47.3),
+        ("smca_R_101", 58),
+    ],
+)
+def test_parameters_are_as_many_as_published(config, millions):
+    found = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    assert found / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def epochs(config: str) -> list[float]:
+    """At which the learning rate drops and training ends; an epoch leaves out its last images."""
+    solver = read_config(str(CONFIGS / f"{config}.yaml"), []).SOLVER
+    iterations = 118_287 // solver.IMS_PER_BATCH
+    return [iteration / iterations for iteration in (*solver.STEPS, solver.MAX_ITER)]
+
+
+def test_recipes():
+    """Every configuration has the 50 epochs of the paper, but for those of 108."""
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    long = {"smca_R_50_108ep", "smca_single_scale_R_50_108ep"}
+    assert long < names
+    assert all(epochs(name) == ([86, 108] if name in long else [40, 50]) for name in names)
+    solver = read_config(str(CONFIGS / "smca_R_50.yaml"), []).SOLVER
+    assert (solver.OPTIMIZER, solver.BASE_LR, solver.BACKBONE_MULTIPLIER) == ("ADAMW", 1e-4, 0.1)
+    assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == (
+        "full_model",
+        0.1,
+    )
+    decays = {solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS}
+    assert decays == {1e-4} and solver.IMS_PER_BATCH == 16
+
+
+def published() -> dict[str, Tensor]:
+    """Names and shapes of a checkpoint of the single-scale system, as far as they are known."""
+    with torch.device("meta"):
+        encoder = nn.TransformerEncoderLayer(256, 8)
+        decoder = nn.TransformerDecoderLayer(256, 8)
+        decoder.norm4 = nn.LayerNorm(256)
+        decoder.point2, decoder.point3 = nn.Linear(256, 16), nn.Linear(256, 16)
+        weights = {f"transformer.decoder.norm.{n}": torch.empty(256) for n in ("weight", "bias")}
+        weights["query_embed.weight"] = torch.empty(300, 256)
+        heads = {"transformer.decoder.layers.0.point1.layers.": [256, 256, 256, 2]}
+        heads |= {"bbox_embed.layers.": [256, 256, 256, 4], "class_embed": [256, 91]}
+        for name, widths in heads.items():
+            for number, (ins, outs) in enumerate(zip(widths, widths[1:], strict=False)):
+                place = f"{name}{number}" if name.endswith(".") else name
+                weights[f"{place}.weight"] = torch.empty(outs, ins)
+                weights[f"{place}.bias"] = torch.empty(outs)
+        weights["input_proj.weight"] = torch.empty(256, 2048, 1, 1)
+        weights["input_proj.bias"] = torch.empty(256)
+        for number in range(6):
+            for part, layer in (("encoder", encoder), ("decoder", decoder)):
+                for name, tensor in layer.state_dict().items():
+                    weights[f"transformer.{part}.layers.{number}.{name}"] = tensor
+        for name, tensor in resnet50().state_dict().items():
+            if not name.startswith("fc.") and "num_batches" not in name:
+                weights[f"backbone.0.body.{name}"] = tensor
+    return weights
+
+
+def test_published_names_are_the_models():
+    weights, model = published(), meta_model("smca_single_scale_R_50").state_dict()
+    fitted = convert_weights.fit(conversion.convert(weights), model, num_classes=80)
+    assert len(fitted) == len(weights) == len(model)
+    del weights["transformer.decoder.layers.3.norm4.bias"]
+    with pytest.raises(
+        convert_weights.UserError, match="missing: decoder.layers.3.guide_norm.bias"
+    ):
+        convert_weights.fit(conversion.convert(weights), model, num_classes=80)
+    weights["transformer.decoder.layers.1.point1.layers.0.bias"] = torch.empty(256, device="meta")
+    with pytest.raises(convert_weights.UserError, match=r"layers.1.point1.* is left over"):
+        conversion.convert(weights)
+
+
+def test_published_layer_is_ours():
+    """PyTorch's decoder layer, which DETR's is with positions, with the prior as its mask."""
+    theirs = nn.TransformerDecoderLayer(CHANNELS, HEADS, 12, 0.0, batch_first=True).double()
+    theirs.norm4 = nn.LayerNorm(CHANNELS)
+    theirs.point2, theirs.point3 = (nn.Linear(CHANNELS, 2 * HEADS) for _ in range(2))
+    shake(theirs.double())
+    prefix = "transformer.decoder.layers.0."
+    names = conversion.convert({prefix + k: v for k, v in theirs.state_dict().items()})
+    ours = make_decoder(1).layers[0].double()
+    ours.load_state_dict({k.removeprefix("decoder.layers.0."): v for k, v in names.items()})
+    assert isinstance(ours, SMCADecoderLayer)
+    _, pyramid = make_pyramid(1)
+    memory, content = pyramid.table(), torch.randn(1, 4, CHANNELS).double()
+    references, nowhere = torch.rand(1, 4, 2).double(), torch.zeros(()).double()
+    grid = torch.tensor([[x, y] for y in range(3) for x in range(4)])  # 70 x 100 by stride 32
+    z = theirs.norm4(content)
+    centers = (references * torch.tensor([4, 3])).repeat(1, 1, HEADS) + theirs.point2(z)
+    distances = (centers.view(1, 4, 1, HEADS, 2) - grid[:, None]).square()
+    distances = (distances * theirs.point3(z).square().view(1, 4, 1, HEADS, 2)).sum(dim=-1)
+    mask = (-distances / 8).permute(0, 3, 1, 2).flatten(0, 1)
+    found = ours(content, nowhere, references, pyramid, nowhere)
+    torch.testing.assert_close(found, theirs(content, memory, memory_mask=mask))

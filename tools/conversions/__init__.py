@@ -23,7 +23,7 @@ SYSTEMS = ("detr", "deformable-detr", "smca", "sparse-rcnn", "dyhead", "huggingf
 CONFIGS = {  # what each is converted for where --config-file does not say
     "detr": "DETR/detr_R_50.yaml",
     "deformable-detr": "Deformable-DETR/deformable_detr_R_50.yaml",
-    "smca": "SMCA/smca_R_50.yaml",
+    "smca": "SMCA/smca_single_scale_R_50.yaml",
     "sparse-rcnn": "Sparse-RCNN/sparse_rcnn_R_50.yaml",
     "dyhead": "DyHead/faster_rcnn_R_50_FPN_dyhead.yaml",
 }
