@@ -260,6 +260,21 @@ _DYNAMIC_ENCODER_KEYS = (
         "arithmetic of the published DyHead code, for its checkpoints; results then depend on the "
         "padding.",
     ),
+    Key(
+        _ENCODER + "SCALE_ATTENTION",
+        True,
+        FLAG,
+        "Weigh neighbouring levels by equation 5; else their plain mean is taken. This and the "
+        "next two are the ablations of DyHead's Table 1, which does not say what takes the place "
+        "of an attention that is left out.",
+    ),
+    Key(
+        _ENCODER + "SPATIAL_ATTENTION",
+        True,
+        FLAG,
+        "Sample at predicted offsets; else the 3x3 convolutions are plain ones.",
+    ),
+    Key(_ENCODER + "CHANNEL_ATTENTION", True, FLAG, "Activate by a DyReLU; else by a ReLU."),
 )
 
 _DECODER = "MODEL.DYNAMIC_DECODER."
@@ -356,6 +371,78 @@ _TRANSFORMER_DECODER_KEYS = (
         "The paper's Table 1 does not say which DETR's decoder reads behind a dynamic encoder. The "
         "encoder must reach all other levels from these (a dynamic block reaches one further), "
         "or what makes those is not trained.",
+    ),
+)
+
+_DEFORMABLE_ENCODER = "MODEL.DEFORMABLE_ENCODER."
+_DEFORMABLE_ENCODER_KEYS = (
+    Key(_DEFORMABLE_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers in the stack."),
+    Key(_DEFORMABLE_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the deformable attention."),
+    Key(
+        _DEFORMABLE_ENCODER + "NUM_POINTS",
+        4,
+        whole(1),
+        "Points that a head samples on each level, K in the paper; its Table 2 has 1 and 4.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward networks; the released code's.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "After attention and both layers of the feed-forward networks.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "MULTI_SCALE",
+        True,
+        FLAG,
+        'Whether a position samples all levels. False, "without multi-scale attention" in the '
+        "paper's Table 2: its own level alone, with weights that the levels share. What the "
+        "decoder does there is not said; it reads all levels here.",
+    ),
+)
+
+_DEFORMABLE_DECODER = "MODEL.DEFORMABLE_DECODER."
+_DEFORMABLE_DECODER_KEYS = (
+    Key(_DEFORMABLE_DECODER + "NUM_QUERIES", 300, whole(1), "Queries, and so boxes of each layer."),
+    Key(_DEFORMABLE_DECODER + "NUM_LAYERS", 6, whole(1), "Layers, each of which predicts."),
+    Key(_DEFORMABLE_DECODER + "NUM_HEADS", 8, whole(1), "Heads of both attentions of a layer."),
+    Key(
+        _DEFORMABLE_DECODER + "NUM_POINTS",
+        4,
+        whole(1),
+        "Points that a head samples on each level, K in the paper; its Table 2 has 1 and 4.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward networks; the released code's.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention and both layers of the feed-forward networks.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "REFINE_BOXES",
+        False,
+        FLAG,
+        "Each layer refines the boxes of the one before, with heads of its own: iterative "
+        "bounding box refinement. False: all layers predict from the same reference points, with "
+        "the same heads.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "TWO_STAGE",
+        False,
+        FLAG,
+        "The first boxes and queries are the best of proposals that every position of the pyramid "
+        "makes. It needs REFINE_BOXES, and more than one level.",
     ),
 )
 
@@ -527,6 +614,8 @@ KEYS: tuple[Key, ...] = (
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
+    *_DEFORMABLE_ENCODER_KEYS,
+    *_DEFORMABLE_DECODER_KEYS,
     *_TRANSFORMER_ENCODER_KEYS,
     *_TRANSFORMER_DECODER_KEYS,
     *_SMCA_ENCODER_KEYS,
