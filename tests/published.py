@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torchvision.models import resnet50
 
 Shapes = dict[str, tuple[int, ...]]
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -138,3 +139,58 @@ def dyhead_retinanet() -> Shapes:
         for index in (0, 2, 4, 6):
             shapes |= layer(f"head.{branch}.{index}", 256, 256, 3, 3)
     return shapes
+
+
+def torchvision_resnet50(prefix: str) -> Shapes:
+    with torch.device("meta"):
+        weights = resnet50().state_dict()
+    return {
+        f"{prefix}{name}": tuple(weight.shape)
+        for name, weight in weights.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+
+
+def deformable_detr(variant: str, levels: int = 4) -> Shapes:
+    """The released code's, with ResNet-50 and 91 rows of classes.
+
+    Args:
+        variant: "base", "refine" or "two_stage".
+        levels: 4, or 1 for the single-scale system.
+    """
+    shapes = torchvision_resnet50("backbone.0.body.")
+    for index, channels in enumerate((512, 1024, 2048, 2048) if levels > 1 else (2048,)):
+        kernel = 3 if index == 3 else 1
+        shapes |= layer(f"input_proj.{index}.0", 256, channels, kernel, kernel)
+        shapes |= layer(f"input_proj.{index}.1", 256)
+    transformer = "transformer."
+    shapes[f"{transformer}level_embed"] = (levels, 256)
+    for number in range(6):
+        for part, attention in (("encoder", "self_attn"), ("decoder", "cross_attn")):
+            name = f"{transformer}{part}.layers.{number}."
+            shapes |= layer(f"{name}{attention}.sampling_offsets", 64 * levels, 256)
+            shapes |= layer(f"{name}{attention}.attention_weights", 32 * levels, 256)
+            shapes |= layer(f"{name}{attention}.value_proj", 256, 256)
+            shapes |= layer(f"{name}{attention}.output_proj", 256, 256)
+            shapes |= layer(f"{name}linear1", 1024, 256) | layer(f"{name}linear2", 256, 1024)
+            for index in (1, 2, 3) if part == "decoder" else (1, 2):
+                shapes |= layer(f"{name}norm{index}", 256)
+        shapes[f"{name}self_attn.in_proj_weight"] = (768, 256)
+        shapes[f"{name}self_attn.in_proj_bias"] = (768,)
+        shapes |= layer(f"{name}self_attn.out_proj", 256, 256)
+    if variant == "two_stage":
+        shapes |= layer(f"{transformer}enc_output", 256, 256)
+        shapes |= layer(f"{transformer}enc_output_norm", 256)
+        shapes |= layer(f"{transformer}pos_trans", 512, 512)
+        shapes |= layer(f"{transformer}pos_trans_norm", 512)
+    else:
+        shapes["query_embed.weight"] = (300, 512)
+        shapes |= layer(f"{transformer}reference_points", 2, 256)
+    heads: Shapes = {}
+    for number in range(7 if variant == "two_stage" else 6):
+        heads |= layer(f"class_embed.{number}", 91, 256)
+        for index, rows in enumerate((256, 256, 4)):
+            heads |= layer(f"bbox_embed.{number}.layers.{index}", rows, 256)
+    twice = {"base": (), "refine": ("bbox",), "two_stage": ("bbox", "class")}[variant]
+    kept = {f"{transformer}decoder.{n}": s for n, s in heads.items() if n.startswith(twice)}
+    return shapes | heads | kept
