@@ -12,7 +12,6 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
@@ -30,7 +29,7 @@ from .guard import likely_cause, where
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
-from .setup import class_names
+from .setup import build_detector, class_names
 from .signals import EvaluationInterrupted, StopRequest
 from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
 from .tta import DetectorTTA
@@ -88,10 +87,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model on ``MODEL.DEVICE``."""
-        try:
-            model = build_model(cfg)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
+        model = build_detector(cfg)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(f"Model:\n{model}")
         logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
