@@ -67,7 +67,7 @@ RESULT = Range(
 )
 
 RANGES: dict[str, Range] = {
-    "OUTPUT_DIR": NAME,
+    "OUTPUT_DIR": TEXT,
     "SEED": SEED,
     "VIS_PERIOD": whole(0),
     "CUDNN_BENCHMARK": FLAG,
@@ -222,7 +222,7 @@ def _dependent(cfg: CfgNode) -> dict[str, Range]:
     )
     channels = 1 if inputs.FORMAT == "L" else 3
     for name in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
-        wanted = f"{channels} numbers with INPUT.FORMAT {inputs.FORMAT}"
+        wanted = f"a list of length {channels} with INPUT.FORMAT {inputs.FORMAT}"
         when(True, name, wanted, lambda value: len(value) == channels)
     when(
         inputs.MIN_SIZE_TRAIN_SAMPLING == "range",
