@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all lint format pretrain venv clean
+.PHONY: help quickstart test test-all test-lowest lint format pretrain venv clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,6 +21,15 @@ test: $(READY) lint ## formatting, lint and the whole test suite
 
 test-all: $(READY) lint ## the same and the tests that take minutes each
 	$(BIN)/python -m pytest -m "long or not long"
+
+LOWEST := .venv-lowest
+test-lowest: ## the test suite at the lowest supported versions, in .venv-lowest
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet \
+	    --constraint tests/lowest.txt --editable '.[test]'
+	$(LOWEST)/bin/python -c 'import detectron2' 2>/dev/null || \
+	    $(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet ./packaging/detectron2
+	$(LOWEST)/bin/python -m pytest
 
 lint: $(READY) ## formatting and lint alone
 	$(BIN)/ruff check .
@@ -47,4 +56,4 @@ $(READY): setup.py pyproject.toml $(wildcard packaging/detectron2/*.toml packagi
 	touch $@
 
 clean: ## remove .venv and what the commands wrote
-	rm -rf $(VENV) output datasets build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) output datasets build *.egg-info .pytest_cache .ruff_cache .hypothesis

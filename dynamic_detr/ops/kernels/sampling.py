@@ -29,8 +29,9 @@ def corners(y, x, height, width):
         fy, fx: float32, the fractions.
         top, bottom, left, right: whether those rows and columns are inside.
     """
-    y = tl.minimum(tl.maximum(y, -2.0), height + 1.0)
-    x = tl.minimum(tl.maximum(x, -2.0), width + 1.0)
+    # comparisons with NaN are false in every version of Triton; minima and maxima differ
+    y = tl.where((y > -2.0) & (y < height + 1.0), y, -2.0)
+    x = tl.where((x > -2.0) & (x < width + 1.0), x, -2.0)
     floor_y, floor_x = tl.floor(y), tl.floor(x)
     fy, fx = y - floor_y, x - floor_x
     y0, x0 = floor_y.to(tl.int32), floor_x.to(tl.int32)
