@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from detectron2 import modeling
 from detectron2.config import CfgNode
 
 from .config import FLAG, NAME, Range, number, one_of, require, value_of, whole
@@ -175,7 +176,7 @@ RANGES: dict[str, Range] = {
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
 }
 
-# Names that stand in a registry, with what they are.
+# The registries of detectron2.modeling that names stand in.
 _REGISTERED = {
     "MODEL.META_ARCHITECTURE": "META_ARCH_REGISTRY",
     "MODEL.BACKBONE.NAME": "BACKBONE_REGISTRY",
@@ -193,16 +194,10 @@ def check_detectron2_config(cfg: CfgNode) -> None:
         if value is not ...:  # older versions do not have all keys
             require(name, value, wanted)
     for name, registry in _REGISTERED.items():
-        known = sorted(entry for entry, _ in _registry(registry))
+        known = sorted(entry for entry, _ in getattr(modeling, registry))
         require(name, value_of(cfg, name), one_of(*known))
     for name, wanted in _dependent(cfg).items():
         require(name, value_of(cfg, name), wanted)
-
-
-def _registry(name: str):
-    from detectron2 import modeling
-
-    return getattr(modeling, name)
 
 
 def _dependent(cfg: CfgNode) -> dict[str, Range]:
