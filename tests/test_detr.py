@@ -349,7 +349,7 @@ def test_parameters(name, published):
 )
 def test_schedule(name, epochs):
     solver = load(name).SOLVER
-    assert solver.MAX_ITER * solver.IMS_PER_BATCH == pytest.approx(epochs * 118_287, rel=1e-3)
+    assert pytest.approx(epochs * 118_287, rel=1e-3) == solver.MAX_ITER * solver.IMS_PER_BATCH
     assert [step / solver.MAX_ITER for step in solver.STEPS] == [0.8]
 
 
