@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dynamic_detr.engine.exits import report_user_errors
 from dynamic_detr.engine.model_file import locate_model
 from dynamic_detr.engine.setup import find_config, model_among, read_config
-from dynamic_detr.errors import UserError, one_line
+from dynamic_detr.errors import UserError, one_line, tell
 from dynamic_detr.inference import Detections, Detector
 from dynamic_detr.inference.detector import require_stages
 from dynamic_detr.inference.listing import Listing, list_pictures, use_category_ids
@@ -141,7 +141,7 @@ def load_detector(args: argparse.Namespace) -> Detector:
         source = "as asked for"
     elif detector.info is None or detector.info.threshold is None:
         source = "as the weights name none; see --confidence-threshold"
-    print(f"threshold of scores: {detector.threshold:.3g}, {source}", flush=True)
+    tell(f"threshold of scores: {detector.threshold:.3g}, {source}")
     return detector
 
 
@@ -159,7 +159,7 @@ def open_results(
     if listing.category_ids is not None:
         shared = use_category_ids(detector, listing.category_ids)
         if len(shared) < len(detector.class_names):
-            print(f"classes that the annotations have: {len(shared)}, the others are left out")
+            tell(f"classes that the annotations have: {len(shared)}, the others are left out")
             args.classes = [name for name in shared if name in (args.classes or shared)]
     weights = locate_model(detector.cfg.MODEL.WEIGHTS)
     stamp = os.stat(weights) if os.path.isfile(weights) else None
@@ -183,7 +183,7 @@ def run_images(args: argparse.Namespace) -> int:
     ids = dict(zip(images, listing.image_ids or [None] * len(images), strict=True))
     todo = {p: t for p, t in zip(images, targets, strict=True) if not is_done(p, t)}
     if args.resume:
-        print(f"done already: {len(images) - len(todo)} of {len(images)} pictures", flush=True)
+        tell(f"done already: {len(images) - len(todo)} of {len(images)} pictures")
     skipped, drawn, count, best = 0, 0, 0, 0.0
 
     def skip(picture, error: UserError) -> None:
@@ -206,12 +206,12 @@ def run_images(args: argparse.Namespace) -> int:
     if results:
         results.finish()
     if drawn and not count:
-        print(
+        tell(
             f"nothing scored {detector.threshold:.3g} or more; the best score was {best:.3g}"
             + (f" (--confidence-threshold {best * 0.99:.3g} shows it)" if best else "")
         )
     done = f"; drawn in {args.output}" if args.output else ""
-    print(f"pictures: {drawn}, objects: {count}, skipped: {skipped}{done}")
+    tell(f"pictures: {drawn}, objects: {count}, skipped: {skipped}{done}")
     return EXIT_SKIPPED if skipped else 0
 
 
@@ -260,7 +260,7 @@ def run_video(args: argparse.Namespace) -> int:
         if writer:
             writer.close()
     if writer:
-        print(f"{reader.read} frames drawn in {writer.path}")
+        tell(f"{reader.read} frames drawn in {writer.path}")
     if reader.is_cut_short:
         print(
             f"{PROGRAM}: {args.video_input} is broken: {reader.read} of {reader.expected} frames "

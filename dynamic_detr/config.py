@@ -5,7 +5,7 @@
 from, so that a range and a default are written here and nowhere else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ __all__ = [
     "check_arguments",
     "check_config",
     "class_count",
+    "require",
     "set_class_count",
+    "value_of",
 ]
 
 # The nodes of MODEL in which meta-architectures keep their number of classes, as NUM_CLASSES. FCOS
@@ -67,10 +69,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def whole(least: int) -> Range:
+def whole(least: int, most: int = 2**31 - 1) -> Range:
+    bounded = f" and <= {most}" if most < 2**31 - 1 else ""
     return Range(
-        f"an integer >= {least}",
-        lambda value: _is_number(value) and isinstance(value, int) and value >= least,
+        f"an integer >= {least}{bounded}",
+        lambda value: _is_number(value) and isinstance(value, int) and least <= value <= most,
     )
 
 
@@ -80,7 +83,7 @@ def number(low: float, high: float = float("inf"), *, open_ends: str = "") -> Ra
     below = f"< {high:g}" if ")" in open_ends else f"<= {high:g}"
 
     def admits(value: object) -> bool:
-        if not _is_number(value) or not low <= value <= high or value == float("inf"):
+        if not _is_number(value) or not low <= value <= high or value > 1e300:
             return False
         return not ("(" in open_ends and value == low) and not (")" in open_ends and value == high)
 
@@ -110,6 +113,17 @@ def sides(least: int, most: float = float("inf")) -> Range:
 
     number = f"{least}" if least == most else f"at least {least}"
     return Range(f"a list of {number} integers >= 1 in ascending order", admits)
+
+
+def several_of(*choices: str) -> Range:
+    """Lists of at least one entry; the same one may come again."""
+
+    def admits(value: object) -> bool:
+        if not isinstance(value, (list, tuple)) or not value:
+            return False
+        return all(entry in choices for entry in value)
+
+    return Range(f"a list of at least one, each one of {list(choices)}", admits)
 
 
 FLAG = Range("True or False", lambda value: isinstance(value, bool))
@@ -249,6 +263,21 @@ _DYNAMIC_ENCODER_KEYS = (
         "arithmetic of the published DyHead code, for its checkpoints; results then depend on the "
         "padding.",
     ),
+    Key(
+        _ENCODER + "SCALE_ATTENTION",
+        True,
+        FLAG,
+        "Weigh neighbouring levels by equation 5; else their plain mean is taken. This and the "
+        "next two are the ablations of DyHead's Table 1, which does not say what takes the place "
+        "of an attention that is left out.",
+    ),
+    Key(
+        _ENCODER + "SPATIAL_ATTENTION",
+        True,
+        FLAG,
+        "Sample at predicted offsets; else the 3x3 convolutions are plain ones.",
+    ),
+    Key(_ENCODER + "CHANNEL_ATTENTION", True, FLAG, "Activate by a DyReLU; else by a ReLU."),
 )
 
 _DECODER = "MODEL.DYNAMIC_DECODER."
@@ -294,6 +323,215 @@ _DYNAMIC_DECODER_KEYS = (
         True,
         FLAG,
         "Whether they are parameters, as in the paper, or stay where they start.",
+    ),
+)
+
+_TRANSFORMER_ENCODER = "MODEL.TRANSFORMER_ENCODER."
+_TRANSFORMER_ENCODER_KEYS = (
+    Key(_TRANSFORMER_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers, as in DETR."),
+    Key(_TRANSFORMER_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
+    Key(
+        _TRANSFORMER_ENCODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+)
+
+_TRANSFORMER_DECODER = "MODEL.TRANSFORMER_DECODER."
+_TRANSFORMER_DECODER_KEYS = (
+    Key(
+        _TRANSFORMER_DECODER + "NUM_QUERIES",
+        100,
+        whole(1),
+        "Learned queries, and so boxes of each layer; DETR-DC5+ has 300.",
+    ),
+    Key(_TRANSFORMER_DECODER + "NUM_LAYERS", 6, whole(1), "Layers; each predicts."),
+    Key(_TRANSFORMER_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self- and cross-attention."),
+    Key(
+        _TRANSFORMER_DECODER + "FFN_DIM",
+        2048,
+        whole(1),
+        "Hidden units of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention, and after both layers of the feed-forward network.",
+    ),
+    Key(
+        _TRANSFORMER_DECODER + "IN_FEATURES",
+        [],
+        names(0),
+        "Those of MODEL.SET_DETECTOR.IN_FEATURES that the queries look at; all of them if empty. "
+        "The paper's Table 1 does not say which DETR's decoder reads behind a dynamic encoder. The "
+        "encoder must reach all other levels from these (a dynamic block reaches one further), "
+        "or what makes those is not trained.",
+    ),
+)
+
+_DEFORMABLE_ENCODER = "MODEL.DEFORMABLE_ENCODER."
+_DEFORMABLE_ENCODER_KEYS = (
+    Key(_DEFORMABLE_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers in the stack."),
+    Key(_DEFORMABLE_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the deformable attention."),
+    Key(
+        _DEFORMABLE_ENCODER + "NUM_POINTS",
+        4,
+        whole(1),
+        "Points that a head samples on each level, K in the paper; its Table 2 has 1 and 4.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward networks; the released code's.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "After attention and both layers of the feed-forward networks.",
+    ),
+    Key(
+        _DEFORMABLE_ENCODER + "MULTI_SCALE",
+        True,
+        FLAG,
+        'Whether a position samples all levels. False, "without multi-scale attention" in the '
+        "paper's Table 2: its own level alone, with weights that the levels share. What the "
+        "decoder does there is not said; it reads all levels here.",
+    ),
+)
+
+_DEFORMABLE_DECODER = "MODEL.DEFORMABLE_DECODER."
+_DEFORMABLE_DECODER_KEYS = (
+    Key(_DEFORMABLE_DECODER + "NUM_QUERIES", 300, whole(1), "Queries, and so boxes of each layer."),
+    Key(_DEFORMABLE_DECODER + "NUM_LAYERS", 6, whole(1), "Layers, each of which predicts."),
+    Key(_DEFORMABLE_DECODER + "NUM_HEADS", 8, whole(1), "Heads of both attentions of a layer."),
+    Key(
+        _DEFORMABLE_DECODER + "NUM_POINTS",
+        4,
+        whole(1),
+        "Points that a head samples on each level, K in the paper; its Table 2 has 1 and 4.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward networks; the released code's.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "Of attention weights, after attention and both layers of the feed-forward networks.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "REFINE_BOXES",
+        False,
+        FLAG,
+        "Each layer refines the boxes of the one before, with heads of its own: iterative "
+        "bounding box refinement. False: all layers predict from the same reference points, with "
+        "the same heads.",
+    ),
+    Key(
+        _DEFORMABLE_DECODER + "TWO_STAGE",
+        False,
+        FLAG,
+        "The first boxes and queries are the best of proposals that every position of the pyramid "
+        "makes. It needs REFINE_BOXES, and more than one level.",
+    ),
+)
+
+_SMCA_ENCODER = "MODEL.SMCA_ENCODER."
+_SMCA_ENCODER_KEYS = (
+    Key(
+        _SMCA_ENCODER + "BLOCKS",
+        ["intra", "intra", "multi", "intra", "intra"],
+        several_of("intra", "multi"),
+        'Kind of each block: with "intra" a position attends to its own level, with "multi" to all '
+        "levels. SMCA names no embedding of the level, and there is none here: sine positions are "
+        "those of each level.",
+    ),
+    Key(
+        _SMCA_ENCODER + "SHARED",
+        "all",
+        one_of("all", "ffn", "attention", "nothing"),
+        "What the levels share of the weights of a block; what is not shared has a copy for each "
+        "level, in both kinds of blocks (the parameters that SMCA reports fit that). A norm goes "
+        "with what precedes it.",
+    ),
+    Key(_SMCA_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
+    Key(
+        _SMCA_ENCODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward network, half of DETR's.",
+    ),
+    Key(
+        _SMCA_ENCODER + "DROPOUT",
+        0.1,
+        DROPOUT,
+        "As in DETR's encoder; SMCA follows DETR where it is silent.",
+    ),
+)
+
+_SMCA_DECODER = "MODEL.SMCA_DECODER."
+_SMCA_DECODER_KEYS = (
+    Key(_SMCA_DECODER + "NUM_QUERIES", 300, whole(1), "Learned queries; DETR has 100."),
+    Key(
+        _SMCA_DECODER + "NUM_LAYERS",
+        6,
+        whole(1),
+        "Layers, with weights of their own but for norm and heads of their outputs, as DETR.",
+    ),
+    Key(_SMCA_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self-attention and co-attention."),
+    Key(
+        _SMCA_DECODER + "FFN_DIM",
+        1024,
+        whole(1),
+        "Hidden units of the feed-forward network: 1024 with several levels, 2048 with one.",
+    ),
+    Key(_SMCA_DECODER + "DROPOUT", 0.1, DROPOUT, "As in DETR's decoder."),
+    Key(
+        _SMCA_DECODER + "SCALES",
+        "independent",
+        one_of("independent", "single", "fixed"),
+        'Scales of the spatial prior: "independent" ones of x and y, a "single" one for both, or '
+        '"fixed" at 1. As the released code has it, their squares multiply squared distances, '
+        "where equation 4 divides: a larger scale is a narrower prior. SMCA does not say what "
+        "scales, offsets and reference points are predicted from: as in that code, from the norm "
+        "of the content that enters a layer plus the query's position, the reference points in "
+        "the first layer alone. Scales start at 1, and offsets at 0, which is our choice.",
+    ),
+    Key(
+        _SMCA_DECODER + "HEAD_SHARED",
+        False,
+        FLAG,
+        "One spatial prior for all heads, as in equation 5, not one for each (equation 6).",
+    ),
+    Key(
+        _SMCA_DECODER + "SCALE_SELECTION",
+        True,
+        FLAG,
+        "With several levels, a query attends to each of them and weighs the results (equations 7 "
+        "to 9). SMCA does not say what happens without: here, one softmax over the positions of "
+        "all levels. Either way all levels share the projections of keys and values; equation 8 "
+        "speaks of separate ones, but the 39.5 M parameters that SMCA reports are those of shared "
+        "ones. Nothing is left to select on one level.",
+    ),
+    Key(
+        _SMCA_DECODER + "BETA",
+        8.0,
+        number(0, open_ends="("),
+        "Bandwidth of the spatial prior: what squared distances, in cells of the level, are "
+        "divided by; value and unit of the released code, which has one level.",
     ),
 )
 
@@ -379,6 +617,12 @@ KEYS: tuple[Key, ...] = (
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
+    *_DEFORMABLE_ENCODER_KEYS,
+    *_DEFORMABLE_DECODER_KEYS,
+    *_TRANSFORMER_ENCODER_KEYS,
+    *_TRANSFORMER_DECODER_KEYS,
+    *_SMCA_ENCODER_KEYS,
+    *_SMCA_DECODER_KEYS,
     *_SOLVER_KEYS,
     *_INPUT_KEYS,
 )
@@ -406,8 +650,8 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ValueError: a value is out of its range; the line names key, value and range.
     """
-    for key, value in _values(cfg):
-        _check(key, value)
+    for key in KEYS:
+        require(key.name, value_of(cfg, key.name), key.range)
 
 
 def class_count(cfg: CfgNode) -> int | None:
@@ -434,17 +678,34 @@ def check_arguments(node: str, **arguments: Any) -> None:
         ValueError: a value is out of its range; the line names key, value and range.
     """
     for name, value in arguments.items():
-        _check(_BY_NAME[f"{node}.{name.upper()}"], value)
+        key = _BY_NAME[f"{node}.{name.upper()}"]
+        require(key.name, value, key.range)
 
 
-def _values(cfg: CfgNode) -> Iterator[tuple[Key, Any]]:
-    for key in KEYS:
-        value = cfg
-        for part in key.name.split("."):
-            value = value[part]
-        yield key, value
+def value_of(cfg: CfgNode, name: str) -> Any:
+    """The value of the key with this full name; `...` if there is no such key.
+
+    Raises:
+        ValueError: what the key is in is no group of keys.
+    """
+    value = cfg
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(value, dict):
+            raise ValueError(f"{'.'.join(parts[:depth])} is {value!r}; it must be a group of keys.")
+        value = value.get(part, ...)
+        if value is ...:
+            break
+    return value
 
 
-def _check(key: Key, value: Any) -> None:
-    if not key.range.admits(value):
-        raise ValueError(f"{key.name} is {value!r}; it must be {key.range.wanted}.")
+def require(name: str, value: Any, wanted: Range) -> None:
+    """See that a key's value is in a range.
+
+    Raises:
+        ValueError: it is not; the line names key, value and range.
+    """
+    if not wanted.admits(value):
+        text = f"{value!r}"
+        text = f"{text[:100]} ... {text[-20:]}" if len(text) > 150 else text
+        raise ValueError(f"{name} is {text}; it must be {wanted.wanted}.")

@@ -4,7 +4,7 @@ Shape letters, used in the comments of every file: B images, L levels, Q queries
 K classes, S stages, R the side of the pooled region.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,6 +117,11 @@ class Pyramid:
         object.__setattr__(pyramid, "_of_sizes", self._of_sizes)
         return pyramid
 
+    def select(self, levels: Sequence[int]) -> "Pyramid":
+        """Some of the levels, given by their indices."""
+        features = [self.features[level] for level in levels]
+        return Pyramid(features, [self.strides[level] for level in levels], self.image_sizes)
+
     def masked(self) -> "Pyramid":
         """The same pyramid with zeros beyond the true sizes."""
         if all(self.is_unpadded(level) for level in range(len(self))):
@@ -192,7 +197,7 @@ class Pyramid:
         return torch.cat(self.level_centers(), dim=1)
 
     def valid_ratios(self) -> Tensor:
-        """True by padded size of each level: (B, L, 2) float32, of x and y.
+        """True by padded size of each level: (B, L, 2) float64, of x and y.
 
         A location that is normalised by the true size of a level, times these, is normalised by
         the size of its padded map.
@@ -203,10 +208,10 @@ class Pyramid:
             for level, (height, width) in enumerate(self.shapes):
                 true_height, true_width = self.sizes(level).unbind(dim=1)
                 # a level may be smaller than its image's size says: it has no more true cells
-                ratio_x = true_width.clamp(max=width) / width
-                ratio_y = true_height.clamp(max=height) / height
+                ratio_x = true_width.clamp(max=width).double() / width
+                ratio_y = true_height.clamp(max=height).double() / height
                 levels.append(torch.stack([ratio_x, ratio_y], dim=1))
-            return torch.stack(levels, dim=1).float()
+            return torch.stack(levels, dim=1)
 
         return self._kept(self._of_sizes, "valid_ratios", ratios)
 

@@ -117,16 +117,16 @@ def deform_conv(dtype: torch.dtype, channels: int, groups: int) -> None:
 
 
 def encoder_level(dtype: torch.dtype, neighbours: bool) -> None:
-    from dynamic_detr.ops.kernels import blend_dyrelu, map_gradients, masked_moments
+    from dynamic_detr.ops.kernels import fuse_levels
 
     same = torch.empty(1, 256, 20, 30, dtype=dtype)
     finer, coarser = (same, same[..., ::2, ::2]) if neighbours else (None, None)
     maps = (same, finer, coarser, torch.ones(1, 2, dtype=torch.int64))
     moments, coefficients = torch.empty(3, 3, 1, 256), torch.empty(7, 1, 256)
-    masked_moments.moments(*maps)
-    blend_dyrelu.blend(*maps, coefficients)
-    blend_dyrelu.coefficient_gradients(same, *maps, coefficients)
-    map_gradients.map_gradients(*maps, moments, moments, same, coefficients)
+    fuse_levels.moments(*maps)
+    fuse_levels.fuse(*maps, coefficients)
+    fuse_levels.coefficient_gradients(same, *maps, coefficients)
+    fuse_levels.map_gradients(*maps, moments, moments, same, coefficients)
 
 
 def roi_align(dtype: torch.dtype) -> None:

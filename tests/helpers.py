@@ -68,7 +68,8 @@ def defaults(node: str) -> dict[str, object]:
 def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
     """With the defaults of the configuration, but for one block and four groups."""
     options = {"num_blocks": 1, "num_groups": 4, "checkpoint_blocks": False, **options}
-    return DynamicEncoder(channels, **{**defaults("MODEL.DYNAMIC_ENCODER"), **options})
+    options = {"num_levels": None, **defaults("MODEL.DYNAMIC_ENCODER"), **options}
+    return DynamicEncoder(channels, **options)
 
 
 def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:

@@ -38,10 +38,10 @@ def torchvision_block(block: DeformBottleneckBlock, x: Tensor) -> Tensor:
     """The block written out, with torchvision's deformable convolution in the middle."""
     conv = block.conv2
     out = block.conv1(x).relu()
-    steering = block.conv2_offset(out)
-    offset, mask = steering, None
+    predicted = block.conv2_offset(out)
+    offset, mask = predicted, None
     if block.deform_modulated:
-        first, second, third = steering.chunk(3, dim=1)
+        first, second, third = predicted.chunk(3, dim=1)
         offset, mask = torch.cat([first, second], dim=1), third.sigmoid()
     out = torchvision.ops.deform_conv2d(
         out, offset, conv.weight, None, conv.stride, conv.padding, conv.dilation, mask

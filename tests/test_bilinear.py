@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from reference.sampling import bilinear
 from torch import Tensor
 
-from dynamic_detr.ops.bilinear import BilinearSamples
+from dynamic_detr.ops.plain.bilinear import BilinearSamples
 
 POSITIONS = [-1e30, -7.0, -2.0, -1.5, -1.0, -0.25, 0.0, 0.5, 1.0, 1.75, 2.0, 3.5, 4.0, 4.25, 9.0]
 SIDES = st.integers(1, 5)

@@ -222,6 +222,20 @@ class TestInference:
         torch.testing.assert_close(found[0].pred_boxes, found[1].pred_boxes, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found[0].pred_logits, found[1].pred_logits, rtol=1e-3, atol=1e-3)
 
+    def test_images_are_padded_as_far_as_the_backbone_asks(self):
+        """Images that share the padded size of a batch are predicted as they are alone."""
+        model = small_model().eval()
+        first, second = random_image(100, 90), random_image(128, 96)
+        together = model.predict([{"image": first}, {"image": second}])[1][-1]
+        alone = model.predict([{"image": first}])[1][-1]
+        torch.testing.assert_close(together.pred_boxes[:1], alone.pred_boxes, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            together.pred_logits[:1], alone.pred_logits, rtol=1e-3, atol=1e-3
+        )
+        images = model._images([{"image": first}])
+        assert images.tensor.shape == (1, 3, 128, 96)
+        assert images.image_sizes == [(100, 90)]
+
 
 class TestPrecision:
     def test_bfloat16_autocast(self):

@@ -14,7 +14,6 @@ SHARED_MEMORY = {
     80: 99 * 1024,
     90: 227 * 1024,
 }  # of a block, on the smallest GPU since Ampere; H100
-KERNELS = 12  # of all operators: launched by one case or another
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynamic_detr.ops import dynamic_conv, weighted_gather
-from dynamic_detr.ops.gather import add_table_gradient, weight_gradient
+from dynamic_detr.ops import dynamic_conv
+from dynamic_detr.ops.plain.gather import add_table_gradient, weight_gradient, weighted_gather
 
 
 def gradients(out: Tensor, tensors: tuple[Tensor | None, ...]) -> list[Tensor]:

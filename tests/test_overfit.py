@@ -43,26 +43,57 @@ def three_images(coco_cc: Path, tmp_path: Path):
     MetadataCatalog.remove(name)
 
 
-def config(weights: Path) -> CfgNode:
-    """A frozen ResNet-18, pretrained to res4; all else is trained from scratch."""
-    cfg = small_config(
-        NUM_CLASSES=80,
+def dynamic() -> CfgNode:
+    return small_config(
         DYNAMIC_DECODER__NUM_QUERIES=40,
         IN_FEATURES=["p3", "p4", "p5", "p6"],
         DYNAMIC_DECODER__NUM_STAGES=3,
         DYNAMIC_DECODER__DYNAMIC_DIM=32,
         DYNAMIC_DECODER__FFN_DIM=256,
     )
-    cfg.MODEL.WEIGHTS = str(weights)
-    cfg.MODEL.RESNETS.NORM = "FrozenBN"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 5
+
+
+def deformable(**options: object) -> CfgNode:
+    cfg = small_config(
+        IN_FEATURES=["p3", "p4", "p5", "p6"],
+        ENCODER="DeformableEncoder",
+        DECODER="DeformableDecoder",
+        DEFORMABLE_ENCODER__NUM_LAYERS=2,
+        DEFORMABLE_ENCODER__FFN_DIM=256,
+        DEFORMABLE_ENCODER__DROPOUT=0.0,
+        DEFORMABLE_DECODER__NUM_QUERIES=40,
+        DEFORMABLE_DECODER__NUM_LAYERS=3,
+        DEFORMABLE_DECODER__FFN_DIM=256,
+        DEFORMABLE_DECODER__DROPOUT=0.0,
+        LEVELS__OUT_CHANNELS=64,
+        LEVELS__NUM_EXTRA=1,
+        **options,
+    )
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_levels_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
     return cfg
 
 
-def test_three_photographs_are_learned_by_heart(three_images, r18_weights, tmp_path):
-    cfg = config(r18_weights)
+def deformable_two_stage() -> CfgNode:
+    return deformable(DEFORMABLE_DECODER__REFINE_BOXES=True, DEFORMABLE_DECODER__TWO_STAGE=True)
+
+
+SYSTEMS = [
+    dynamic,
+    pytest.param(deformable, marks=pytest.mark.long),
+    pytest.param(deformable_two_stage, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_three_photographs_are_learned_by_heart(system, three_images, r18_weights, tmp_path):
+    """Behind a frozen ResNet-18, pretrained to res4; all else is trained from scratch."""
+    cfg = system()
+    cfg.MODEL.SET_DETECTOR.NUM_CLASSES = 80
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 5
     model = build_model(cfg)
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    DetectionCheckpointer(model).load(str(r18_weights))
     resize = [T.ResizeShortestEdge(*SIDES)]
     train = DatasetMapper(is_train=True, augmentations=resize, image_format="RGB")
     records = get_detection_dataset_dicts([three_images])

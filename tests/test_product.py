@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynamic_detr.ops import product
+from dynamic_detr.ops.plain import product
 
 
 @pytest.mark.parametrize("mkl_is_slow", [False, True])

@@ -29,6 +29,12 @@ def random_boxes(batch: int, queries: int, height: float, width: float) -> Tenso
     return torch.cat([low, high], dim=-1) * torch.tensor([width, height] * 2)
 
 
+def pool_pyramid(pyramid: Pyramid, boxes: Tensor, *options, **named) -> Tensor:
+    """The operator, of a pyramid as a decoder stage calls it."""
+    geometry = (pyramid.shapes, pyramid.strides, pyramid.image_sizes)
+    return pyramid_roi_align(pyramid.table(), *geometry, boxes, *options, **named)
+
+
 def gradients(out: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
@@ -44,7 +50,7 @@ class TestRoIAlign:
         canonical_size = 60  # boxes of these small images come from every level
         padded = (image_size[0] + 70, image_size[1] + 13)
         pyramid = batch_pyramid([levels], [image_size], padded, garbage=100.0)
-        pooled = pyramid_roi_align(pyramid, boxes, bins, ratio, canonical_size)
+        pooled = pool_pyramid(pyramid, boxes, bins, ratio, canonical_size)
         assert pooled.shape == (1, 6, bins * bins, 4)
         arrays = [level.numpy() for level in levels]
         for query in range(6):
@@ -59,7 +65,7 @@ class TestRoIAlign:
         for feature in pyramid.features:
             feature.requires_grad_()
         boxes = random_boxes(2, queries, *image_size)
-        pooled = pyramid_roi_align(pyramid, boxes, canonical_size=80)
+        pooled = pool_pyramid(pyramid, boxes, canonical_size=80)
         level = assign_levels(boxes, STRIDES, 80)
         assert len(level.unique()) >= 4
         expected = torch.zeros_like(pooled)
@@ -85,7 +91,7 @@ class TestRoIAlign:
             .transpose(1, 2)
         )
         padded = batch_pyramid([levels], [image_size], (128, 128), (stride,), garbage=50.0)
-        pooled = pyramid_roi_align(padded, box)
+        pooled = pool_pyramid(padded, box)
         torch.testing.assert_close(pooled[0], alone, rtol=1e-9, atol=1e-9)
         leaking = torchvision.ops.roi_align(
             padded.features[0], [box[0]], 7, 1 / stride, 2, aligned=True
@@ -96,7 +102,7 @@ class TestRoIAlign:
         pyramid = batch_pyramid([random_levels((64, 64), 4)], [(64, 64)], (64, 64))
         pyramid.features[0].requires_grad_()
         boxes = random_boxes(1, 4, 30, 30).requires_grad_()
-        pyramid_roi_align(pyramid, boxes).sum().backward()
+        pool_pyramid(pyramid, boxes).sum().backward()
         assert boxes.grad is None
         assert pyramid.features[0].grad.abs().sum() > 0
 
@@ -106,7 +112,7 @@ class TestRoIAlign:
         features = [feature.requires_grad_() for feature in features]
         sizes = torch.full((batch, 2), 64)
         boxes = torch.zeros(batch, queries, 4)
-        pooled = pyramid_roi_align(Pyramid(features, STRIDES, sizes), boxes)
+        pooled = pool_pyramid(Pyramid(features, STRIDES, sizes), boxes)
         assert pooled.shape == (batch, queries, 49, 4)
         pooled.sum().backward()
         assert not any(feature.grad.any() for feature in features)
@@ -120,7 +126,7 @@ class TestRoIAlign:
         boxes = random_boxes(2, 3, 16, 16)
 
         def pool(*features: Tensor) -> Tensor:
-            return pyramid_roi_align(pyramid.with_features(features), boxes, 2, 2, 10)
+            return pool_pyramid(pyramid.with_features(features), boxes, 2, 2, 10)
 
         features = [feature.requires_grad_() for feature in pyramid.features]
         assert torch.autograd.gradcheck(pool, features)
@@ -135,7 +141,7 @@ class TestRoIAlign:
         )
         features = [feature.requires_grad_() for feature in pyramid.features]
         boxes = random_boxes(2, 4, *size)
-        expected = pyramid_roi_align(pyramid, boxes, canonical_size=40)
+        expected = pool_pyramid(pyramid, boxes, canonical_size=40)
         wanted = gradients(expected, features)
         others = (
             [feature.contiguous() for feature in features],
@@ -143,7 +149,7 @@ class TestRoIAlign:
         )
         for same in others:
             turned = boxes.transpose(1, 2).contiguous().transpose(1, 2)
-            pooled = pyramid_roi_align(pyramid.with_features(same), turned, canonical_size=40)
+            pooled = pool_pyramid(pyramid.with_features(same), turned, canonical_size=40)
             assert pooled.is_contiguous()
             torch.testing.assert_close(pooled, expected)
             torch.testing.assert_close(gradients(pooled, features), wanted)
@@ -158,7 +164,7 @@ class TestRoIAlign:
         pyramid, wide = (batch_pyramid([r], [(100, 136)], (128, 192)) for r in (rounded, exact))
         boxes = random_boxes(1, 8, 100, 136).float()
         features = [[f.requires_grad_() for f in p.features] for p in (pyramid, wide)]
-        pooled, wanted = pyramid_roi_align(pyramid, boxes), pyramid_roi_align(wide, boxes)
+        pooled, wanted = pool_pyramid(pyramid, boxes), pool_pyramid(wide, boxes)
         assert pooled.dtype == dtype
         torch.testing.assert_close(pooled.double(), wanted, rtol=tolerance, atol=tolerance)
         upstream = torch.randn_like(pooled)
@@ -173,7 +179,7 @@ class TestRoIAlign:
         feature = torch.randn(1, 2, 1, 1, dtype=torch.bfloat16).requires_grad_()
         pyramid = Pyramid((feature,), (64,), torch.tensor([[64, 64]]))
         boxes = torch.tensor([0.0, 0.0, 64.0, 64.0]).expand(1, 1000, 4)
-        pyramid_roi_align(pyramid, boxes, 1).sum().backward()
+        pool_pyramid(pyramid, boxes, 1).sum().backward()
         assert feature.grad.flatten().tolist() == [1000, 1000]
 
     def test_autocast_changes_nothing(self):
@@ -181,9 +187,9 @@ class TestRoIAlign:
         size = (64, 100)
         pyramid = batch_pyramid([random_levels(size, 4, dtype=torch.float32)], [size], (64, 128))
         boxes = random_boxes(1, 3, *size).float()
-        expected = pyramid_roi_align(pyramid, boxes)
+        expected = pool_pyramid(pyramid, boxes)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            pooled = pyramid_roi_align(pyramid, boxes)
+            pooled = pool_pyramid(pyramid, boxes)
         assert pooled.dtype == torch.float32
         assert pooled.equal(expected)
 
@@ -192,8 +198,8 @@ class TestRoIAlign:
         pyramid = Pyramid(features, (4, 8), torch.tensor([[32, 32]]))
         larger = Pyramid(features, (4, 8), torch.tensor([[400, 32000]]))
         boxes = random_boxes(1, 5, 32, 32).float()
-        expected = pyramid_roi_align(pyramid, boxes, canonical_size=40)
-        assert pyramid_roi_align(larger, boxes, canonical_size=40).equal(expected)
+        expected = pool_pyramid(pyramid, boxes, canonical_size=40)
+        assert pool_pyramid(larger, boxes, canonical_size=40).equal(expected)
 
     @pytest.mark.parametrize(
         "bad",
@@ -211,39 +217,45 @@ class TestRoIAlign:
         """They harm no other box, and reach no row outside the table."""
         pyramid = batch_pyramid([random_levels((64, 100), 4)], [(64, 100)], (64, 128))
         boxes = random_boxes(1, 3, 64, 100)
-        expected = pyramid_roi_align(pyramid, boxes)
+        expected = pool_pyramid(pyramid, boxes)
         boxes[0, 1] = torch.tensor(bad)
-        pooled = pyramid_roi_align(pyramid, boxes)
+        pooled = pool_pyramid(pyramid, boxes)
         torch.testing.assert_close(pooled[0, [0, 2]], expected[0, [0, 2]])
 
     @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 3, 5), (3, 4), (1, 4)])
     def test_wrong_shapes_are_named(self, shape):
         pyramid = batch_pyramid([random_levels((64, 64), 4)], [(64, 64)], (64, 64))
         with pytest.raises(ValueError, match="^pyramid_roi_align: boxes"):
-            pyramid_roi_align(pyramid, torch.zeros(shape))
+            pool_pyramid(pyramid, torch.zeros(shape))
 
     def test_wrong_kinds_are_named(self):
         pyramid = batch_pyramid([random_levels((64, 64), 4)], [(64, 64)], (64, 64))
         boxes = random_boxes(1, 3, 64, 64)
         with pytest.raises(ValueError, match=r"^pyramid_roi_align: boxes is torch.int64; wants a"):
-            pyramid_roi_align(pyramid, boxes.long())
-        with pytest.raises(
-            ValueError, match=r"^pyramid_roi_align: boxes is on meta; wants cpu, as"
-        ):
-            pyramid_roi_align(pyramid, boxes.to("meta"))
+            pool_pyramid(pyramid, boxes.long())
+        with pytest.raises(ValueError, match=r"^pyramid_roi_align: boxes is on meta; wants cpu"):
+            pool_pyramid(pyramid, boxes.to("meta"))
         sizes = Pyramid(pyramid.features, STRIDES, pyramid.image_sizes.to("meta"))
-        with pytest.raises(ValueError, match=r"^pyramid_roi_align: pyramid.image_sizes is on meta"):
-            pyramid_roi_align(sizes, boxes)
+        with pytest.raises(ValueError, match=r"^pyramid_roi_align: image_sizes is on meta"):
+            pool_pyramid(sizes, boxes)
         whole = pyramid.with_features([feature.int() for feature in pyramid.features])
-        with pytest.raises(
-            ValueError, match=r"^pyramid_roi_align: pyramid.features\[0\] is torch.int"
-        ):
-            pyramid_roi_align(whole, boxes)
-        mixed = pyramid.with_features([*pyramid.features[:4], pyramid.features[4].to("meta")])
-        with pytest.raises(
-            ValueError, match=r"^pyramid_roi_align: pyramid.features\[4\] is on meta"
-        ):
-            pyramid_roi_align(mixed, boxes)
+        with pytest.raises(ValueError, match=r"^pyramid_roi_align: table is torch.int"):
+            pool_pyramid(whole, boxes)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"table": torch.zeros(1, 20, 3)}, r"table has shape .*; wants \(B, 21, C\)"),
+            ({"spatial_shapes": [(4, 4), (0, 1)]}, r"spatial_shapes is .*; wants a list"),
+            ({"strides": (8,)}, r"strides is \(8,\); wants one for each of the 2 levels"),
+            ({"image_sizes": torch.zeros(2, 2).int()}, r"image_sizes has .*; wants \(1, 2\)"),
+        ],
+    )
+    def test_wrong_levels_are_named(self, change, message):
+        levels = {"spatial_shapes": [(4, 4), (1, 5)], "strides": (4, 8)}
+        tensors = {"table": torch.zeros(1, 21, 3), "image_sizes": torch.ones(1, 2).int()}
+        with pytest.raises(ValueError, match="^pyramid_roi_align: " + message):
+            pyramid_roi_align(**{**levels, **tensors, "boxes": torch.zeros(1, 2, 4), **change})
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -258,7 +270,7 @@ class TestRoIAlign:
     def test_wrong_numbers_are_named(self, name, value):
         pyramid = batch_pyramid([random_levels((64, 64), 4)], [(64, 64)], (64, 64))
         with pytest.raises(ValueError, match=f"^pyramid_roi_align: {name} is {value}; wants a"):
-            pyramid_roi_align(pyramid, random_boxes(1, 3, 64, 64), **{name: value})
+            pool_pyramid(pyramid, random_boxes(1, 3, 64, 64), **{name: value})
 
     @given(
         sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), min_size=1, max_size=3),
@@ -273,7 +285,7 @@ class TestRoIAlign:
         padded = tuple(max(side) for side in zip(*sizes, strict=True))
         pyramid = batch_pyramid(images, sizes, padded, strides, garbage=1e3)
         boxes = random_boxes(len(sizes), queries, 90, 90)
-        pooled = pyramid_roi_align(pyramid, boxes, bins)
+        pooled = pool_pyramid(pyramid, boxes, bins)
         assert pooled.shape == (len(sizes), queries, bins * bins, 2)
         assert (pooled.abs() < 100).all()  # no garbage in it
 
@@ -338,8 +350,8 @@ class TestKernel:
         """Against the plain path in float64 on the same numbers: output and gradient."""
         dtype = pyramid.features[0].dtype
         exact, here = moved(pyramid, "cpu", torch.float64), moved(pyramid, device, dtype)
-        wanted = pyramid_roi_align(exact, boxes.float().double(), *options)
-        pooled = pyramid_roi_align(here, boxes.float().to(device), *options)
+        wanted = pool_pyramid(exact, boxes.float().double(), *options)
+        pooled = pool_pyramid(here, boxes.float().to(device), *options)
         assert pooled.dtype == dtype
         assert pooled.stride() == wanted.stride()
         pairs = [(pooled, wanted)]
@@ -399,7 +411,7 @@ class TestKernel:
         feature = torch.randn(1, 2, 1, 1, dtype=torch.bfloat16, device=on_kernel).requires_grad_()
         sizes = torch.tensor([[64, 64]], device=on_kernel)
         boxes = torch.tensor([0.0, 0.0, 64.0, 64.0], device=on_kernel).expand(1, 300, 4)
-        pyramid_roi_align(Pyramid((feature,), (64,), sizes), boxes, 1).sum().backward()
+        pool_pyramid(Pyramid((feature,), (64,), sizes), boxes, 1).sum().backward()
         assert feature.grad.flatten().tolist() == [300, 300]
 
     def test_memory_layout_does_not_matter(self, on_kernel):
@@ -455,15 +467,13 @@ class TestKernel:
         pyramid = moved(images_of_two_sizes(3), on_kernel, torch.float32)
         boxes = random_boxes(2, 2, 60, 60).to(on_kernel)
         called = []
-        plain = roi_align_module.add_table_gradient
+        plain = roi_align_module.plain.backward
         monkeypatch.setattr(
-            roi_align_module,
-            "add_table_gradient",
-            lambda *a, **k: called.append(1) or plain(*a, **k),
+            roi_align_module.plain, "backward", lambda *a: called.append(1) or plain(*a)
         )
         torch.use_deterministic_algorithms(True)
         try:
-            pyramid_roi_align(pyramid, boxes, 2).sum().backward()
+            pool_pyramid(pyramid, boxes, 2).sum().backward()
         finally:
             torch.use_deterministic_algorithms(False)
         assert called
@@ -487,7 +497,7 @@ class TestOperator:
         boxes = random_boxes(1, 4, 50, 70).float()
 
         def pool(boxes: Tensor) -> Tensor:
-            return pyramid_roi_align(pyramid, boxes, 3, canonical_size=40).relu()
+            return pool_pyramid(pyramid, boxes, 3, canonical_size=40).relu()
 
         expected = pool(boxes)
         wanted = gradients(expected, [pyramid.table()])

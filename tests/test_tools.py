@@ -26,6 +26,8 @@ import quickstart  # noqa: E402
 from benchmarks.usual import usual_operators  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
+FINETUNE = PRETRAIN.with_name("finetune.yaml")
+PEERS = ["faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x"]
 
 
 @pytest.fixture
@@ -121,14 +123,15 @@ def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
 
 def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
     target = tmp_path / "times.json"
-    options = ["--config-file", str(PRETRAIN), "--size", "64x64", "--repeats", "1", "--batch", "2"]
-    benchmark.main([*options, "--json", str(target)])
+    configs = ["--config-file", str(PRETRAIN), "--config-file", str(FINETUNE)]
+    options = ["--size", "64x64", "--repeats", "1", "--batch", "2"]
+    benchmark.main([*configs, *options, "--json", str(target)])
     result = json.loads(target.read_text())
     models = {row["model"]: row for row in result["models"]}
-    assert (
-        models["Faster R-CNN"]["latency_ratio"] == models["Faster R-CNN"]["train_step_ratio"] == 1
-    )
-    ours = models["Dynamic DETR"]
+    assert list(models) == ["pretrain", "finetune", "usual operators", *PEERS]
+    peer, ours = models[PEERS[0]], models["pretrain"]
+    assert peer["latency_to_peer"] == peer["train_step_to_peer"] == 1
+    assert ours["latency_to_first"] == ours["train_step_to_first"] == 1
     assert all(ours[key] > 0 for key in ("latency_s", "images_per_s", "train_step_s"))
     assert ours["parameters_m"] == models["usual operators"]["parameters_m"]
     parts = sum(ours["gmac"][part] for part in ("backbone", "encoder", "decoder"))
@@ -139,7 +142,7 @@ def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
     assert [len(rows) for rows in result["profile"].values()] == [12, 12]
     assert all(0 < row["share"] < 1 for rows in result["profile"].values() for row in rows)
     printed = capsys.readouterr().out
-    assert "× Faster R-CNN" in printed and "torchvision" in printed
+    assert f"× {PEERS[0]}" in printed and "torchvision" in printed
 
 
 @pytest.mark.parametrize(

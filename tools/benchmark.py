@@ -5,6 +5,7 @@ detector beside the same model on the usual operators and beside Detectron2's ow
 python tools/benchmark.py                            # on the GPU if there is one, else on the CPU
 python tools/benchmark.py --dtype bfloat16 --size 800x1344
 python tools/benchmark.py models --no-naive          # or operators, or profile
+python tools/benchmark.py models --config-file A.yaml --config-file B.yaml
 
 Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
 in turns; what to quote are the ratios. A call longer than the budget is measured once, unwarmed.
@@ -101,18 +102,21 @@ def model_table(rows: list[dict], args: argparse.Namespace) -> str:
         [
             row["model"],
             with_spread(row["latency_s"], row["latency_spread"], 3),
-            ratio(row["latency_ratio"]),
+            ratio(row["latency_to_first"]),
+            ratio(row["latency_to_peer"]),
             ratio(row["images_per_s"]),
             ratio(row["train_step_s"]),
-            ratio(row["train_step_ratio"]),
+            ratio(row["train_step_to_first"]),
+            ratio(row["train_step_to_peer"]),
             ratio(row["train_peak_gb"]),
             f"{row['parameters_m']:.1f}",
             ", ".join(f"{part} {count:.0f}" for part, count in (row["gmac"] or {}).items()),
         ]
         for row in rows
     ]
-    headers = ["model", "one image, s", "× Faster R-CNN", f"images/s, batch {args.batch}"]
-    headers += [f"training step, {args.train_batch} images, s", "× Faster R-CNN"]
+    ratios = ["× first", f"× {Path(args.peer[0]).stem}"]
+    headers = ["model", "one image, s", *ratios, f"images/s, batch {args.batch}"]
+    headers += [f"training step, {args.train_batch} images, s", *ratios]
     headers += ["its peak, GB", "parameters, M", "GMAC"]
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
@@ -125,9 +129,16 @@ def profile_table(name: str, rows: list[dict]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", nargs="?", choices=["all", *MEASURED], default="all")
-    parser.add_argument("--config-file", default=OURS, help="of Dynamic DETR")
-    parser.add_argument("--peer", default=PEERS[0], help="configuration that ratios are taken to")
-    parser.add_argument("--second-peer", default=PEERS[1])
+    parser.add_argument(
+        "--config-file",
+        action="append",
+        help=f"of a detector; may be repeated, ratios are to the first (default: {OURS.stem})",
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        help="of a detector beside them, likewise (default: Detectron2's Faster R-CNN, RetinaNet)",
+    )
     parser.add_argument("--size", type=size, default=(800, 1216), metavar="HEIGHTxWIDTH")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batch", type=count, default=8, help="images at once, for the throughput")
@@ -136,7 +147,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=60, help="seconds for the calls of each")
     parser.add_argument("--no-naive", action="store_true", help="leave the usual operators out")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.config_file = args.config_file or [str(OURS)]
+    args.peer = args.peer or list(PEERS)
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -150,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--dtype float16 wants a GPU, and there is none; bfloat16 works here")
         if args.json and not args.json.parent.is_dir():
             raise UserError(f"--json: the folder {args.json.parent} does not exist")
-        for config in (args.config_file, args.peer, args.second_peer):
-            find_config(str(config))
+        for config in (*args.config_file, *args.peer):
+            find_config(config)
         versions = ", ".join(f"{key} {result[key]}" for key in VERSIONS)
         print(f"{result['machine']}; {versions}; {args.size[0]} × {args.size[1]}, {args.dtype}")
         if args.what in ("all", "operators"):

@@ -168,11 +168,11 @@ class DeformBottleneckBlock(BottleneckBlock):
         return out.relu_()
 
     def _predict_offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        steering = self.conv2_offset(x)
+        predicted = self.conv2_offset(x)
         # a position in half precision would be off by a large part of a pixel
-        steering = steering.to(torch.promote_types(steering.dtype, torch.float32))
+        predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         if not self.deform_modulated:
-            return steering, None
-        taps = steering.shape[1] // 3
-        offset, mask = steering.split([2 * taps, taps], dim=1)
+            return predicted, None
+        taps = predicted.shape[1] // 3
+        offset, mask = predicted.split([2 * taps, taps], dim=1)
         return offset, mask.sigmoid()

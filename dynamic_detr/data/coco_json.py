@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..config import set_class_count
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, tell
 from .coco_check import check_coco_json
 from .coco_report import Report
 
@@ -115,7 +115,7 @@ def _is_first_process() -> bool:
 
 def _say(*lines: object) -> None:
     if _is_first_process():
-        print(*lines, sep="\n", flush=True)
+        tell("\n".join(map(str, lines)))
 
 
 def _names(report: Report) -> list[str]:

@@ -1,6 +1,16 @@
 """Decoders: one file each, Pyramid in, one Prediction per stage out."""
 
 from .build import DECODER_REGISTRY, build_decoder
+from .deformable import DeformableDecoder
 from .dynamic import DynamicDecoder
+from .smca import SMCADecoder
+from .transformer import TransformerDecoder
 
-__all__ = ["DECODER_REGISTRY", "DynamicDecoder", "build_decoder"]
+__all__ = [
+    "DECODER_REGISTRY",
+    "DeformableDecoder",
+    "DynamicDecoder",
+    "SMCADecoder",
+    "TransformerDecoder",
+    "build_decoder",
+]

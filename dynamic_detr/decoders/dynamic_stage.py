@@ -129,7 +129,10 @@ class DynamicDecoderStage(nn.Module):
         height, width = pyramid.image_sizes.to(boxes.dtype).unbind(dim=1)
         scale = torch.stack([width, height, width, height], dim=1)[:, None]
         regions = pyramid_roi_align(
-            pyramid,
+            pyramid.table(),
+            pyramid.shapes,
+            pyramid.strides,
+            pyramid.image_sizes,
             box_cxcywh_to_xyxy(boxes) * scale,
             self.pooling_size,
             self.sampling_ratio,

@@ -22,11 +22,13 @@ class DynamicEncoder(nn.Module):
 
     Args:
         channels: C, channels of every level.
+        num_levels: L; None for any number but one, for which blocks have no neighbours.
         num_blocks: blocks in the stack (the paper's Table 2: 2, 4 or 6).
         num_groups: groups of each GroupNorm.
         offsets: "resized", offsets are displacements in the image and are resized for the
             neighbouring levels; or "legacy", as the published DyHead code reads them, for its
             checkpoints (not invariant to padding).
+        scale_attention, spatial_attention, channel_attention: see `DynamicEncoderBlock`.
         checkpoint_blocks: in training, keep only the input of each block and compute it again in
             the backward pass.
 
@@ -39,15 +41,28 @@ class DynamicEncoder(nn.Module):
     def __init__(
         self,
         channels: int,
+        num_levels: int | None,
         *,
         num_blocks: int,
         num_groups: int,
         offsets: str,
+        scale_attention: bool,
+        spatial_attention: bool,
+        channel_attention: bool,
         checkpoint_blocks: bool,
     ) -> None:
         super().__init__()
+        attentions = {
+            "scale_attention": scale_attention,
+            "spatial_attention": spatial_attention,
+            "channel_attention": channel_attention,
+        }
         check_arguments(
-            "MODEL.DYNAMIC_ENCODER", num_blocks=num_blocks, num_groups=num_groups, offsets=offsets
+            "MODEL.DYNAMIC_ENCODER",
+            num_blocks=num_blocks,
+            num_groups=num_groups,
+            offsets=offsets,
+            **attentions,
         )
         if channels % num_groups:
             raise ValueError(
@@ -55,7 +70,9 @@ class DynamicEncoder(nn.Module):
                 f"channels, {channels}."
             )
         block = BLOCKS[offsets]
-        self.blocks = nn.ModuleList(block(channels, num_groups) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(
+            block(channels, num_groups, num_levels, **attentions) for _ in range(num_blocks)
+        )
         self.masks_padding = offsets != "legacy"
         self.checkpoint_blocks = checkpoint_blocks
 
@@ -64,10 +81,9 @@ class DynamicEncoder(nn.Module):
         detector, encoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.DYNAMIC_ENCODER
         return {
             "channels": detector.HIDDEN_DIM,
-            "num_blocks": encoder.NUM_BLOCKS,
-            "num_groups": encoder.NUM_GROUPS,
-            "offsets": encoder.OFFSETS,
+            "num_levels": len(detector.IN_FEATURES),
             "checkpoint_blocks": detector.ACTIVATION_CHECKPOINT.ENCODER,
+            **{name.lower(): value for name, value in encoder.items()},
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:

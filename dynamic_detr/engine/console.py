@@ -17,7 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, default_setup
 from detectron2.utils import comm
-from detectron2.utils.events import EventWriter
+from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
 
 from .model_file import is_model_file
@@ -86,17 +86,15 @@ def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 class FirstLines(HookBase):
-    """Prints progress after the first iterations of a run too, not only after every twentieth.
-
-    Args:
-        printer: Detectron2's writer for the terminal.
-    """
+    """Prints progress after the first iterations of a run too, not only after every twentieth."""
 
     AFTER = (1, 5)  # iterations
 
-    def __init__(self, printer: EventWriter) -> None:
-        self.printer = printer
+    def before_train(self) -> None:
+        # Of its own: the other one divides by the iterations between two of its lines.
+        self.printer = CommonMetricPrinter(self.trainer.max_iter)
 
     def after_step(self) -> None:
-        if self.trainer.iter + 1 - self.trainer.start_iter in self.AFTER:
+        done = self.trainer.iter + 1
+        if done - self.trainer.start_iter in self.AFTER and done < self.trainer.max_iter:
             self.printer.write()

@@ -68,15 +68,16 @@ def parameter_groups(
         weight_decay_bias: decay of parameters called ``bias``, those of normalisation layers too
             (as in Detectron2); None leaves them to the rules above.
         bias_lr_factor: multiple of the learning rate for parameters called ``bias``.
-        backbone_multiplier: multiple for the pretrained backbone (``backbone.bottom_up`` where
-            there is one, else ``backbone``).
+        backbone_multiplier: multiple for the pretrained backbone (what ``backbone.bottom_up``
+            gives where there is one, else ``backbone``).
         offsets_multiplier: multiple for :data:`OFFSET_MODULES`.
 
     Returns:
         Parameter groups ``{"params", "lr", "weight_decay"}`` in the order in which they are met.
     """
     backbone = getattr(model, "backbone", None)
-    pretrained = "backbone.bottom_up." if hasattr(backbone, "bottom_up") else "backbone."
+    bottom_up = getattr(backbone, "bottom_up", backbone)
+    pretrained = next((f"{n}." for n, m in model.named_modules() if m is bottom_up), "backbone.")
     groups: dict[tuple[float, float], dict] = {}
     for name, own_name, module, parameter in _named_trainable(model):
         lr = base_lr * learning_rate_factor(

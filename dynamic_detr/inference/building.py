@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.model_file import is_model_file
 from ..engine.reading import require_finite
-from ..errors import UserError, one_line
+from ..engine.setup import build_detector
+from ..errors import UserError
 
 __all__ = ["build_with_weights"]
 
@@ -57,10 +57,7 @@ def build_with_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no GPU here: running on the CPU")
         cfg.MODEL.DEVICE = "cpu"
-    try:
-        model = build_model(cfg)
-    except (ValueError, KeyError, AssertionError) as error:
-        raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
+    model = build_detector(cfg)
     if not cfg.MODEL.WEIGHTS:
         logger.warning("MODEL.WEIGHTS is empty: the detector knows nothing yet")
     rest = _Checkpointer(model, cfg.MODEL.WEIGHTS).load(cfg.MODEL.WEIGHTS, checkpointables=[])

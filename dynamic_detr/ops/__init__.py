@@ -1,22 +1,21 @@
-"""Operators: one public function each, with one meaning on every device. `backend` says where a
-Triton kernel of `kernels` serves; everywhere else it is PyTorch on `weighted_gather`."""
+"""Operators: functions without parameters of their own, each with one meaning on every device.
 
-from .blend_dyrelu import blend_dyrelu
+A file here holds the public function, its checks, its registration and its gradient, and chooses
+between the file of the same name in `plain` (PyTorch) and the one in `kernels` (Triton)."""
+
 from .deform_conv import deform_conv2d
 from .dynamic_conv import dynamic_conv
-from .gather import weighted_gather
-from .masked_moments import MeasuredMaps, masked_moments
+from .fuse_levels import FusionWeights, fuse_levels
 from .ms_deform_attn import ms_deform_attn
-from .roi_align import assign_levels, pyramid_roi_align
+from .plain.roi_align import assign_levels
+from .roi_align import pyramid_roi_align
 
 __all__ = [
-    "MeasuredMaps",
+    "FusionWeights",
     "assign_levels",
-    "blend_dyrelu",
     "deform_conv2d",
     "dynamic_conv",
-    "masked_moments",
+    "fuse_levels",
     "ms_deform_attn",
     "pyramid_roi_align",
-    "weighted_gather",
 ]

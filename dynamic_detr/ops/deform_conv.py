@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import deform_conv_gather
 from .backend import kernel_serves
+from .check import check_at_least, check_tensor
+from .plain import deform_conv as plain
 
 __all__ = ["deform_conv2d"]
 
@@ -49,8 +50,7 @@ def deform_conv2d(
     Raises:
         ValueError: a shape, a dtype or a device does not fit; the line names the argument.
     """
-    _check_shapes(input, offset, mask, weight, bias, stride, padding, dilation, groups)
-    _check_kinds(input, offset=offset, mask=mask, weight=weight, bias=bias)
+    _check(input, offset, mask, weight, bias, stride, padding, dilation, groups)
     device = input.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
     if input.dtype != torch.float64:
@@ -61,16 +61,30 @@ def deform_conv2d(
         return _forward(input, offset, mask, weight, bias, stride, padding, dilation, groups)
 
 
-def _check_kinds(input: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in {"input": input, **others}.items():
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"deform_conv2d: {name} is {tensor.dtype}; wants a floating dtype.")
-        if tensor.device != input.device:
-            raise ValueError(
-                f"deform_conv2d: {name} is on {tensor.device}; wants {input.device}, as input."
-            )
+def _check(input, offset, mask, weight, bias, stride, padding, dilation, groups) -> None:
+    name, device = "deform_conv2d", input.device
+    check_at_least(name, 1, stride=stride, dilation=dilation, groups=groups)
+    check_at_least(name, 0, padding=padding)
+    check_tensor(f"{name}: input", input, ("B", "C", "H", "W"))
+    check_tensor(f"{name}: weight", weight, ("C_out", "C / groups", "kh", "kw"), device)
+    batch, channels, *size = input.shape
+    out_channels, _, *kernel = weight.shape
+    if channels % groups or out_channels % groups:
+        raise ValueError(
+            f"{name}: groups is {groups}; wants a divisor of the {channels} channels of input and "
+            f"of the {out_channels} output channels of weight."
+        )
+    check_tensor(f"{name}: weight", weight, (out_channels, channels // groups, *kernel))
+    taps = kernel[0] * kernel[1]
+    out_size = [
+        (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
+        for n, k in zip(size, kernel, strict=True)
+    ]
+    check_tensor(f"{name}: offset", offset, (batch, 2 * taps, *out_size), device)
+    if mask is not None:
+        check_tensor(f"{name}: mask", mask, (batch, taps, *out_size), device)
+    if bias is not None:
+        check_tensor(f"{name}: bias", bias, (out_channels,), device)
 
 
 @torch.library.custom_op("dynamic_detr::deform_conv2d", mutates_args=())
@@ -90,7 +104,7 @@ def _forward(
         from .kernels import deform_conv
 
         return deform_conv.forward(*arguments)
-    return deform_conv_gather.forward(*arguments)
+    return plain.forward(*arguments)
 
 
 @_forward.register_fake
@@ -128,7 +142,7 @@ def _backward(
 
         grads = deform_conv.backward(*arguments, *needed)
     else:
-        grads = deform_conv_gather.backward(*arguments, *needed)
+        grads = plain.backward(*arguments, *needed)
     likes = (input, offset, input if mask is None else mask, weight)
     return tuple(
         like.new_empty(0) if grad is None else grad.to(like.dtype)
@@ -174,46 +188,3 @@ def _differentiate(ctx, grad_out: Tensor):
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
-
-
-def _check_shapes(input, offset, mask, weight, bias, stride, padding, dilation, groups) -> None:
-    if input.dim() != 4 or weight.dim() != 4:
-        raise ValueError(
-            f"deform_conv2d: input {tuple(input.shape)} and weight {tuple(weight.shape)} "
-            "must be (B, C, H, W) and (C_out, C / groups, kh, kw)."
-        )
-    for name, tensor, first in (("input", input, 1), ("weight", weight, 0)):
-        if 0 in tensor.shape[first:]:
-            raise ValueError(
-                f"deform_conv2d: {name} has shape {tuple(tensor.shape)}; wants at least one "
-                "channel and pixel."
-            )
-    for name, number, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-        ("groups", groups, 1),
-    ):
-        if not isinstance(number, int) or number < least:
-            raise ValueError(f"deform_conv2d: {name} is {number!r}; wants an integer >= {least}.")
-    out_channels, channels, kh, kw = weight.shape
-    if input.shape[1] != channels * groups or out_channels % groups:
-        raise ValueError(
-            f"deform_conv2d: weight {tuple(weight.shape)} with {groups} groups wants an input of "
-            f"{channels * groups} channels and C_out divisible by the groups; input has "
-            f"{input.shape[1]} channels."
-        )
-    size = [
-        (n + 2 * padding - dilation * (k - 1) - 1) // stride + 1
-        for n, k in zip(input.shape[2:], (kh, kw), strict=True)
-    ]
-    for name, tensor, wanted in (("offset", offset, 2 * kh * kw), ("mask", mask, kh * kw)):
-        if tensor is not None and tuple(tensor.shape) != (input.shape[0], wanted, *size):
-            raise ValueError(
-                f"deform_conv2d: {name} has shape {tuple(tensor.shape)}; "
-                f"wants {(input.shape[0], wanted, *size)}."
-            )
-    if bias is not None and bias.shape != (out_channels,):
-        raise ValueError(
-            f"deform_conv2d: bias has shape {tuple(bias.shape)}; wants ({out_channels},)."
-        )

@@ -34,13 +34,13 @@ def convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndar
     return out + bias[:, None, None]
 
 
-def halve(steering: np.ndarray) -> np.ndarray:
+def halve(predicted: np.ndarray) -> np.ndarray:
     """Mean of each 2×2 block; of what there is of it at an odd edge."""
-    channels, height, width = steering.shape
+    channels, height, width = predicted.shape
     out = np.empty((channels, math.ceil(height / 2), math.ceil(width / 2)))
     for row in range(out.shape[1]):
         for column in range(out.shape[2]):
-            block = steering[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            block = predicted[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
             out[:, row, column] = block.mean(axis=(1, 2))
     return out
 
@@ -85,8 +85,8 @@ def encoder_block(levels: list[np.ndarray], weights: Weights, groups: int) -> li
 
     result = []
     for index, level in enumerate(levels):
-        steering = convolve(level, weights["offset.weight"], weights["offset.bias"])
-        offset, mask = steering[:18], 1 / (1 + np.exp(-steering[18:]))
+        predicted = convolve(level, weights["offset.weight"], weights["offset.bias"])
+        offset, mask = predicted[:18], 1 / (1 + np.exp(-predicted[18:]))
         maps = [branch("same", level, offset, mask, stride=1)]
         if index > 0:  # one pixel here is two there
             maps.append(branch("finer", levels[index - 1], offset * 2, mask, stride=2))

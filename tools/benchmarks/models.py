@@ -1,36 +1,37 @@
-"""Whole detectors in one run: Dynamic DETR, the same model put together from the usual operators,
-and Detectron2's own detectors."""
+"""Whole detectors in one run: those of any configurations, the first one put together from the
+usual operators, and Detectron2's own detectors."""
 
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_detr.engine.setup import find_config, read_config
 
+from .costs import count_gmac, count_parameters
 from .timing import Timing, time_in_turns
 from .usual import usual_operators
 
 __all__ = ["measure_models", "profile_model"]
 
-PARTS = ("backbone", "encoder", "decoder")
 OBJECTS = 8  # in each training image
 SHOWN = 12  # operations in a profile
 
 
 def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
-    """A row for each detector."""
-    runs = {"Dynamic DETR": _Run(args.config_file, args, device)}
+    """A row for each detector; ratios are to the first one and to the first peer."""
+    runs = {Path(config).stem: _Run(config, args, device) for config in args.config_file}
+    first = next(iter(runs))
     if not args.no_naive:
-        runs["usual operators"] = _Run(runs["Dynamic DETR"], args, device)
-    for name, config in (("Faster R-CNN", args.peer), ("RetinaNet", args.second_peer)):
-        runs[name] = _Run(config, args, device)
+        runs["usual operators"] = _Run(runs[first], args, device)
+    runs |= {Path(config).stem: _Run(config, args, device) for config in args.peer}
+    peer = Path(args.peer[0]).stem
 
     def timings(
         title: str, function: Callable[["_Run"], Callable], slow: tuple[str, ...] = ()
@@ -43,7 +44,6 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
     slow = ("usual operators",) if device == "cpu" else ()
     throughput = timings(f"{args.batch} images", lambda run: lambda: run.infer(args.batch), slow)
     training = timings("training step", lambda run: lambda: run.train(args.train_batch), slow)
-    peer = "Faster R-CNN"
     rows = []
     for name, run in runs.items():
         batch, step = throughput.get(name), training.get(name)
@@ -52,12 +52,14 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
                 "model": name,
                 "latency_s": latency[name].median,
                 "latency_spread": latency[name].spread,
-                "latency_ratio": latency[name].median / latency[peer].median,
+                "latency_to_first": latency[name].median / latency[first].median,
+                "latency_to_peer": latency[name].median / latency[peer].median,
                 "images_per_s": batch and args.batch / batch.median,
                 "train_step_s": step and step.median,
-                "train_step_ratio": step and step.median / training[peer].median,
+                "train_step_to_first": step and step.median / training[first].median,
+                "train_step_to_peer": step and step.median / training[peer].median,
                 "train_peak_gb": step and step.peak_bytes and step.peak_bytes / 1e9,
-                "parameters_m": sum(p.numel() for p in run.model.parameters()) / 1e6,
+                "parameters_m": count_parameters(run.model),
                 "gmac": run.gmac(),
             }
         )
@@ -65,9 +67,9 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
 
 
 def profile_model(args: argparse.Namespace, device: str) -> dict[str, list[dict]]:
-    """Which operations Dynamic DETR's time goes to, at inference and in a training step: their
-    share of all time that is spent in operations, and how often they are called."""
-    run = _Run(args.config_file, args, device)
+    """Which operations the first detector's time goes to, at inference and in a training step:
+    their share of all time that is spent in operations, and how often they are called."""
+    run = _Run(args.config_file[0], args, device)
     cuda = device == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
     profiles = {}
@@ -124,17 +126,10 @@ class _Run:
         self.model.zero_grad()
 
     def gmac(self) -> dict[str, float] | None:
-        """Multiplications and additions of one image, in thousands of millions, by part; None on
-        operators that PyTorch cannot count. The model can train no more afterwards."""
+        """Of one image; None on operators that PyTorch cannot count."""
         if self.operators is usual_operators:
             return None
-        self.model.requires_grad_(False)  # the counter would follow gradients, if there were any
-        with FlopCounterMode(display=False) as counter:
-            self.infer(1)
-        counts = {name: sum(ops.values()) / 2e9 for name, ops in counter.get_flop_counts().items()}
-        root = type(self.model).__name__
-        parts = {part: counts.get(f"{root}.{part}", 0.0) for part in PARTS}
-        return {**{k: v for k, v in parts.items() if v}, "all": counts["Global"]}
+        return count_gmac(self.model, lambda: self.infer(1))
 
 
 def _build(config: str, device: str) -> nn.Module:

@@ -14,21 +14,21 @@ from torch import Tensor
 from dynamic_detr import Pyramid, add_dynamic_detr_config
 from dynamic_detr.losses import HungarianMatcher, SetCosts
 from dynamic_detr.ops import (
-    blend_dyrelu,
+    FusionWeights,
     deform_conv2d,
     dynamic_conv,
-    masked_moments,
+    fuse_levels,
     ms_deform_attn,
     pyramid_roi_align,
 )
 
 from .timing import time_in_turns
 from .usual import (
-    usual_blend,
+    pool_levels,
     usual_deform_conv2d,
+    usual_fusion,
     usual_matching,
     usual_ms_deform_attn,
-    usual_roi_align,
 )
 
 __all__ = ["measure_operators"]
@@ -39,9 +39,10 @@ QUERIES = 300
 DYNAMIC_DIM = 64
 POOLING = (7, 2, 224.0)  # bins on each side, samples on each side of a bin, canonical size
 HEADS, POINTS = 8, 4
+GROUPS = 16
 STAGES, IMAGES, OBJECTS, CLASSES = 6, 2, 20, 80
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Tensor | list[Tensor]]
 
 
 @dataclass
@@ -72,7 +73,7 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
     for build in (
         _deform_conv,
         _grouped_deform_conv,
-        _blend,
+        _fuse_levels,
         _roi_align,
         _dynamic_conv,
         _attention,
@@ -108,7 +109,7 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
 def _call(function: Function, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object]:
     if not backward:
 
-        def forward() -> Tensor:
+        def forward() -> Tensor | list[Tensor]:
             with torch.no_grad():
                 return function(*tensors)
 
@@ -116,7 +117,8 @@ def _call(function: Function, tensors: tuple[Tensor, ...], backward: bool) -> Ca
 
     leaves = tuple(t.detach().requires_grad_() for t in tensors)
     with torch.no_grad():
-        upstream = torch.ones_like(function(*tensors))
+        out = function(*tensors)
+        upstream = [torch.ones_like(t) for t in ([out] if isinstance(out, Tensor) else out)]
 
     def both() -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(function(*leaves), leaves, upstream, allow_unused=True)
@@ -169,29 +171,34 @@ def _grouped_deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str)
     return _deform_conv((size[0] // 2, size[1] // 2), dtype, device, groups=32)
 
 
-def _blend(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    """What the encoder does with the maps of its finest level after the convolutions."""
+def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    """What the encoder does with the maps of its two finest levels after the convolutions."""
     height, width = size[0] // STRIDES[0], size[1] // STRIDES[0]
-    same, finer = (_map(height, width, dtype, device) for _ in range(2))
-    coarser = _map((height + 1) // 2, (width + 1) // 2, dtype, device)
-    sizes = torch.tensor([[height, width]], device=device)
+    half = (height + 1) // 2, (width + 1) // 2
+    same = [_map(height, width, dtype, device), _map(*half, dtype, device)]
+    tensors = (*same, _map(*half, dtype, device), _map(*half, dtype, device))
+    sizes = [torch.tensor([size], device=device) for size in ((height, width), half)]
+    weights = FusionWeights(
+        *(torch.randn(3, CHANNELS, device=device) for _ in range(3)),
+        *(0.01 * torch.randn(*s, device=device) for s in ((1, CHANNELS), (1,))),
+        *(0.1 * torch.randn(*s, device=device) for s in ((64, CHANNELS), (64,))),
+        *(0.1 * torch.randn(*s, device=device) for s in ((4 * CHANNELS, 64), (4 * CHANNELS,))),
+    )
 
-    def ours(same: Tensor, finer: Tensor, coarser: Tensor) -> Tensor:
-        moments, maps = masked_moments(same, finer, coarser, sizes)
-        gain = (moments[1] + 1e-5).rsqrt()
-        shift = -(moments[0] * gain).sum(dim=0)
-        one = torch.ones_like(shift)
-        lines = torch.stack([one, shift, one / 2, shift / 2])
-        return blend_dyrelu(maps, torch.cat([gain, lines]))
+    def ours(first: Tensor, second: Tensor, finer: Tensor, coarser: Tensor) -> list[Tensor]:
+        return fuse_levels([first, second], [finer], [coarser], sizes, weights, GROUPS)
 
-    # two trips through memory for each copied number: 2 ¼ maps read twice, one written
-    copied = int(2.75 * same.numel())
+    def usual(first: Tensor, second: Tensor, finer: Tensor, coarser: Tensor) -> list[Tensor]:
+        return [usual_fusion(first, coarser), usual_fusion(second, finer)]
+
+    # two trips through memory for each copied number: 1 ¾ maps read twice, 1 ¼ written
+    copied = int(2.375 * same[0].numel())
     return Case(
-        f"norms, upsampling, mean and DyReLU of a level, {height} × {width}",
-        (same, finer, coarser),
+        f"norms, upsampling, mean and DyReLU of two levels, {height} × {width}",
+        tensors,
         ours,
         ("copy of as many bytes", *_copy(copied, dtype, device)),
-        ("PyTorch, one by one", usual_blend),
+        ("PyTorch, one by one", usual),
     )
 
 
@@ -205,11 +212,13 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     pooled = torch.float32 if dtype == torch.bfloat16 else dtype  # the pooler has no bfloat16
 
     def ours(*maps: Tensor) -> Tensor:
-        return pyramid_roi_align(Pyramid(maps, STRIDES, sizes), boxes, *POOLING)
+        pyramid = Pyramid(maps, STRIDES, sizes)
+        table, shapes = pyramid.table(), pyramid.shapes
+        return pyramid_roi_align(table, shapes, STRIDES, sizes, boxes, *POOLING)
 
     def usual(*maps: Tensor) -> Tensor:
-        pyramid = Pyramid(tuple(m.to(pooled) for m in maps), STRIDES, sizes)
-        return usual_roi_align(pyramid, boxes, *POOLING).to(maps[0].dtype)
+        levels = [m.to(pooled) for m in maps]
+        return pool_levels(levels, STRIDES, boxes, *POOLING).to(maps[0].dtype)
 
     return Case(
         f"RoIAlign, {QUERIES} boxes, {len(STRIDES)} levels",

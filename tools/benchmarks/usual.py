@@ -1,7 +1,7 @@
 """The detector put together from the operators that everybody has: torchvision's deformable
 convolution and Detectron2's RoI pooler in place of this project's own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -13,12 +13,12 @@ from detectron2.structures import Boxes
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from dynamic_detr import Pyramid
 from dynamic_detr.losses.matcher import HungarianMatcher
 
 __all__ = [
-    "usual_blend",
+    "pool_levels",
     "usual_deform_conv2d",
+    "usual_fusion",
     "usual_matching",
     "usual_ms_deform_attn",
     "usual_operators",
@@ -39,14 +39,36 @@ def usual_deform_conv2d(
     )
 
 
-def usual_roi_align(
-    pyramid: Pyramid, boxes: Tensor, output_size: int, sampling_ratio: int, canonical_size: float
+def pool_levels(
+    levels: list[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    output_size: int,
+    sampling_ratio: int,
+    canonical_size: float,
 ) -> Tensor:
     """Detectron2's pooler: a launch for each level, and a wait for each, as their boxes differ."""
-    scales = [1 / stride for stride in pyramid.strides]
+    scales = [1 / stride for stride in strides]
     pooler = ROIPooler(output_size, scales, sampling_ratio, "ROIAlignV2", int(canonical_size))
-    regions = pooler(list(pyramid.features), [Boxes(b) for b in boxes.detach()])
+    regions = pooler(levels, [Boxes(b) for b in boxes.detach()])
     return regions.flatten(2).transpose(1, 2).unflatten(0, boxes.shape[:2])
+
+
+def usual_roi_align(
+    table: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    strides: Sequence[int],
+    image_sizes: Tensor,
+    boxes: Tensor,
+    *options,
+) -> Tensor:
+    """`pool_levels` as the decoder calls it, of views of the table."""
+    parts = table.split([height * width for height, width in spatial_shapes], dim=1)
+    levels = [
+        part.transpose(1, 2).unflatten(2, tuple(shape))
+        for part, shape in zip(parts, spatial_shapes, strict=True)
+    ]
+    return pool_levels(levels, strides, boxes, *options)
 
 
 def usual_ms_deform_attn(
@@ -67,12 +89,15 @@ def usual_ms_deform_attn(
     return out.view(batch, heads * channels, queries).transpose(1, 2)
 
 
-def usual_blend(same: Tensor, finer: Tensor, coarser: Tensor) -> Tensor:
-    """Three norms, upsampling, sum and a maximum of two lines, an operation each."""
-    same, finer, coarser = (F.group_norm(m, 32) for m in (same, finer, coarser))
-    upsampled = F.interpolate(coarser, same.shape[-2:], mode="bilinear", align_corners=False)
-    total = same + finer + upsampled
-    return torch.maximum(total, total / 2)
+def usual_fusion(*maps: Tensor) -> Tensor:
+    """A level from its own map and another: norms, upsampling, mean and a maximum of two linear
+    functions, an operation each."""
+    normed = [F.group_norm(m, 16) for m in maps]
+    size = maps[0].shape[-2:]
+    if maps[1].shape[-2:] != size:
+        normed[1] = F.interpolate(normed[1], size, mode="bilinear", align_corners=False)
+    mean = sum(normed) / len(normed)
+    return torch.maximum(mean, mean / 2)
 
 
 def usual_matching(

@@ -1,0 +1,96 @@
+"""The first stage of two-stage Deformable DETR (section 4.2, appendix A.4): every position of the
+pyramid proposes a box, and the best proposals become the queries of the decoder."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import MLP, ClassHead, inverse_sigmoid, sine_embedding
+from ..structures import Prediction, Pyramid
+from .deformable_queries import Queries
+
+__all__ = ["ProposedQueries"]
+
+BASE_SIZE = 0.05  # side of an anchor on the finest level, as a share of the image's
+LEAST, MOST = 0.01, 0.99  # an anchor with a number outside proposes nothing
+NEVER = -1e4  # a logit without loss or gradient, whose match would cost more than any other
+
+
+class ProposedQueries(nn.Module):
+    """Queries from the proposals with the best scores.
+
+    A position refines an anchor: a box around its own centre, whose side doubles from level to
+    level. It is scored by the logit of class 0, which the criterion trains to tell objects from
+    everything else. A position whose anchor leaves (0.01, 0.99) in any number sees nothing and
+    proposes the box (1, 1, 1, 1), but may be chosen, as in the published system. Padding is chosen
+    only where the image has too few positions, and proposes the same.
+
+    Args:
+        channels: C, even.
+        num_classes: K.
+        class_head: "focal" or "softmax", see `ClassHead`.
+        num_queries: Q.
+    """
+
+    def __init__(
+        self, channels: int, num_classes: int, *, class_head: str, num_queries: int
+    ) -> None:
+        super().__init__()
+        self.num_queries = num_queries
+        self.memory = nn.Linear(channels, channels)
+        self.memory_norm = nn.LayerNorm(channels)
+        self.class_head = ClassHead(channels, num_classes, class_head)
+        self.box_head = MLP(channels, 4, num_layers=3)
+        self.box_embed = nn.Linear(2 * channels, 2 * channels)
+        self.box_embed_norm = nn.LayerNorm(2 * channels)
+        for matrix in (self.memory.weight, self.box_embed.weight):
+            nn.init.xavier_uniform_(matrix)
+        nn.init.zeros_(self.box_head.layers[-1].weight)
+        nn.init.zeros_(self.box_head.layers[-1].bias)
+
+    def forward(self, pyramid: Pyramid) -> Queries:
+        """References are boxes, and go on without gradient."""
+        table, valid = pyramid.table(), pyramid.valid_table()
+        anchors = self._anchors(pyramid).to(torch.promote_types(table.dtype, torch.float32))
+        inside = valid & ((anchors > LEAST) & (anchors < MOST)).all(dim=-1)  # (B, ΣHW)
+        memory = torch.where(inside[..., None], table, 0)
+        memory = self.memory_norm(self.memory(memory))
+        with torch.autocast(table.device.type, enabled=False):  # scores would tie in half precision
+            logits = self.class_head(memory.to(self.class_head.weight.dtype)).to(anchors.dtype)
+        starts = inverse_sigmoid(anchors).masked_fill(~inside[..., None], float("inf"))
+        box_logits = self.box_head(memory).to(anchors.dtype) + starts
+        boxes = self._best(box_logits, logits, valid).sigmoid().detach()
+        embedded = sine_embedding(boxes, pyramid.channels // 2).to(table.dtype)  # (B, Q, 2C)
+        positions, content = self.box_embed_norm(self.box_embed(embedded)).chunk(2, dim=-1)
+        logits = torch.where(valid[..., None], logits, self._nothing(logits))
+        proposals = Prediction(logits, box_logits.sigmoid(), is_proposal=True)
+        return Queries(content, positions, boxes, [proposals])
+
+    def _best(self, box_logits: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
+        """Box logits (B, Q, 4) of the best proposals, best first; padding comes last."""
+        scores = logits[..., 0]
+        if self.class_head.class_head == "softmax":
+            scores = logits.log_softmax(dim=-1)[..., 0]
+        scores = scores.detach().masked_fill(~valid, -float("inf"))
+        lacking = max(0, self.num_queries - scores.shape[1])
+        if lacking:
+            scores = F.pad(scores, (0, lacking), value=-float("inf"))
+            box_logits = F.pad(box_logits, (0, 0, 0, lacking), value=float("inf"))
+        best = scores.topk(self.num_queries, dim=1).indices
+        return box_logits.gather(1, best[..., None].expand(-1, -1, 4))
+
+    @staticmethod
+    def _anchors(pyramid: Pyramid) -> Tensor:
+        """(B, ΣHW, 4) float32 cx, cy, w, h, normalised by the image."""
+        levels = [
+            F.pad(centers, (0, 2), value=BASE_SIZE * 2**level)
+            for level, centers in enumerate(pyramid.level_centers())
+        ]
+        return torch.cat(levels, dim=1)
+
+    def _nothing(self, logits: Tensor) -> Tensor:
+        """Logits (K or K + 1,) that are certain that there is no object."""
+        nothing = logits.new_full(logits.shape[-1:], NEVER)
+        if self.class_head.class_head == "softmax":
+            nothing[-1] = 0
+        return nothing

@@ -1,0 +1,138 @@
+"""The decoder of SMCA: DETR's, with co-attention around a reference point of each query, which is
+also the prior of its box (equation 12)."""
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import check_arguments
+from ..layers import MLP, ClassHead, sine_positions
+from ..structures import Prediction, Pyramid
+from .build import DECODER_REGISTRY
+from .smca_layer import SMCADecoderLayer
+
+__all__ = ["SMCADecoder"]
+
+
+@DECODER_REGISTRY.register()
+class SMCADecoder(nn.Module):
+    """A stack of decoder layers; all share one norm, class head and box head on their outputs.
+
+    The reference points are made once, from the guides of the first layer, and serve all layers.
+
+    Args:
+        channels: C, of queries and pyramid, divisible by 4.
+        num_classes: K.
+        num_levels: L.
+        class_head: "focal" or "softmax", see `ClassHead`.
+        num_queries: Q.
+        num_layers: S.
+        scale_selection: whether, with several levels, a query attends to each of them and weighs
+            the results; else there is one softmax over the positions of all levels.
+        checkpoint_layers: in training, keep only the inputs of each layer and compute it again in
+            the backward pass.
+        num_heads, ffn_dim, dropout, scales, head_shared, beta: see `SMCADecoderLayer`.
+
+    Raises:
+        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        num_levels: int,
+        *,
+        class_head: str,
+        num_queries: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        scales: str,
+        head_shared: bool,
+        scale_selection: bool,
+        beta: float,
+        checkpoint_layers: bool,
+    ) -> None:
+        super().__init__()
+        check_arguments(
+            "MODEL.SMCA_DECODER",
+            num_queries=num_queries,
+            num_layers=num_layers,
+            scale_selection=scale_selection,
+        )
+        self.num_levels = num_levels
+        self.checkpoint_layers = checkpoint_layers
+        self.query_embed = nn.Embedding(num_queries, channels)
+        self.reference_points = MLP(channels, 2, num_layers=3)
+        self.layers = nn.ModuleList(
+            SMCADecoderLayer(
+                channels,
+                num_heads=num_heads,
+                ffn_dim=ffn_dim,
+                dropout=dropout,
+                selected_levels=num_levels if scale_selection else 1,
+                scales=scales,
+                head_shared=head_shared,
+                beta=beta,
+            )
+            for _ in range(num_layers)
+        )
+        for part in (self.reference_points, self.layers):
+            for parameter in part.parameters():
+                if parameter.dim() > 1:
+                    nn.init.xavier_uniform_(parameter)
+        for layer in self.layers:
+            layer.co_attention.prior.reset()
+        self.norm = nn.LayerNorm(channels)
+        self.class_logits = ClassHead(channels, num_classes, class_head)
+        self.box_head = MLP(channels, 4, num_layers=3)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        detector, decoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.SMCA_DECODER
+        return {
+            "channels": detector.HIDDEN_DIM,
+            "num_classes": detector.NUM_CLASSES,
+            "num_levels": len(detector.IN_FEATURES),
+            "class_head": detector.CLASS_HEAD,
+            "checkpoint_layers": detector.ACTIVATION_CHECKPOINT.DECODER,
+            **{name.lower(): value for name, value in decoder.items()},
+        }
+
+    def forward(self, pyramid: Pyramid) -> list[Prediction]:
+        """One prediction per layer, the last one final.
+
+        Raises:
+            ValueError: the pyramid has another number of levels.
+        """
+        if len(pyramid) != self.num_levels:
+            raise ValueError(
+                f"SMCADecoder: got {len(pyramid)} levels; wants num_levels, {self.num_levels}."
+            )
+        table = pyramid.table()
+        pyramid_positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
+        positions = self.query_embed.weight.expand(len(table), -1, -1)
+        queries = torch.zeros_like(positions)
+        dtype = torch.promote_types(positions.dtype, torch.float32)
+        guides = self.layers[0].guides(queries, positions)
+        reference_logits = self.reference_points(guides).to(dtype)  # (B, Q, 2)
+        references = reference_logits.sigmoid()  # equation 3
+        recompute = self.checkpoint_layers and self.training
+        outputs = []
+        for layer in self.layers:
+            inputs = (queries, positions, references, pyramid, pyramid_positions)
+            if recompute:
+                queries = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                queries = layer(*inputs)
+            outputs.append(queries)
+        outputs = self.norm(torch.stack(outputs))  # (S, B, Q, C)
+        logits = self.class_logits(outputs).to(dtype)
+        boxes = self.box_head(outputs).to(dtype)
+        boxes = (boxes + F.pad(reference_logits, (0, 2))).sigmoid()  # equation 12
+        return [Prediction(*stage) for stage in zip(logits, boxes, strict=True)]

@@ -1,0 +1,107 @@
+"""DETR's encoder (End-to-End Object Detection with Transformers, section 3.2): every position of
+the pyramid attends to every other one."""
+
+from detectron2.config import CfgNode, configurable
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import check_arguments
+from ..layers import Attention, FeedForward, check_heads, padding_mask, sine_positions
+from ..structures import Pyramid
+from .build import ENCODER_REGISTRY
+
+__all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, each with its norm after it.
+
+    Args:
+        channels: C.
+        num_heads: attention heads.
+        ffn_dim: hidden units of the feed-forward network.
+        dropout: see `Attention` and `FeedForward`.
+    """
+
+    def __init__(self, channels: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = Attention(channels, num_heads, dropout)
+        self.ffn = FeedForward(channels, ffn_dim, dropout)
+
+    def forward(self, table: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
+        """One layer.
+
+        Args:
+            table: (B, ΣHW, C).
+            positions: (B, ΣHW, C), added to queries and keys.
+            padding: (B, ΣHW) bool, True for rows that are not attended to.
+
+        Returns:
+            (B, ΣHW, C).
+        """
+        return self.ffn(self.self_attention(table, positions, padding=padding))
+
+
+@ENCODER_REGISTRY.register()
+class TransformerEncoder(nn.Module):
+    """A stack of transformer layers over all positions of all levels at once; no norm at its end.
+
+    Args:
+        channels: C, divisible by 4.
+        num_layers: layers in the stack.
+        num_heads: heads of the self-attention.
+        ffn_dim: hidden units of the feed-forward network.
+        dropout: probability.
+        checkpoint_layers: in training, keep only the input of each layer and compute it again in
+            the backward pass.
+
+    Raises:
+        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        checkpoint_layers: bool,
+    ) -> None:
+        super().__init__()
+        node = "MODEL.TRANSFORMER_ENCODER"
+        options = {"num_heads": num_heads, "ffn_dim": ffn_dim, "dropout": dropout}
+        check_arguments(node, num_layers=num_layers, **options)
+        check_heads(node, num_heads, channels)
+        self.checkpoint_layers = checkpoint_layers
+        self.layers = nn.ModuleList(
+            TransformerEncoderLayer(channels, **options) for _ in range(num_layers)
+        )
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        detector, encoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.TRANSFORMER_ENCODER
+        return {
+            "channels": detector.HIDDEN_DIM,
+            "checkpoint_layers": detector.ACTIVATION_CHECKPOINT.ENCODER,
+            **{name.lower(): value for name, value in encoder.items()},
+        }
+
+    def forward(self, pyramid: Pyramid) -> Pyramid:
+        """Pyramid to pyramid of the same shape, with zeros beyond the true sizes."""
+        table, padding = pyramid.masked().table(), padding_mask(pyramid)
+        positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
+        recompute = self.checkpoint_layers and self.training
+        for layer in self.layers:
+            if recompute:
+                table = checkpoint(layer, table, positions, padding, use_reentrant=False)
+            else:
+                table = layer(table, positions, padding)
+        if padding is not None:
+            table = table.masked_fill(padding[..., None], 0)
+        return pyramid.with_table(table)

@@ -1,0 +1,8 @@
+"""Triton kernels of `fuse_levels`: the moments of the maps of a level, their fusion, and both
+gradients. All are bound by memory: the fewer trips the better."""
+
+from .fuse import coefficient_gradients, fuse
+from .map_gradients import map_gradients
+from .moments import moments
+
+__all__ = ["coefficient_gradients", "fuse", "map_gradients", "moments"]

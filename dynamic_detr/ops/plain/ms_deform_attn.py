@@ -1,0 +1,110 @@
+"""Multi-scale deformable attention in plain PyTorch: a gather from a table with a row for each
+position and head, chunk by chunk."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .bilinear import BilinearSamples
+from .gather import add_table_gradient, weight_gradient, weighted_gather
+
+__all__ = ["backward", "forward"]
+
+CHUNK = 1 << 21  # rows gathered at a time, so that their indices and weights stay small
+
+
+def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> Tensor:
+    """Attends; see `dynamic_detr.ops.ms_deform_attn`. `shapes` are the levels' H and W, one after
+    the other."""
+    out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
+    table = _table(value.detach())
+    for image, queries in _chunks(locations):
+        samples = _Samples(locations[image, queries], weights[image, queries], shapes)
+        pooled = weighted_gather(table[image], samples.index, samples.weight)
+        part = out[image, queries]
+        part.copy_(pooled.view_as(part))
+    return out
+
+
+def backward(
+    grad_out: Tensor,
+    value: Tensor,
+    locations: Tensor,
+    weights: Tensor,
+    shapes: Sequence[int],
+    needs_value: bool,
+    needs_sampling: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of value, locations and weights; None for those that are not needed."""
+    table = _table(value.detach())
+    grad_table = torch.zeros_like(table) if needs_value else None
+    grad_locations = locations.new_empty(locations.shape) if needs_sampling else None
+    grad_weights = weights.new_empty(weights.shape) if needs_sampling else None
+    for image, queries in _chunks(locations):
+        samples = _Samples(locations[image, queries], weights[image, queries], shapes)
+        grad_pooled = grad_out[image, queries].reshape(-1, value.shape[3])
+        if needs_value:
+            add_table_gradient(grad_table[image], grad_pooled, samples.index, samples.weight)
+        if needs_sampling:
+            grad = weight_gradient(grad_pooled, table[image], samples.index)
+            samples.write_gradients(
+                grad, grad_locations[image, queries], grad_weights[image, queries]
+            )
+    grad_value = grad_table.view(value.shape).to(value.dtype) if needs_value else None
+    return grad_value, grad_locations, grad_weights
+
+
+def _table(value: Tensor) -> Tensor:
+    """One row for each position and head: (B, ΣHW·heads, d), float32 or wider, contiguous."""
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    return wide.contiguous().flatten(1, 2)
+
+
+def _chunks(locations: Tensor) -> Iterator[tuple[int, slice]]:
+    """An image and some of its queries, that gather about CHUNK rows."""
+    batch, queries, heads, levels, points, _ = locations.shape
+    step = max(1, CHUNK // (heads * levels * points * 4))
+    for image in range(batch):
+        for first in range(0, queries, step):
+            yield image, slice(first, min(first + step, queries))
+
+
+class _Samples:
+    """What some queries sample of one image's table: `index` and `weight` (n·heads, L·P·4).
+
+    Args:
+        locations: (n, heads, L, P, 2).
+        weights: (n, heads, L, P).
+        shapes: H and W of each level, one after the other.
+    """
+
+    def __init__(self, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> None:
+        heads, device = locations.shape[1], locations.device
+        dtype = torch.promote_types(locations.dtype, torch.float32)
+        locations, attention = locations.to(dtype), weights.to(dtype)
+        areas = [height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
+        first_rows = [sum(areas[:level]) for level in range(len(areas))]
+        self.height, self.width = _column(shapes[::2], device), _column(shapes[1::2], device)
+        self.bilinear = BilinearSamples(
+            locations[..., 1] * self.height - 0.5,
+            locations[..., 0] * self.width - 0.5,
+            self.height,
+            self.width,
+            attention,
+        )  # (n, heads, L, P)
+        head = torch.arange(heads, device=device, dtype=torch.int32)[:, None, None, None]
+        index = self.bilinear.index(self.width).add_(_column(first_rows, device)[..., None])
+        self.index = index.mul_(heads).add_(head).flatten(2).flatten(0, 1)
+        self.weight = self.bilinear.weight().flatten(2).flatten(0, 1)
+
+    def write_gradients(self, grad: Tensor, grad_locations: Tensor, grad_weights: Tensor) -> None:
+        """Stores those of locations and attention weights, given that of `weight`."""
+        grad_y, grad_x, grad_attention = self.bilinear.backward(grad.view(*self.bilinear.shape, 4))
+        grad_locations[..., 0], grad_locations[..., 1] = grad_x * self.width, grad_y * self.height
+        grad_weights.copy_(grad_attention)
+
+
+def _column(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """(L, 1) int32, filled on the device: a copy from the host would stall it."""
+    return torch.cat([torch.full((1, 1), n, device=device, dtype=torch.int32) for n in numbers])

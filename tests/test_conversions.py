@@ -1,0 +1,158 @@
+"""Published weights of other projects: how files are read, names replaced and rows selected."""
+
+import argparse
+import os
+import pathlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.modeling.backbone.resnet import BottleneckBlock
+from torch import nn
+from torchvision.models import resnet50
+
+PROJECT = Path(__file__).parents[1]
+sys.path.insert(0, str(PROJECT / "tools"))
+
+import convert_weights  # noqa: E402
+from conversions import rename, select_coco_classes  # noqa: E402
+from conversions.resnet import resnet_rules  # noqa: E402
+
+from dynamic_detr.backbones import make_resnet  # noqa: E402
+from dynamic_detr.errors import UserError  # noqa: E402
+
+THINGS = [c for c in COCO_CATEGORIES if c["isthing"]]
+
+
+class Harmful:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_files_are_read_without_running_what_they_hold(zipped, tmp_path):
+    path, touched = tmp_path / "weights.pth", tmp_path / "touched"
+    args = argparse.Namespace(lr=1e-4, output=pathlib.PosixPath("out"), steps=[1, 2])
+    data = {"model": {"module.a": torch.ones(2), "step": 3}, "args": args, "x": Harmful(touched)}
+    torch.save(data, path, _use_new_zipfile_serialization=zipped)
+    try:
+        weights = convert_weights.read_weights(path)
+    except UserError as error:  # refused, rather than skipped
+        assert "cannot be read" in str(error)
+    else:
+        assert list(weights) == ["a"] and weights["a"].tolist() == [1, 1]
+    assert not touched.exists()
+    del data["x"]
+    torch.save(data, path, _use_new_zipfile_serialization=zipped)
+    assert list(convert_weights.read_weights(path)) == ["a"]
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    assert convert_weights.read_weights(tmp_path / "model.safetensors")["a"].tolist() == [1, 1]
+
+
+def test_what_is_no_file_of_weights_is_one_line(tmp_path):
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save({"epoch": 3}, tmp_path / "epoch.pth")
+    for name, reason in (("none.pth", "cannot be read"), ("text.pth", "cannot be read")):
+        with pytest.raises(UserError, match=reason):
+            convert_weights.read_weights(tmp_path / name)
+    with pytest.raises(UserError, match="holds no weights by name"):
+        convert_weights.read_weights(tmp_path / "epoch.pth")
+
+
+def test_names_that_no_rule_knows_and_clashes_are_refused():
+    rules = [(r"drop\..*", None), (r"(\w)\.[12]", r"new.\1")]
+    one, two = torch.ones(1), torch.zeros(1)
+    assert list(rename({"a.1": one, "drop.x": two, "a.2": one}, rules)) == ["new.a"]
+    with pytest.raises(UserError, match="b.3 is left over"):
+        rename({"b.3": one}, rules)
+    with pytest.raises(UserError, match="a.2 is one of two different weights for new.a"):
+        rename({"a.1": one, "a.2": two}, rules)
+
+
+@pytest.mark.parametrize("no_object", [0, 1])
+def test_class_rows_carry_their_own_id(no_object):
+    """The silent error: boxes right and classes wrong."""
+    ids = torch.arange(91 + no_object)
+    weight = ids[:, None].float().expand(-1, 4)
+    model = {"w": torch.zeros(80 + no_object, 4), "b": torch.zeros(80 + no_object)}
+    fitted = convert_weights.fit({"w": weight, "b": ids.float()}, model, num_classes=80)
+    wanted = [c["id"] for c in THINGS] + [91] * no_object
+    assert fitted["b"].tolist() == wanted
+    assert fitted["w"][:, 0].tolist() == wanted
+    names = {c["id"]: c["name"] for c in THINGS}
+    assert names[wanted[0]] == "person" and names[wanted[79]] == "toothbrush"
+    assert names[wanted[11]] == "stop sign" and wanted[11] == 13  # ids have gaps from 12 on
+    assert torch.equal(select_coco_classes(ids), fitted["b"].long())
+
+
+def test_rows_of_own_classes_stay():
+    rows = {"b": torch.arange(91)}
+    assert convert_weights.fit(rows, rows, num_classes=91)["b"].tolist() == list(range(91))
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({"a": (2,)}, "missing: b"),
+        ({"a": (2,), "b": (3,), "c": (1,)}, "left over: c"),
+        ({"b": (3,), "c": (1,)}, "missing: a; left over: c"),
+        ({"a": (2,), "b": (4,)}, r"b is \(4,\) in the file, but \(3,\) in the model"),
+    ],
+)
+def test_every_weight_is_accounted_for(weights, reason):
+    model = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    with pytest.raises(UserError, match=reason):
+        convert_weights.fit({k: torch.zeros(s) for k, s in weights.items()}, model, 80)
+
+
+def shallow(model: nn.Module) -> nn.Module:
+    """With two blocks in each stage."""
+    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
+        del stage[2:]
+    return model
+
+
+def test_a_resnet_of_torchvision_is_detectron2s():
+    theirs = shallow(resnet50()).eval()
+    torch.nn.init.normal_(theirs.bn1.running_mean)
+    weights = {f"body.{k}": v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    ours = make_resnet(50, norm="FrozenBN")
+    for name, stage in zip(ours.stage_names, ours.stages, strict=True):
+        assert isinstance(stage[0], BottleneckBlock)
+        setattr(ours, name, stage[:2])
+    ours.stages = [getattr(ours, name) for name in ours.stage_names]
+    renamed = rename(weights, resnet_rules(r"body\.", ""))
+    assert renamed.keys() == ours.state_dict().keys()
+    ours.load_state_dict(renamed)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image)))))
+        wanted = theirs.layer4(theirs.layer3(theirs.layer2(wanted)))
+        torch.testing.assert_close(ours.eval()(image)["res5"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_resnet_of_hugging_face_is_detectron2s():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.ResNetModel(transformers.ResNetConfig(depths=[2, 1, 1, 1])).eval()
+    ours = make_resnet(50, norm="FrozenBN")
+    names = ours.state_dict()
+    renamed = rename(theirs.state_dict(), resnet_rules("", ""))
+    assert renamed.keys() < names.keys()
+    assert all(names[name].shape == weight.shape for name, weight in renamed.items())
+    ours.load_state_dict(renamed, strict=False)
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = theirs.encoder.stages[0](theirs.embedder(image))
+        found = ours.stages[0][:2](ours.stem(image))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,424 @@
+"""DETR against Hugging Face's and a small reference, and its published weights."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from helpers import batch_pyramid, random_levels, shake, training_input
+from reference.detr import DETR
+from torch import Tensor, nn
+
+from dynamic_detr import Prediction, Pyramid, add_dynamic_detr_config
+from dynamic_detr.config import check_config
+from dynamic_detr.decoders import TransformerDecoder
+from dynamic_detr.encoders import TransformerEncoder
+from dynamic_detr.engine.checkpoint import SafeCheckpointer
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs" / "DETR"
+sys.path.insert(0, str(ROOT / "tools"))
+
+import convert_weights  # noqa: E402
+from conversions import detr as conversion  # noqa: E402
+
+CLASSES, QUERIES, CHANNELS = 5, 12, 32
+DROPOUTS = ["MODEL.TRANSFORMER_ENCODER.DROPOUT", 0.0, "MODEL.TRANSFORMER_DECODER.DROPOUT", 0.0]
+NARROW = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.LEVELS.OUT_CHANNELS", CHANNELS),
+    *("MODEL.FPN.OUT_CHANNELS", CHANNELS, "MODEL.BACKBONE.FREEZE_AT", 0),
+    *("MODEL.SET_DETECTOR.HIDDEN_DIM", CHANNELS, "MODEL.SET_DETECTOR.NUM_CLASSES", CLASSES),
+    *("MODEL.TRANSFORMER_ENCODER.NUM_LAYERS", 2, "MODEL.TRANSFORMER_ENCODER.FFN_DIM", 48),
+    *("MODEL.TRANSFORMER_DECODER.NUM_LAYERS", 3, "MODEL.TRANSFORMER_DECODER.FFN_DIM", 40),
+    *("MODEL.TRANSFORMER_DECODER.NUM_QUERIES", QUERIES, "MODEL.DYNAMIC_ENCODER.NUM_GROUPS", 8),
+    *DROPOUTS,
+]
+
+
+def load(name: str, *options: object) -> CfgNode:
+    cfg = get_cfg()
+    add_dynamic_detr_config(cfg)
+    cfg.merge_from_file(str(CONFIGS / name))
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.merge_from_list(list(options))
+    check_config(cfg)
+    return cfg
+
+
+def redraw(model: nn.Module) -> nn.Module:
+    """Gives every parameter and every statistic of a norm a value of its own."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    with torch.no_grad():
+        for name, tensor in tensors:
+            if not tensor.is_floating_point():
+                continue
+            if (
+                name.endswith("running_var")
+                or tensor.dim() == 1
+                and ("norm" in name or "bn" in name)
+            ):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.dim() > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            else:
+                tensor.normal_(std=0.2)
+    return model
+
+
+def hugging_face() -> nn.Module:
+    """Their model of the sizes of NARROW, without dropout; all of it is trained."""
+    transformers = pytest.importorskip("transformers")
+    resnet = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[16, 32, 64, 128], out_features=["stage4"]
+    )
+    config = transformers.DetrConfig(
+        backbone_config=resnet,
+        d_model=CHANNELS,
+        num_queries=QUERIES,
+        num_labels=CLASSES,
+        encoder_layers=2,
+        encoder_ffn_dim=48,
+        encoder_attention_heads=8,
+        decoder_layers=3,
+        decoder_ffn_dim=40,
+        decoder_attention_heads=8,
+        dropout=0.0,
+        attn_implementation="eager",
+    )
+    return redraw(transformers.DetrForObjectDetection(config)).requires_grad_(True)
+
+
+def their_predictions(model: nn.Module, images: Tensor) -> list[dict[str, Tensor]]:
+    """What each decoder layer says: hooks, as their path to it norms twice."""
+    states = []
+    hooks = [
+        layer.register_forward_hook(lambda _module, _inputs, output: states.append(output))
+        for layer in model.model.decoder.layers
+    ]
+    model(images)
+    for hook in hooks:
+        hook.remove()
+    normed = [model.model.decoder.layernorm(state) for state in states]
+    return [
+        {
+            "logits": model.class_labels_classifier(state),
+            "pred_boxes": model.bbox_predictor(state).sigmoid(),
+        }
+        for state in normed
+    ]
+
+
+def their_losses(predictions: list[dict[str, Tensor]], targets: list) -> dict[str, Tensor]:
+    """Unweighted, with the names of ours."""
+    module = pytest.importorskip("transformers.loss.loss_for_object_detection")
+    criterion = module.ImageLoss(
+        module.HungarianMatcher(1, 5, 2), CLASSES, 0.1, ["labels", "boxes"]
+    )
+    targets = [{"class_labels": labels, "boxes": boxes} for labels, boxes in targets]
+    names = {"loss_ce": "class", "loss_bbox": "l1", "loss_giou": "giou"}
+    suffixes = [f"_{stage}" for stage in range(len(predictions) - 1)] + [""]
+    return {
+        f"loss_{names[name]}{suffix}": loss
+        for suffix, prediction in zip(suffixes, predictions, strict=True)
+        for name, loss in criterion(prediction, targets).items()
+    }
+
+
+def assert_close(found: Tensor, wanted: Tensor, name: str, floor: float = 0.0) -> None:
+    """To 1e-4 of the largest entry, or of the floor."""
+    scale = max(wanted.abs().max().item(), floor)
+    assert (found - wanted).abs().max().item() <= 1e-4 * scale, name
+
+
+def test_equals_hugging_face():
+    """Logits, boxes, losses and gradients with the same weights; and the names of the weights."""
+    theirs = hugging_face().train()
+    ours = build_model(load("detr_R_50.yaml", *NARROW)).train()
+    ours.load_state_dict(conversion.convert_huggingface(theirs.state_dict()))
+    inputs = [
+        training_input(128, 192, [[5, 5, 40, 44], [60, 20, 190, 120], [9, 80, 31, 90]], [1, 4, 0]),
+        training_input(128, 192, [[100, 30, 140, 100]], [4]),
+    ]
+    images = ours._images(inputs).tensor
+    predictions = ours._network(images, torch.tensor([[128, 192]] * 2))
+    expected = their_predictions(theirs, images)
+    assert len(predictions) == len(expected) == 3
+    for stage, (found, wanted) in enumerate(zip(predictions, expected, strict=True)):
+        assert_close(found.pred_logits, wanted["logits"], f"logits {stage}")
+        assert_close(found.pred_boxes, wanted["pred_boxes"], f"boxes {stage}")
+        assert wanted["logits"].std() > 0.1 and wanted["pred_boxes"].std() > 0.02
+
+    targets = ours._targets(inputs)
+    weights = {"class": 1, "l1": 5, "giou": 2}
+    losses, wanted_losses = ours.criterion(predictions, targets), their_losses(expected, targets)
+    assert losses.keys() == wanted_losses.keys()
+    for name, loss in losses.items():
+        assert_close(loss / weights[name.split("_")[1]], wanted_losses[name], name)
+
+    sum(losses.values()).backward()
+    sum(loss * weights[name.split("_")[1]] for name, loss in wanted_losses.items()).backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    wanted_gradients = conversion.convert_huggingface(
+        {name: p.grad for name, p in theirs.named_parameters()}
+    )
+    assert gradients.keys() == wanted_gradients.keys()
+    # the content of the first self-attention is zero: its gradients are what rounding leaves
+    first = "decoder.layers.0.self_attention.attention.in_proj_weight"
+    assert gradients[first].abs().max() < 1e-6 > wanted_gradients[first].abs().max()
+    for name, gradient in gradients.items():
+        assert_close(gradient, wanted_gradients[name], name, floor=0.1 if name == first else 0)
+
+
+STRIDES = (8, 16, 32)
+SIZES = [(100, 136), (64, 190)]
+
+
+def transformer(**options: object) -> nn.Sequential:
+    """A small encoder and decoder in one, the same every time."""
+    torch.manual_seed(0)
+    small = {"num_layers": 2, "num_heads": 4, "ffn_dim": 24, "dropout": 0.0}
+    small |= {"checkpoint_layers": False} | options
+    encoder = TransformerEncoder(16, **small)
+    decoder = TransformerDecoder(16, 3, class_head="softmax", levels=(), num_queries=6, **small)
+    return shake(nn.Sequential(encoder, decoder).double(), 0.15)
+
+
+def small_pyramid() -> Pyramid:
+    torch.manual_seed(0)
+    return batch_pyramid(
+        [random_levels(size, 16, STRIDES) for size in SIZES], SIZES, (128, 192), STRIDES
+    )
+
+
+def outputs(predictions: list[Prediction]) -> list[Tensor]:
+    return [tensor for p in predictions for tensor in (p.pred_logits, p.pred_boxes)]
+
+
+def test_the_decoder_reads_the_levels_that_it_is_told():
+    whole, part = transformer()[1], transformer()[1]
+    part.levels = (2, 0)
+    pyramid = small_pyramid()
+    coarse_and_fine = Pyramid(pyramid.features[::-2], STRIDES[::-2], pyramid.image_sizes)
+    torch.testing.assert_close(outputs(part(pyramid)), outputs(whole(coarse_and_fine)))
+    found, wanted = outputs(part(pyramid))[0], outputs(whole(pyramid))[0]
+    assert (found - wanted).abs().max() > 1e-3
+
+
+def test_activation_checkpointing_changes_nothing():
+    results, kept = [], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += 1
+        return tensor
+
+    for checkpoint_layers in (False, True):
+        model = transformer(dropout=0.3, checkpoint_layers=checkpoint_layers).train()
+        pyramid = small_pyramid()
+        kept.append(0)
+        torch.manual_seed(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = sum(output.square().sum() for output in outputs(model(pyramid)))
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*results)
+    assert kept[1] < kept[0] / 2
+
+
+def parameters_without_gradient(cfg: CfgNode) -> list[str]:
+    model = build_model(cfg).train()
+    image = training_input(100, 128, [[5, 5, 40, 44], [60, 20, 120, 90]], [1, 4])
+    losses = model([image, training_input(128, 90)])
+    sum(losses.values()).backward()
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert len(losses) == 9 and all(
+        p.grad.isfinite().all() for _, p in trained if p.grad is not None
+    )
+    return [name for name, p in trained if p.grad is None]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "detr_R_50.yaml",
+        "detr_DC5_plus_R_50.yaml",
+        "detr_R_50_dynamic_encoder.yaml",
+        "detr_R_50_dynamic_encoder_C5.yaml",
+    ],
+)
+def test_configured_detectors_train_all_that_they_have(name):
+    options = [*NARROW, "MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", 32]
+    options += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 128, "MODEL.RESNETS.WIDTH_PER_GROUP", 32]
+    cfg = load(name, *options)
+    assert parameters_without_gradient(cfg) == []
+
+
+# Millions, published for R-50 (also with DC5) and R-101; frozen ones count.
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [("detr_R_50.yaml", 41), ("detr_DC5_plus_R_50.yaml", 41), ("detr_DC5_R_101.yaml", 60)],
+)
+def test_parameters(name, published):
+    with torch.device("meta"):
+        model = build_model(load(name, "MODEL.DEVICE", "meta"))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [("detr_R_50.yaml", 500), ("detr_DC5_R_50_50ep.yaml", 50), ("detr_DC5_plus_R_50.yaml", 50)],
+)
+def test_schedule(name, epochs):
+    solver = load(name).SOLVER
+    images = solver.MAX_ITER * solver.IMS_PER_BATCH
+    assert images == pytest.approx(epochs * 118_287, rel=1e-3)
+    assert [step / solver.MAX_ITER for step in solver.STEPS] == [0.8]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["MODEL.TRANSFORMER_ENCODER.NUM_HEADS", 7], r"ENCODER\.NUM_HEADS is 7; it must divide"),
+        (["MODEL.TRANSFORMER_DECODER.NUM_HEADS", 7], r"DECODER\.NUM_HEADS is 7; it must divide"),
+        (["MODEL.TRANSFORMER_DECODER.IN_FEATURES", ["p4"]], r"names \['p4'\]; .* has \['p5'\]"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(options, reason):
+    with pytest.raises(ValueError, match=reason) as error:
+        build_model(load("detr_R_50.yaml", *NARROW, *options))
+    assert "\n" not in str(error.value)
+
+
+def published(depth: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a published checkpoint: 92 rows of classes, ResNet-50."""
+    shapes = {"query_embed.weight": (100, 256)}
+
+    def linear(name: str, out: int, inputs: int, *kernel: int) -> None:
+        shapes.update({f"{name}.weight": (out, inputs, *kernel), f"{name}.bias": (out,)})
+
+    def norm(name: str, channels: int, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
+        shapes.update({f"{name}.{kind}": (channels,) for kind in kinds})
+
+    def convolution(name: str, bn: str, out: int, inputs: int, kernel: int) -> None:
+        shapes[f"backbone.0.body.{name}.weight"] = (out, inputs, kernel, kernel)
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        norm(f"backbone.0.body.{bn}", out, kinds)
+
+    def attention(name: str) -> None:
+        shapes.update({f"{name}.in_proj_weight": (768, 256), f"{name}.in_proj_bias": (768,)})
+        linear(f"{name}.out_proj", 256, 256)
+
+    for part, attentions, norms in (
+        ("encoder", ["self_attn"], 2),
+        ("decoder", ["self_attn", "multihead_attn"], 3),
+    ):
+        for layer in range(6):
+            name = f"transformer.{part}.layers.{layer}"
+            for kind in attentions:
+                attention(f"{name}.{kind}")
+            linear(f"{name}.linear1", 2048, 256)
+            linear(f"{name}.linear2", 256, 2048)
+            for index in range(norms):
+                norm(f"{name}.norm{index + 1}", 256)
+    norm("transformer.decoder.norm", 256)
+    linear("class_embed", 92, 256)
+    for layer, out in enumerate((256, 256, 4)):
+        linear(f"bbox_embed.layers.{layer}", out, 256)
+    linear("input_proj", 256, 2048, 1, 1)
+    convolution("conv1", "bn1", 64, 3, 7)
+    inputs = 64
+    for stage, blocks in enumerate(depth):
+        width = 64 * 2**stage
+        for block in range(blocks):
+            name = f"layer{stage + 1}.{block}"
+            convolution(f"{name}.conv1", f"{name}.bn1", width, inputs, 1)
+            convolution(f"{name}.conv2", f"{name}.bn2", width, width, 3)
+            convolution(f"{name}.conv3", f"{name}.bn3", 4 * width, width, 1)
+            if not block:
+                name = f"{name}.downsample"
+                convolution(f"{name}.0", f"{name}.1", 4 * width, inputs, 1)
+            inputs = 4 * width
+    return shapes
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"), [("detr_R_50.yaml", (3, 4, 6, 3)), ("detr_DC5_R_101.yaml", (3, 4, 23, 3))]
+)
+def test_every_published_weight_finds_its_place(name, depth):
+    shapes = published(depth)
+    frozen = ("bn", "downsample.1", "body.conv1", "body.layer1")
+    trained = {n: s for n, s in shapes.items() if not any(part in n for part in frozen)}
+    if depth[2] == 6:  # as its training log has it
+        assert sum(torch.Size(shape).numel() for shape in trained.values()) == 41_302_368
+    with torch.device("meta"):
+        weights = conversion.convert({name: torch.empty(shape) for name, shape in shapes.items()})
+        model = build_model(load(name, "MODEL.DEVICE", "meta")).state_dict()
+    assert len(weights) == len(shapes)
+    fitted = convert_weights.fit(weights, model, num_classes=80)
+    assert fitted.keys() == model.keys()
+
+
+def write_config(path: Path, *options: object) -> str:
+    path.write_text(load("detr_R_50.yaml", *options).dump())
+    return str(path)
+
+
+def test_published_weights_say_what_they_said(tmp_path):
+    """A file of the published names, with rows by COCO id, and our model of what it becomes."""
+    theirs = redraw(DETR(92, CHANNELS, 40, QUERIES, layers=2, width=4)).eval()
+    torch.save({"model": theirs.state_dict(), "epoch": 3}, tmp_path / "published.pth")
+    layers = ["MODEL.TRANSFORMER_DECODER.NUM_LAYERS", 2, "MODEL.TRANSFORMER_ENCODER.FFN_DIM", 40]
+    wide = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
+    options = [*NARROW, *layers, *wide, "MODEL.SET_DETECTOR.NUM_CLASSES", 80]
+    config = write_config(tmp_path / "config.yaml", *options)
+    convert_weights.convert_file("detr", tmp_path / "published.pth", tmp_path / "ours.pth", config)
+    ours = build_model(load("detr_R_50.yaml", *options)).eval()
+    ours.load_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True)["model"])
+    image = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        logits, boxes = theirs(image)
+        found = ours._network(image, torch.tensor([[128, 96]]))[-1]
+    assert_close(found.pred_boxes[0], boxes, "boxes")
+    # person, fire hydrant, stop sign (13), toothbrush (90), no object
+    rows = {0: 1, 10: 11, 11: 13, 79: 90, 80: 91}
+    assert_close(found.pred_logits[0][:, list(rows)], logits[:, list(rows.values())], "logits")
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["as it is", "older names"])
+def test_names_of_hugging_face(older, tmp_path):
+    theirs = hugging_face()
+    weights = theirs.state_dict()
+    if older:
+        for old, new in (("o_proj", "out_proj"), ("mlp.fc", "fc")):
+            weights = {name.replace(old, new): value for name, value in weights.items()}
+        prefix = "model.backbone.conv_encoder.model."
+        weights = {
+            name.replace("model.backbone.model.", prefix): value for name, value in weights.items()
+        }
+    torch.save(weights, tmp_path / "theirs.pth")
+    config = write_config(tmp_path / "config.yaml", *NARROW)
+    args = tmp_path / "theirs.pth", tmp_path / "ours.pth", config
+    convert_weights.convert_file("huggingface", *args)
+    ours = torch.load(tmp_path / "ours.pth", weights_only=True)["model"]
+    wanted = conversion.convert_huggingface(theirs.state_dict())
+    assert ours.keys() == wanted.keys()
+    assert all(torch.equal(ours[name], wanted[name]) for name in ours)
+
+
+def test_training_starts_from_a_resnet_of_torchvision(tmp_path):
+    theirs = redraw(torchvision.models.resnet50(width_per_group=4))
+    torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
+    convert_weights.convert_file("torchvision", tmp_path / "resnet.pth", tmp_path / "R-50.pth")
+    wide = ["MODEL.RESNETS.STEM_OUT_CHANNELS", 64, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256]
+    ours = build_model(load("detr_R_50.yaml", *NARROW, *wide))
+    head = ours.decoder.class_logits.weight.clone()
+    SafeCheckpointer(ours).load(str(tmp_path / "R-50.pth"))
+    found, wanted = ours.backbone.bottom_up.eval(), theirs.eval()
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for layer in list(theirs.children())[:-2]:
+            wanted = layer(image if wanted is theirs else wanted)
+        assert_close(found(image)["res5"], wanted, "res5")
+    assert torch.equal(ours.decoder.class_logits.weight, head)

@@ -1,0 +1,398 @@
+"""SMCA's encoder and decoder against loops written from the paper, and what they promise."""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from detectron2.modeling import build_model
+from helpers import batch_pyramid, defaults, random_levels, shake
+from reference import smca as reference
+from torch import Tensor, nn
+from torchvision.models import resnet50
+
+from dynamic_detr import Prediction, Pyramid
+from dynamic_detr.decoders import SMCADecoder
+from dynamic_detr.decoders.smca_layer import SMCADecoderLayer
+from dynamic_detr.decoders.spatial_prior import SpatialPrior
+from dynamic_detr.encoders import SMCAEncoder
+from dynamic_detr.engine.setup import read_config
+
+PROJECT = Path(__file__).resolve().parents[1]
+CONFIGS = PROJECT / "configs" / "SMCA"
+sys.path.insert(0, str(PROJECT / "tools"))
+
+import convert_weights  # noqa: E402
+from conversions import smca as conversion  # noqa: E402
+
+CHANNELS, HEADS, CLASSES = 8, 2, 3
+STRIDES = (16, 32, 64)
+SIZE = (70, 100)
+
+
+def make_encoder(num_levels: int = 3, **options: object) -> SMCAEncoder:
+    small = {"blocks": ["intra", "multi"], "num_heads": HEADS, "ffn_dim": 12, "dropout": 0.0}
+    options = {**defaults("MODEL.SMCA_ENCODER"), **small, "checkpoint_blocks": False, **options}
+    return SMCAEncoder(CHANNELS, num_levels, **options)
+
+
+def make_decoder(num_levels: int = 3, **options: object) -> SMCADecoder:
+    small = {"num_queries": 3, "num_layers": 2, "num_heads": HEADS, "ffn_dim": 12, "dropout": 0.0}
+    small |= {"class_head": "focal", "checkpoint_layers": False}
+    options = {**defaults("MODEL.SMCA_DECODER"), **small, **options}
+    return SMCADecoder(CHANNELS, CLASSES, num_levels, **options)
+
+
+def make_pyramid(
+    num_levels: int = 3, padded: tuple[int, int] = SIZE, dtype: torch.dtype = torch.float64
+) -> tuple[list[Tensor], Pyramid]:
+    """The levels of one image, and their pyramid with NaN in the padding, as a backbone may give
+    it to an encoder."""
+    strides = STRIDES[-num_levels:] if num_levels > 1 else (32,)
+    levels = random_levels(SIZE, CHANNELS, strides, dtype)
+    return levels, batch_pyramid([levels], [SIZE], padded, strides, garbage=float("inf"))
+
+
+def arrays(levels: list[Tensor]) -> list[np.ndarray]:
+    return [level.detach().numpy() for level in levels]
+
+
+def numpy_weights(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in module.state_dict().items()}
+
+
+def outputs(found: Pyramid | list[Prediction]) -> list[Tensor]:
+    if isinstance(found, Pyramid):
+        return list(found.features)
+    return [tensor for p in found for tensor in (p.pred_logits, p.pred_boxes)]
+
+
+ENCODERS = [
+    (1, {"blocks": ["intra", "intra"]}),
+    (1, {"shared": "nothing"}),
+    (3, {}),
+    (3, {"shared": "ffn"}),
+    (3, {"shared": "attention"}),
+    (2, {"shared": "nothing", "blocks": ["multi", "intra"]}),
+]
+DECODERS = [
+    (1, {}),
+    (1, {"scales": "single", "head_shared": True, "beta": 3.0}),
+    (3, {}),
+    (3, {"scale_selection": False, "scales": "single"}),
+    (2, {"scales": "fixed", "head_shared": True}),
+    (2, {"scale_selection": False, "scales": "fixed"}),
+    (2, {"head_shared": True}),
+]
+
+
+@pytest.mark.parametrize(("num_levels", "options"), ENCODERS, ids=str)
+def test_encoder_is_the_loop(num_levels, options):
+    model = shake(make_encoder(num_levels, **options).double())
+    levels, pyramid = make_pyramid(num_levels, (90, 128))
+    with torch.no_grad():
+        found = model(pyramid)
+    blocks = [block.kind for block in model.blocks]
+    wanted = reference.encoder(arrays(levels), numpy_weights(model), HEADS, blocks)
+    for index, level in enumerate(wanted):
+        features = found.features[index][0]
+        np.testing.assert_allclose(
+            features[:, : level.shape[1], : level.shape[2]], level, 2e-6, 2e-6
+        )
+        assert not features.masked_select(~found.valid_mask(index)[0]).any()
+
+
+@pytest.mark.parametrize(("num_levels", "options"), DECODERS, ids=str)
+def test_decoder_is_the_loop(num_levels, options):
+    model = shake(make_decoder(num_levels, **options).double())
+    levels, pyramid = make_pyramid(num_levels, (90, 128))
+    with torch.no_grad():
+        found = model(pyramid.masked())
+    beta = options.get("beta", 8.0)
+    logits, boxes = reference.decoder(arrays(levels), numpy_weights(model), HEADS, beta)
+    assert len(found) == len(logits) == 2
+    for index, prediction in enumerate(found):
+        np.testing.assert_allclose(prediction.pred_logits[0], logits[index], 2e-6, 2e-6)
+        np.testing.assert_allclose(prediction.pred_boxes[0], boxes[index], 2e-6, 2e-6)
+
+
+def loops(model: nn.Module, levels: list[np.ndarray]) -> list[np.ndarray]:
+    weights = numpy_weights(model)
+    if isinstance(model, SMCAEncoder):
+        return reference.encoder(levels, weights, HEADS, [block.kind for block in model.blocks])
+    return list(reference.decoder(levels, weights, HEADS, 8.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (make_encoder, {"shared": "nothing"}),
+        (make_decoder, {"num_queries": 2}),
+        (make_decoder, {"num_queries": 2, "scale_selection": False, "scales": "single"}),
+    ],
+    ids=["encoder", "decoder", "decoder, one softmax"],
+)
+def test_gradients_are_those_of_the_loops(make, options):
+    """Each parameter and level is moved along a random direction: the loss of the loops changes
+    by what the gradient says."""
+    model = shake(make(2, **options).double())
+    strides = STRIDES[1:]
+    levels = random_levels((40, 90), CHANNELS, strides)
+    pyramid = batch_pyramid([levels], [(40, 90)], (40, 90), strides)
+    for feature in pyramid.features:
+        feature.requires_grad_()
+    found = outputs(model(pyramid))
+    if isinstance(model, SMCADecoder):
+        found = [torch.cat(found[::2]), torch.cat(found[1::2])]
+    weights = [torch.randn_like(output) for output in found]
+    tensors = [*model.parameters(), *pyramid.features]
+    grads = torch.autograd.grad(found, tensors, weights)
+    step = 1e-5
+    for tensor, grad in zip(tensors, grads, strict=True):
+        direction = torch.randn_like(tensor)
+        losses = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                tensor.add_(direction, alpha=sign * step)
+                values = loops(model, arrays([feature[0] for feature in pyramid.features]))
+                tensor.add_(direction, alpha=-sign * step)
+            pairs = zip(values, weights, strict=True)
+            losses.append(sum((v * w.numpy().reshape(v.shape)).sum() for v, w in pairs))
+        wanted = (losses[0] - losses[1]) / (2 * step)
+        np.testing.assert_allclose((grad * direction).sum(), wanted, 1e-4, 1e-5)
+
+
+def test_a_batch_is_its_images():
+    """Whatever fills the padding, and however much of it there is."""
+    sizes = [(70, 100), (128, 30), (1, 200)]
+    images = [random_levels(size, CHANNELS, STRIDES) for size in sizes]
+    for options in ({}, {"scale_selection": False}):
+        encoder = shake(make_encoder(shared="nothing").double())
+        model = nn.Sequential(encoder, shake(make_decoder(**options).double())).eval()
+        with torch.no_grad():
+            together = outputs(
+                model(batch_pyramid(images, sizes, (128, 256), STRIDES, float("inf")))
+            )
+            for index, size in enumerate(sizes):
+                pyramid = batch_pyramid([images[index]], [size], size, STRIDES)
+                alone = outputs(model(pyramid))
+                torch.testing.assert_close(
+                    [t[[index]] for t in together], alone, rtol=1e-6, atol=1e-6
+                )
+
+
+@pytest.mark.parametrize("num_levels", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_parameter_learns(num_levels, dtype):
+    """Also with activation checkpoints, which change nothing, and under autocast."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        encoder = make_encoder(num_levels, dropout=0.1, checkpoint_blocks=recompute)
+        decoder = make_decoder(num_levels, dropout=0.1, checkpoint_layers=recompute)
+        model = nn.Sequential(encoder, decoder).train()
+        with torch.no_grad():  # the first step leaves what predicts offsets and scales at work
+            shake(model, 0.1)
+        _, pyramid = make_pyramid(num_levels, (90, 128), torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            predictions = model(pyramid)
+        assert all(p.pred_boxes.dtype == torch.float32 for p in predictions)
+        sum(output.square().sum() for output in outputs(predictions)).backward()
+        named = dict(model.named_parameters())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in named.values())
+        assert [name for name, p in named.items() if not p.grad.any()] == []
+        grads.append([p.grad for p in named.values()])
+    torch.testing.assert_close(*grads)
+
+
+def test_priors_of_all_heads_start_alike():
+    """Around the shared centre, with scale 1."""
+    _, pyramid = make_pyramid(2, (128, 128))
+    prior = SpatialPrior(CHANNELS, HEADS, "independent", beta=8.0)
+    with torch.no_grad():
+        found = prior(torch.randn(1, 4, CHANNELS), torch.full((1, 4, 2), 0.5), pyramid)
+    for level, (log_prior, largest) in enumerate(found):
+        rows, columns = pyramid.sizes(level)[0].tolist()
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        wanted = -((x - columns / 2) ** 2 + (y - rows / 2) ** 2) / 8
+        valid = pyramid.valid_mask(level)[0, 0].flatten()
+        for head in range(HEADS):
+            log_weight = log_prior[0, head, 0] + largest[0, head, 0]
+            torch.testing.assert_close(log_weight[valid], wanted.flatten())
+            assert log_weight[~valid].isneginf().all()
+
+
+def test_centres_far_away_leave_finite_softmaxes():
+    """In half precision, on every level and over all of them."""
+    _, pyramid = make_pyramid(3, (128, 128), torch.float32)
+    prior = SpatialPrior(CHANNELS, HEADS, "independent", beta=8.0)
+    with torch.no_grad():
+        prior.offsets.bias.fill_(3e4)
+        found = prior(torch.randn(1, 4, CHANNELS), torch.rand(1, 4, 2), pyramid)
+    for log_prior, _ in found:
+        assert log_prior.amax(dim=-1).eq(0).all()
+        assert log_prior.half().softmax(dim=-1).isfinite().all()
+    with torch.no_grad():
+        layer = make_decoder(scale_selection=False, num_layers=1)
+        layer.layers[0].co_attention.prior.offsets.bias.fill_(3e4)
+        assert all(output.isfinite().all() for output in outputs(layer(pyramid.masked())))
+
+
+def test_compiled_is_the_same():
+    """As one graph, with its gradients."""
+    torch.compiler.reset()
+    encoder = make_encoder(2, blocks=["intra"], shared="ffn")
+    model = shake(nn.Sequential(encoder, make_decoder(2, num_layers=1)), 0.1).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    _, pyramid = make_pyramid(2, (90, 128), torch.float32)
+    results = []
+    for run in (compiled, model):
+        model.zero_grad()
+        fresh = Pyramid(pyramid.features, pyramid.strides, pyramid.image_sizes)
+        found = outputs(run(fresh))
+        sum(output.square().sum() for output in found).backward()
+        results.append((found, [parameter.grad for parameter in model.parameters()]))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (make_encoder, {"blocks": []}, "MODEL.SMCA_ENCODER.BLOCKS is []; it must be a list of at"),
+        (make_encoder, {"blocks": ["inter"]}, "MODEL.SMCA_ENCODER.BLOCKS is ['inter']; it must be"),
+        (make_encoder, {"shared": "some"}, "MODEL.SMCA_ENCODER.SHARED is 'some'; it must be one"),
+        (make_encoder, {"num_heads": 3}, "MODEL.SMCA_ENCODER.NUM_HEADS is 3; it must divide"),
+        (make_decoder, {"num_heads": 3}, "MODEL.SMCA_DECODER.NUM_HEADS is 3; it must divide"),
+        (make_decoder, {"scales": "none"}, "MODEL.SMCA_DECODER.SCALES is 'none'; it must be one"),
+        (make_decoder, {"beta": 0}, "MODEL.SMCA_DECODER.BETA is 0; it must be a number > 0"),
+    ],
+)
+def test_wrong_arguments_are_one_line(make, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        make(**options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [make_encoder, make_decoder])
+def test_another_number_of_levels_is_refused(make):
+    with pytest.raises(ValueError, match="got 2 levels; wants num_levels, 3"):
+        make(3).double()(make_pyramid(2)[1])
+
+
+def meta_model(config: str) -> nn.Module:
+    """Without memory for its parameters."""
+    cfg = read_config(str(CONFIGS / f"{config}.yaml"), ["MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        return build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("config", "millions"),
+    [  # of the paper's Tables 3 and 4
+        ("smca_single_scale_R_50", 41.0),
+        ("smca_R_50", 39.5),
+        ("smca_R_50_no_scale_selection", 39.5),
+        ("smca_R_50_3_intra", 37.9),
+        ("smca_R_50_3_multi", 37.9),
+        ("smca_R_50_5_intra", 39.5),
+        ("smca_R_50_shared_ffn", 42.2),
+        ("smca_R_50_shared_attention", 44.7),
+        ("smca_R_50_nothing_shared", 47.3),
+        ("smca_R_101", 58),
+    ],
+)
+def test_parameters_are_as_many_as_published(config, millions):
+    found = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    assert found / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+def epochs(config: str) -> list[float]:
+    """At which the learning rate drops and training ends; an epoch leaves out its last images."""
+    solver = read_config(str(CONFIGS / f"{config}.yaml"), []).SOLVER
+    iterations = 118_287 // solver.IMS_PER_BATCH
+    return [iteration / iterations for iteration in (*solver.STEPS, solver.MAX_ITER)]
+
+
+def test_recipes():
+    """Every configuration has the 50 epochs of the paper, but for those of 108."""
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    long = {"smca_R_50_108ep", "smca_single_scale_R_50_108ep"}
+    assert long < names
+    assert all(epochs(name) == ([86, 108] if name in long else [40, 50]) for name in names)
+    solver = read_config(str(CONFIGS / "smca_R_50.yaml"), []).SOLVER
+    assert (solver.OPTIMIZER, solver.BASE_LR, solver.BACKBONE_MULTIPLIER) == ("ADAMW", 1e-4, 0.1)
+    assert (solver.CLIP_GRADIENTS.CLIP_TYPE, solver.CLIP_GRADIENTS.CLIP_VALUE) == (
+        "full_model",
+        0.1,
+    )
+    decays = {solver.WEIGHT_DECAY, solver.WEIGHT_DECAY_NORM, solver.WEIGHT_DECAY_BIAS}
+    assert decays == {1e-4} and solver.IMS_PER_BATCH == 16
+
+
+def published() -> dict[str, Tensor]:
+    """Names and shapes of a checkpoint of the single-scale system, as far as they are known."""
+    with torch.device("meta"):
+        encoder = nn.TransformerEncoderLayer(256, 8)
+        decoder = nn.TransformerDecoderLayer(256, 8)
+        decoder.norm4 = nn.LayerNorm(256)
+        decoder.point2, decoder.point3 = nn.Linear(256, 16), nn.Linear(256, 16)
+        weights = {f"transformer.decoder.norm.{n}": torch.empty(256) for n in ("weight", "bias")}
+        weights["query_embed.weight"] = torch.empty(300, 256)
+        heads = {"transformer.decoder.layers.0.point1.layers.": [256, 256, 256, 2]}
+        heads |= {"bbox_embed.layers.": [256, 256, 256, 4], "class_embed": [256, 91]}
+        for name, widths in heads.items():
+            for number, (ins, outs) in enumerate(zip(widths, widths[1:], strict=False)):
+                place = f"{name}{number}" if name.endswith(".") else name
+                weights[f"{place}.weight"] = torch.empty(outs, ins)
+                weights[f"{place}.bias"] = torch.empty(outs)
+        weights["input_proj.weight"] = torch.empty(256, 2048, 1, 1)
+        weights["input_proj.bias"] = torch.empty(256)
+        for number in range(6):
+            for part, layer in (("encoder", encoder), ("decoder", decoder)):
+                for name, tensor in layer.state_dict().items():
+                    weights[f"transformer.{part}.layers.{number}.{name}"] = tensor
+        for name, tensor in resnet50().state_dict().items():
+            if not name.startswith("fc.") and "num_batches" not in name:
+                weights[f"backbone.0.body.{name}"] = tensor
+    return weights
+
+
+def test_published_names_are_the_models():
+    weights, model = published(), meta_model("smca_single_scale_R_50").state_dict()
+    fitted = convert_weights.fit(conversion.convert(weights), model, num_classes=80)
+    assert len(fitted) == len(weights) == len(model)
+    del weights["transformer.decoder.layers.3.norm4.bias"]
+    with pytest.raises(
+        convert_weights.UserError, match="missing: decoder.layers.3.guide_norm.bias"
+    ):
+        convert_weights.fit(conversion.convert(weights), model, num_classes=80)
+    weights["transformer.decoder.layers.1.point1.layers.0.bias"] = torch.empty(256, device="meta")
+    with pytest.raises(convert_weights.UserError, match=r"layers.1.point1.* is left over"):
+        conversion.convert(weights)
+
+
+def test_published_layer_is_ours():
+    """PyTorch's decoder layer, which DETR's is with positions, with the prior as its mask."""
+    theirs = nn.TransformerDecoderLayer(CHANNELS, HEADS, 12, 0.0, batch_first=True).double()
+    theirs.norm4 = nn.LayerNorm(CHANNELS)
+    theirs.point2, theirs.point3 = (nn.Linear(CHANNELS, 2 * HEADS) for _ in range(2))
+    shake(theirs.double())
+    prefix = "transformer.decoder.layers.0."
+    names = conversion.convert({prefix + k: v for k, v in theirs.state_dict().items()})
+    ours = make_decoder(1).layers[0].double()
+    ours.load_state_dict({k.removeprefix("decoder.layers.0."): v for k, v in names.items()})
+    assert isinstance(ours, SMCADecoderLayer)
+    _, pyramid = make_pyramid(1)
+    memory, content = pyramid.table(), torch.randn(1, 4, CHANNELS).double()
+    references, nowhere = torch.rand(1, 4, 2).double(), torch.zeros(()).double()
+    grid = torch.tensor([[x, y] for y in range(3) for x in range(4)])  # 70 x 100 by stride 32
+    z = theirs.norm4(content)
+    centers = (references * torch.tensor([4, 3])).repeat(1, 1, HEADS) + theirs.point2(z)
+    distances = (centers.view(1, 4, 1, HEADS, 2) - grid[:, None]).square()
+    distances = (distances * theirs.point3(z).square().view(1, 4, 1, HEADS, 2)).sum(dim=-1)
+    mask = (-distances / 8).permute(0, 3, 1, 2).flatten(0, 1)
+    found = ours(content, nowhere, references, pyramid, nowhere)
+    torch.testing.assert_close(found, theirs(content, memory, memory_mask=mask))

@@ -1,0 +1,216 @@
+#!/usr/bin/env python
+"""Converts published weights of another project to this project's names.
+
+python tools/convert_weights.py --from detr detr-r50.pth output/detr_R_50.pth
+python tools/convert_weights.py --from deformable-detr --config-file \\
+    configs/Deformable-DETR/deformable_detr_R_50_two_stage.yaml in.pth out.pth
+python tools/convert_weights.py --from torchvision resnet101.pth output/torchvision/R-101.pth
+
+No pickled code of the file is run. Every weight must find its place in the model of the
+configuration, and every place its weight. Class heads with a row for each COCO id are reduced to
+the 80 classes that Detectron2 counts. A ResNet of torchvision fits any model: what is not its
+backbone starts anew.
+"""
+
+import argparse
+import pickletools
+import sys
+import zipfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from conversions import COCO_ROWS, CONFIGS, SYSTEMS, rename, select_coco_classes
+from conversions.huggingface import system_of
+from conversions.resnet import resnet_rules
+from detectron2.modeling import build_model
+from torch import Tensor
+
+from dynamic_detr.config import class_count
+from dynamic_detr.engine.checkpoint import write_atomically
+from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.engine.reading import check_archive
+from dynamic_detr.engine.setup import find_config, read_config
+from dynamic_detr.errors import UserError, one_line
+
+PROJECT = Path(__file__).resolve().parents[1]
+MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # under which files keep the weights
+LEGACY_PICKLES = 4  # magic number, protocol, system, and then the object
+KNOWN_MODULES = ("torch", "collections", "__builtin__")
+
+
+class Skipped:
+    """Stands for an object of a class that is not read, such as the `argparse.Namespace` that
+    published files hold beside the weights."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Skipped":
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of PyTorch or safetensors.
+
+    Nothing that is pickled in it is run: objects of classes that are not PyTorch's are skipped.
+
+    Args:
+        path: of weights by name, alone or under "model" or "state_dict".
+
+    Raises:
+        UserError: it is no such file.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            data = _read_safetensors(path)
+        else:
+            check_archive(path)
+            stand_ins = [(Skipped, name) for name in sorted(_foreign_classes(path))]
+            with torch.serialization.safe_globals(stand_ins):
+                data = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception as error:  # torch, pickle and zip each have their own errors
+        raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
+    if isinstance(data, dict):
+        data = next((data[key] for key in MODEL_KEYS if isinstance(data.get(key), dict)), data)
+        weights = {
+            str(name).removeprefix("module."): value
+            for name, value in data.items()
+            if isinstance(value, Tensor)
+        }
+        if weights:
+            return weights
+    raise UserError(f"{path} holds no weights by name, neither alone nor under {MODEL_KEYS}")
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
+    return load_file(path)
+
+
+def _foreign_classes(path: Path) -> set[str]:
+    """Full names of the pickled classes and functions that are not PyTorch's."""
+    found = set()
+
+    def collect(file: Any) -> None:
+        for opcode, argument, _ in pickletools.genops(file):
+            if opcode.name == "GLOBAL":
+                module, name = argument.split(" ", 1)
+                if module.partition(".")[0] not in KNOWN_MODULES:
+                    found.add(f"{module}.{name}")
+
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                if member.endswith("data.pkl"):
+                    with archive.open(member) as file:
+                        collect(file)
+    else:
+        with path.open("rb") as file:
+            for _ in range(LEGACY_PICKLES):
+                collect(file)
+    return found
+
+
+def fit(
+    weights: dict[str, Tensor], model: dict[str, Tensor], num_classes: int | None
+) -> dict[str, Tensor]:
+    """Checks that the weights are those of a model, and selects the rows of its class heads.
+
+    Args:
+        weights: by the model's names.
+        model: its `state_dict`.
+        num_classes: K of the model; None if not known.
+
+    Returns:
+        The weights; where the model has K (or K + 1) rows for 80 classes and the file 91 (or 92),
+        those of the 80 classes.
+
+    Raises:
+        UserError: a weight is missing, left over, or has another shape.
+    """
+    missing = [name for name in model if name not in weights]
+    left_over = [name for name in weights if name not in model]
+    if missing or left_over:
+        parts = (("missing", missing), ("left over", left_over))
+        raise UserError("; ".join(f"{word}: {_few(names)}" for word, names in parts if names))
+    fitted = {}
+    for name, wanted in model.items():
+        found = weights[name]
+        by_coco_id = (len(found), len(wanted)) if found.dim() and wanted.dim() else None
+        if num_classes == 80 and by_coco_id in ((COCO_ROWS, 80), (COCO_ROWS + 1, 81)):
+            found = select_coco_classes(found)
+        if found.shape != wanted.shape:
+            raise UserError(
+                f"{name} is {tuple(weights[name].shape)} in the file, but {tuple(wanted.shape)} "
+                "in the model of the configuration"
+            )
+        fitted[name] = found.clone()  # rows of a larger tensor would be saved with all of it
+    return fitted
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more
+
+
+def convert_file(system: str, source: Path, target: Path, config_file: str | None = None) -> None:
+    """Converts a file.
+
+    Args:
+        system: one of `SYSTEMS`, or "torchvision" for a ResNet to start training from.
+        source: the published file.
+        target: the file to write; folders are made.
+        config_file: of the model that the weights are for; None for the system's first one.
+
+    Raises:
+        UserError: the source is no file of weights, or they are not those of the model.
+    """
+    published = read_weights(source)
+    if system == "torchvision":
+        weights = rename(published, [*resnet_rules("", ""), (r"fc\..*", None)])
+        _write({"model": weights, "matching_heuristics": True}, source, target)
+        return
+    if config_file is None:
+        kind = system_of(published) if system == "huggingface" else system
+        config_file = str(PROJECT / "configs" / CONFIGS[kind])
+    cfg = read_config(find_config(config_file), ["MODEL.DEVICE", "cpu"])
+    module = import_module("conversions." + system.replace("-", "_"))
+    try:
+        weights = fit(module.convert(published), build_model(cfg).state_dict(), class_count(cfg))
+    except UserError as error:
+        raise UserError(
+            f"{source} does not hold the weights of {config_file} (--config-file): {error}"
+        ) from error
+    _write({"model": weights}, source, target)
+
+
+def _write(data: dict[str, Any], source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, lambda file: torch.save(data, file))
+    size = target.stat().st_size / 1e6
+    print(f"{target}: {len(data['model'])} weights, {size:.1f} MB, from {source}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--from", dest="system", required=True, choices=[*SYSTEMS, "torchvision"])
+    parser.add_argument("--config-file", help="of the model that the weights are for")
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args(argv)
+    with report_user_errors("convert_weights.py"):
+        convert_file(args.system, args.source, args.target, args.config_file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
