@@ -1,7 +1,9 @@
 """Model files: written by training, whole in themselves, and refused in one line where not."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,13 @@ from safetensors.torch import load_file, safe_open, save_file
 from tiny_run import NAMES, make_config, train
 
 import dynamic_detr
-from dynamic_detr.engine.model_file import ModelInfo, encode_model, read_header, read_model
+from dynamic_detr.engine.model_file import (
+    ModelInfo,
+    encode_model,
+    read_header,
+    read_model,
+    require_model,
+)
 from dynamic_detr.engine.run import evaluate
 from dynamic_detr.engine.setup import build_parser, find_config, load_config, read_config
 from dynamic_detr.errors import UserError
@@ -42,6 +50,13 @@ def test_training_writes_the_best_and_the_final_model(run):
     aps = [line["bbox/AP"] for line in map(json.loads, lines) if "bbox/AP" in line]
     assert len(aps) == 2 and best.metrics["AP"] == max(aps)
     assert final.metrics["AP"] == aps[-1] and "threshold" not in final.metrics
+
+
+def test_runs_are_not_resumed_with_other_classes(run):
+    folder, trainer = run
+    trainer.checkpointer.class_names = lambda: NAMES[::-1]
+    with pytest.raises(UserError, match="classes dark, light in this order, and the data light"):
+        trainer.checkpointer.resume()
 
 
 def test_a_worse_model_is_not_the_best(run, tmp_path):
@@ -185,6 +200,8 @@ def test_keys_that_a_finished_detector_does_not_use_are_passed_over(tmp_path):
 
 def test_models_that_are_nowhere_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert os.path.isfile(require_model("quickstart"))  # from any folder
+    assert (Path(dynamic_detr.__file__).parent / "py.typed").is_file()
     with pytest.raises(
         UserError, match=r"quickstrat does not exist.*\(did you mean quickstart\?\)"
     ):

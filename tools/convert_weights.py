@@ -25,6 +25,7 @@ from conversions import COCO_ROWS, CONFIGS, SYSTEMS, rename, select_coco_classes
 from conversions.huggingface import system_of
 from conversions.resnet import resnet_rules
 from detectron2.modeling import build_model
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dynamic_detr.config import class_count
@@ -67,7 +68,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            data = _read_safetensors(path)
+            data = load_file(path)
         else:
             check_archive(path)
             stand_ins = [(Skipped, name) for name in sorted(_foreign_classes(path))]
@@ -87,14 +88,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if weights:
             return weights
     raise UserError(f"{path} holds no weights by name, neither alone nor under {MODEL_KEYS}")
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(f"{path} needs the package safetensors: pip install safetensors") from error
-    return load_file(path)
 
 
 def _foreign_classes(path: Path) -> set[str]:

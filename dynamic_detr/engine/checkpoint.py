@@ -196,6 +196,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         if "model_training" in checkpoint:
             average = checkpoint["model"]
             checkpoint["model"] = checkpoint.pop("model_training")
+        names, saved = self.class_names and self.class_names(), checkpoint.get("class_names")
+        if names and saved and names != saved:
+            raise UserError(
+                f"{path} has the classes {_some(saved)} in this order, and the data "
+                f"{_some(names)}; resume with the data of that run, or train in another OUTPUT_DIR"
+            )
         self.logger.info(f"Resuming from {path}")
         misfits = self._load_model(checkpoint)
         if misfits.incorrect_shapes or misfits.missing_keys:
