@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from dynamic_detr.engine.exits import report_user_errors
 from dynamic_detr.engine.setup import find_config, read_config
-from dynamic_detr.errors import UserError, one_line
+from dynamic_detr.errors import UserError, one_line, tell
 from dynamic_detr.visualization import Predictor, draw_detections, draw_stages
 from dynamic_detr.visualization.draw import confident, new_canvas
 from dynamic_detr.visualization.files import find_images, output_paths
@@ -147,7 +147,7 @@ def run_images(args: argparse.Namespace) -> int:
     if args.json:
         write_json(args.json, results)
     done = f"; drawn in {args.output}" if args.output else ""
-    print(f"pictures: {len(images) - skipped}, objects: {found}, skipped: {skipped}{done}")
+    tell(f"pictures: {len(images) - skipped}, objects: {found}, skipped: {skipped}{done}")
     return EXIT_SKIPPED if skipped else 0
 
 
@@ -207,7 +207,7 @@ def run_video(args: argparse.Namespace) -> int:
         if writer:
             writer.close()
     if writer:
-        print(f"{reader.read} frames drawn in {writer.path}")
+        tell(f"{reader.read} frames drawn in {writer.path}")
     if reader.is_cut_short:
         print(
             f"{PROGRAM}: {args.video_input} is broken: {reader.read} of {reader.expected} frames "

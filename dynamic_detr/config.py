@@ -5,7 +5,7 @@
 from, so that a range and a default are written here and nowhere else.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,9 @@ __all__ = [
     "check_arguments",
     "check_config",
     "class_count",
+    "require",
     "set_class_count",
+    "value_of",
 ]
 
 # The nodes of MODEL in which meta-architectures keep their number of classes, as NUM_CLASSES. FCOS
@@ -67,10 +69,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def whole(least: int) -> Range:
+def whole(least: int, most: int = 2**31 - 1) -> Range:
+    bounded = f" and <= {most}" if most < 2**31 - 1 else ""
     return Range(
-        f"an integer >= {least}",
-        lambda value: _is_number(value) and isinstance(value, int) and value >= least,
+        f"an integer >= {least}{bounded}",
+        lambda value: _is_number(value) and isinstance(value, int) and least <= value <= most,
     )
 
 
@@ -80,7 +83,7 @@ def number(low: float, high: float = float("inf"), *, open_ends: str = "") -> Ra
     below = f"< {high:g}" if ")" in open_ends else f"<= {high:g}"
 
     def admits(value: object) -> bool:
-        if not _is_number(value) or not low <= value <= high or value == float("inf"):
+        if not _is_number(value) or not low <= value <= high or value > 1e300:
             return False
         return not ("(" in open_ends and value == low) and not (")" in open_ends and value == high)
 
@@ -647,8 +650,8 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ValueError: a value is out of its range; the line names key, value and range.
     """
-    for key, value in _values(cfg):
-        _check(key, value)
+    for key in KEYS:
+        require(key.name, value_of(cfg, key.name), key.range)
 
 
 def class_count(cfg: CfgNode) -> int | None:
@@ -675,17 +678,34 @@ def check_arguments(node: str, **arguments: Any) -> None:
         ValueError: a value is out of its range; the line names key, value and range.
     """
     for name, value in arguments.items():
-        _check(_BY_NAME[f"{node}.{name.upper()}"], value)
+        key = _BY_NAME[f"{node}.{name.upper()}"]
+        require(key.name, value, key.range)
 
 
-def _values(cfg: CfgNode) -> Iterator[tuple[Key, Any]]:
-    for key in KEYS:
-        value = cfg
-        for part in key.name.split("."):
-            value = value[part]
-        yield key, value
+def value_of(cfg: CfgNode, name: str) -> Any:
+    """The value of the key with this full name; `...` if there is no such key.
+
+    Raises:
+        ValueError: what the key is in is no group of keys.
+    """
+    value = cfg
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(value, dict):
+            raise ValueError(f"{'.'.join(parts[:depth])} is {value!r}; it must be a group of keys.")
+        value = value.get(part, ...)
+        if value is ...:
+            break
+    return value
 
 
-def _check(key: Key, value: Any) -> None:
-    if not key.range.admits(value):
-        raise ValueError(f"{key.name} is {value!r}; it must be {key.range.wanted}.")
+def require(name: str, value: Any, wanted: Range) -> None:
+    """See that a key's value is in a range.
+
+    Raises:
+        ValueError: it is not; the line names key, value and range.
+    """
+    if not wanted.admits(value):
+        text = f"{value!r}"
+        text = f"{text[:100]} ... {text[-20:]}" if len(text) > 150 else text
+        raise ValueError(f"{name} is {text}; it must be {wanted.wanted}.")

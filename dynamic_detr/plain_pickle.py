@@ -76,8 +76,8 @@ def _scalar(described: _DataType, data: Any) -> np.generic:
 def _from_buffer(
     data: Any, described: _DataType, shape: tuple[int, ...], order: str, *_: Any
 ) -> np.ndarray:
-    array = np.frombuffer(bytearray(data), _checked(described)).reshape(shape, order=order)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+    array = np.frombuffer(bytes(data), _checked(described)).reshape(shape, order=order)
+    return array.astype(array.dtype.newbyteorder("="))  # a copy, as bytes cannot be written to
 
 
 def _box_mode(number: int) -> BoxMode:

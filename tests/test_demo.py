@@ -182,7 +182,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
             "another number of classes",
         ),
         (
-            ["--input", "{picture}", "--output", "o", "--opts", "INPUT.FORMAT", "L"],
+            ["--input", "{picture}", "--output", "o", "--opts", "INPUT.FORMAT", "YUV-BT.601"],
             "the demo knows RGB and BGR",
         ),
         (

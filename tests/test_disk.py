@@ -1,20 +1,21 @@
 """What the disk does not take, and what a folder cannot be: one line, and no traceback."""
 
+import atexit
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from detectron2.utils.events import EventStorage, JSONWriter
+from detectron2.utils.logger import setup_logger
 from test_train_net import _arguments, _run
 from tiny_run import make_config, train
 from torch import nn
 
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.disk import PatientWriter, require_output_dir
+from dynamic_detr.engine.disk import PatientWriter, logging_to, require_output_dir
 from dynamic_detr.engine.exits import TrainingStopped
 from dynamic_detr.errors import UserError
 
@@ -128,21 +129,23 @@ def test_resuming_beyond_the_last_iteration(tmp_path):
 
 
 @needs_full
-def test_a_full_disk_at_the_end_of_a_process(tmp_path):
-    """The log is closed and the terminal's stream flushed once more: quietly, with exit code 0."""
-    log = _full(tmp_path / "log.txt")
-    text = f"""
-from detectron2.utils.logger import setup_logger
-from dynamic_detr.engine.disk import logging_to
-with logging_to({str(tmp_path)!r}, "dynamic_detr"):
-    logger = setup_logger({str(tmp_path)!r}, 0, name="dynamic_detr")
-for _ in range(3):
-    logger.info("text")
-"""
-    command = [sys.executable, "-c", text]
+def test_a_full_disk_at_the_end_of_a_process(tmp_path, monkeypatch, capsys):
+    """The log is closed and standard output flushed once more: without a word."""
+    log, at_exit = _full(tmp_path / "log.txt"), []
+    monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
     with open(FULL, "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 0
-    said = [line for line in done.stderr.splitlines() if "CUDA_HOME" not in line]
+        monkeypatch.setattr(sys, "stdout", full)
+        try:
+            with logging_to(str(tmp_path), "full_disk"):
+                logger = setup_logger(str(tmp_path), 0, name="full_disk")
+            for _ in range(3):
+                logger.info("text")
+            for function, *arguments in reversed(at_exit):  # as the interpreter does
+                function(*arguments)
+            full.flush()
+        finally:
+            setup_logger.cache_clear()
     end = "cannot be written (the disk is full); the run goes on without"
-    assert sorted(said) == [f"warning: {log} {end}", f"warning: <stdout> {end}"]
+    said = sorted(capsys.readouterr().err.splitlines())
+    assert said == sorted(f"warning: {name} {end}" for name in (log, FULL))
+    assert len(at_exit) == 3  # Detectron2's for the log, and one for each stream

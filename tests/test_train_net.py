@@ -50,6 +50,7 @@ def _run(monkeypatch, *arguments: str) -> int:
     finally:  # its loggers hold the output stream of this test
         for name in ("detectron2", "fvcore", "dynamic_detr"):
             logging.getLogger(name).handlers.clear()
+            logging.getLogger(name).propagate = True
         setup_logger.cache_clear()
     return 0
 

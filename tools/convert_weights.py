@@ -30,6 +30,7 @@ from torch import Tensor
 from dynamic_detr.config import class_count
 from dynamic_detr.engine.checkpoint import write_atomically
 from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.engine.reading import check_archive
 from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError, one_line
 
@@ -68,6 +69,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             data = _read_safetensors(path)
         else:
+            check_archive(path)
             stand_ins = [(Skipped, name) for name in sorted(_foreign_classes(path))]
             with torch.serialization.safe_globals(stand_ins):
                 data = torch.load(path, map_location="cpu", weights_only=True)

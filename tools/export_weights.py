@@ -12,6 +12,7 @@ import torch
 
 from dynamic_detr.engine.checkpoint import write_atomically
 from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.engine.reading import check_archive
 from dynamic_detr.errors import UserError, one_line
 
 KEPT = ("class_names",)  # beside the weights, where the checkpoint has them
@@ -29,6 +30,7 @@ def export(source: Path, target: Path, dtype: torch.dtype) -> None:
         UserError: the source is no checkpoint, or a weight does not fit the dtype.
     """
     try:
+        check_archive(source)
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         weights = checkpoint["model"]
     except Exception as error:  # torch, pickle and zip each have their own errors

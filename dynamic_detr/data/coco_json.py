@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from ..config import set_class_count
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, tell
 from .coco_check import check_coco_json
 from .coco_report import Report
 
@@ -75,7 +75,7 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
     if errors := [report.error() for report in reports.values() if report.error()]:
         raise UserError("; ".join(errors))
     if _is_first_process():
-        print(*reports.values(), sep="\n", flush=True)
+        tell("\n".join(map(str, reports.values())))
 
     changed = {split: report.repaired for split, report in reports.items()}
     if len(reports) == 2:
@@ -87,7 +87,7 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
             json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
             _write(report.data, json_file)
             if _is_first_process():
-                print(f"repaired copy: {json_file}", flush=True)
+                tell(f"repaired copy: {json_file}")
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
     cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()

@@ -3,21 +3,28 @@ here, in one line, before any process or model is started.
 """
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import build_model
+from torch import nn
 
 from .. import compat
-from ..config import add_dynamic_detr_config, check_config, class_count
+from ..config import add_dynamic_detr_config, check_config, class_count, value_of
+from ..detectron2_keys import check_detectron2_config
 from ..errors import UserError, did_you_mean, one_line
+from ..plain_yaml import plain_yaml
 from .disk import require_output_dir
 from .launch import under_torchrun
 
+_UNBUILDABLE = (AssertionError, LookupError, ValueError)  # what constructors raise, and
+_UNBUILDABLE += (MemoryError, OverflowError, RuntimeError, TypeError)  # sizes beyond all memory
 _EPILOG = """
 examples:
   train on COCO (under DETECTRON2_DATASETS) with 8 GPUs:
@@ -89,15 +96,17 @@ def _keys(cfg: CfgNode, prefix: str = "") -> list[str]:
     return names
 
 
-def _merge(cfg: CfgNode, merge, source: str) -> None:
-    """Merge into ``cfg`` and say what was wrong with the source."""
+@contextlib.contextmanager
+def _telling(cfg: CfgNode, source: str) -> Iterator[None]:
+    """Say what is wrong with ``source``, a file or a key that is merged into ``cfg``."""
     try:
-        merge(source)
-    except (KeyError, AssertionError, ValueError, yaml.YAMLError, OSError) as error:
+        yield
+    except Exception as error:  # YAML and the parser of values each have their own errors
         text = str(error.args[0]) if isinstance(error, KeyError) else one_line(error)
-        key = text.rpartition(" ")[2]
-        hint = did_you_mean(key, _keys(cfg)) if "existent" in text else ""
-        raise UserError(f"wrong configuration: {text}{hint}") from error
+        text = text if len(text) <= 300 else f"{text[:300]} ..."
+        hint = did_you_mean(text.rpartition(" ")[2], _keys(cfg)) if "existent" in text else ""
+        where = "" if source in text else f"{source:.100}: "
+        raise UserError(f"wrong configuration: {where}{text}{hint}") from error
 
 
 def read_config(config_file: str, opts: list[str]) -> CfgNode:
@@ -116,13 +125,20 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     cfg = get_cfg()
     compat.add_newer_keys(cfg)
     add_dynamic_detr_config(cfg)
-    _merge(cfg, cfg.merge_from_file, config_file)
+    with _telling(cfg, config_file), plain_yaml():
+        cfg.merge_from_file(config_file, allow_unsafe=False)
     if len(opts) % 2:
         raise UserError(
             f"configuration keys come in pairs KEY VALUE, and {opts[-1]!r} is left over"
         )
-    _merge(cfg, cfg.merge_from_list, opts)
-    _merge(cfg, lambda _: check_config(cfg), "")
+    for key, value in zip(opts[::2], opts[1::2], strict=True):
+        with _telling(cfg, key):
+            if isinstance(value_of(cfg, key), CfgNode):
+                raise ValueError(f"{key} is a group of keys; name one of them")
+            cfg.merge_from_list([key, value])
+    with _telling(cfg, ""):
+        check_config(cfg)
+        check_detectron2_config(cfg)
     for name in compat.unsupported_keys(cfg):
         raise UserError(f"{name} is set, but the installed Detectron2 is too old to know it")
     return cfg
@@ -184,6 +200,19 @@ def _register_data(cfg: CfgNode, args: argparse.Namespace) -> None:
     from ..data.coco_json import apply_json_datasets
 
     apply_json_datasets(cfg, args)
+
+
+def build_detector(cfg: CfgNode) -> nn.Module:
+    """Build the model on ``MODEL.DEVICE``.
+
+    Raises:
+        UserError: the configuration cannot be built, or takes more memory than there is.
+    """
+    try:
+        return build_model(cfg)
+    except _UNBUILDABLE as error:
+        text = one_line(error)[:300]
+        raise UserError(f"the configured model cannot be built: {text}") from error
 
 
 def class_names(cfg: CfgNode) -> list[str] | None:

@@ -7,11 +7,11 @@ import os
 import weakref
 from collections import OrderedDict
 from functools import partial
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
@@ -20,15 +20,16 @@ from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_trai
 from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .clipping import build_clipper
-from .disk import PatientWriter, telling_of
+from .disk import PatientWriter, reason, telling_of
 from .ema import ModelEMA
 from .evaluation import build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
+from .failed_step import FOLDER, FailedStep, save_failed_step
 from .guard import likely_cause, where
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
-from .setup import class_names
+from .setup import build_detector, class_names
 from .signals import EvaluationInterrupted, StopRequest
 from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
 from .tta import DetectorTTA
@@ -86,10 +87,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model on ``MODEL.DEVICE``."""
-        try:
-            model = build_model(cfg)
-        except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
+        model = build_detector(cfg)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         logger.info(f"Model:\n{model}")
         logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
@@ -259,13 +257,34 @@ class Trainer(DefaultTrainer):
     def _stop_diverged(self, error: NonFiniteStep) -> None:
         place = where(error.losses) or "the gradient"
         cause = likely_cause(self.cfg, self.detector, self._trainer.batch, self.iter)
+        replay = self._keep_failed_step()
         path = self._save()
         skipped = f" for {error.skipped} steps in a row" if error.skipped > 1 else ""
         raise TrainingStopped(
             f"training diverged at iteration {self.iter}: {place} is not finite{skipped}; likely "
-            f"cause: {cause}; the weights from before it are in {path}",
+            f"cause: {cause}; the weights from before it are in {path}{replay}",
             EXIT_DIVERGED,
         )
+
+    def _keep_failed_step(self) -> str:
+        """Keep the step for a replay; how to do that, to complete a message."""
+        folder = Path(self.cfg.OUTPUT_DIR) / FOLDER
+        step, scaler = None, self._trainer.scaler
+        if comm.is_main_process():
+            step = FailedStep(
+                iteration=self.iter,
+                seed=self.seed,
+                processes=comm.get_world_size(),
+                dtype=self.cfg.SOLVER.AMP.DTYPE if self._trainer.dtype else "",
+                scale=scaler.get_scale() if scaler else 1.0,
+                config=self.cfg.dump(),
+                model=self.detector.state_dict(),
+            )
+        try:
+            save_failed_step(folder, step, self._trainer.batch, self.iter, comm.get_rank())
+        except (OSError, RuntimeError) as error:
+            return f"; the step itself could not be kept ({reason(error)})"
+        return f"; python tools/replay_step.py {folder} runs the step again and names the module"
 
     def state_dict(self) -> dict:
         """Everything beside the weights that a resumed run needs."""

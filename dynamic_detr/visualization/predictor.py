@@ -7,7 +7,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
-from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from torch import nn
 
@@ -15,7 +14,8 @@ from ..config import CLASS_COUNTS, class_count
 from ..data.augmentation import ResizeShortestEdge
 from ..engine.checkpoint import SafeCheckpointer
 from ..engine.reading import require_finite
-from ..errors import UserError, one_line
+from ..engine.setup import build_detector
+from ..errors import UserError
 from .stages import MAX_QUERIES, follow_queries
 
 __all__ = ["Predictor", "require_stages"]
@@ -97,10 +97,7 @@ class Predictor:
         if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
             logger.warning("no GPU here: running on the CPU")
             cfg.MODEL.DEVICE = "cpu"
-        try:
-            model = build_model(cfg)
-        except (ValueError, KeyError, AssertionError) as error:
-            raise UserError(f"the configured model cannot be built: {one_line(error)}") from error
+        model = build_detector(cfg)
         if not cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS is empty: the detector knows nothing yet")
         loaded = _Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
