@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.model_file import SUFFIX, ModelInfo, is_model_file, read_model
+from dynamic_detr.engine.model_file import (
+    SUFFIX,
+    ModelInfo,
+    describe_config,
+    is_model_file,
+    read_model,
+)
 from dynamic_detr.engine.model_writer import describe_model, write_model
 from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError
@@ -28,13 +34,16 @@ def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Te
     Args:
         source: a model file, or with a configuration any weights.
         config_file: of the detector; its class names are those in the weights, else those of
-            `DATASETS.TRAIN`.
+            `DATASETS.TRAIN`. With a model file it takes the place of the file's own.
 
     Raises:
         UserError: they cannot be read, or do not belong to the configuration.
     """
     if is_model_file(source):
-        return read_model(source)
+        info, weights = read_model(source)
+        if config_file:
+            info = replace(info, config=describe_config(read_config(find_config(config_file), [])))
+        return info, weights
     from dynamic_detr.inference.building import build_with_weights
 
     cfg = read_config(find_config(config_file), ["MODEL.WEIGHTS", source, "MODEL.DEVICE", "cpu"])
@@ -64,7 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="a model file, or with --config-file any weights")
     parser.add_argument("target", type=Path, help=f"the file to write, *{SUFFIX}")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--config-file", default="", help="of the source, if it is no model file")
+    parser.add_argument(
+        "--config-file",
+        default="",
+        help="of the detector, where the source is no model file or names keys of old",
+    )
     parser.add_argument("--threshold", type=float, help="lowest score that counts as a detection")
     parser.add_argument("--note", help="kept in the file")
     args = parser.parse_args(argv)

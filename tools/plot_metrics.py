@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Draws AP and loss over the iterations of one or several runs, to compare them.
 
-python tools/plot_metrics.py output/pretrain --output weights/quickstart.svg
+python tools/plot_metrics.py output/pretrain --output curves.svg
 python tools/plot_metrics.py output/dynamic_detr output/faster_rcnn --output compared.svg
 """
 

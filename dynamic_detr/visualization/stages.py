@@ -78,7 +78,7 @@ def draw_stages(image: np.ndarray, stages: Sequence[Instances], metadata=None) -
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        stages: of `follow_queries` or `Predictor.stages`, in the picture's size.
+        stages: of `follow_queries` or `Detector.follow`, in the picture's size.
         metadata: Detectron2's, for class names; "class 3" without.
 
     Returns:
