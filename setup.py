@@ -4,16 +4,19 @@ Detectron2 is not among the requirements: the package index holds no project of 
 requiring it would install whatever somebody uploads under it. The README says how to get it.
 """
 
+import runpy
+
 from setuptools import find_packages, setup
 
 DRAWING = ["matplotlib", "opencv-python-headless"]
 
 setup(
     name="dynamic-detr",
-    version="0.1.0",
+    version=runpy.run_path("dynamic_detr/version.py")["__version__"],
     description="Dynamic DETR (ICCV 2021) as a Detectron2 project",
     license="Apache-2.0",
     packages=find_packages(include=["dynamic_detr", "dynamic_detr.*"]),
+    package_data={"dynamic_detr": ["py.typed", "weights/*.safetensors"]},
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.11",
@@ -22,6 +25,7 @@ setup(
         "numpy",
         "pillow",
         "pycocotools>=2.0.2",
+        "safetensors>=0.4",
         "scipy",
         "tqdm",
     ],

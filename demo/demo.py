@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Look at what a detector finds in pictures, a video, or before a camera.
 
-Every flag of Detectron2's demo works here, with Dynamic DETR and with Detectron2's own detectors.
+A model file of this project is all that it takes; every flag of Detectron2's demo works too, with
+Dynamic DETR and with Detectron2's own detectors.
 """
 
 import argparse
 import contextlib
-import json
 import logging
 import os
 import sys
@@ -18,14 +18,16 @@ import numpy as np
 from tqdm import tqdm
 
 from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.setup import find_config, read_config
+from dynamic_detr.engine.model_file import locate_model
+from dynamic_detr.engine.setup import find_config, model_among, read_config
 from dynamic_detr.errors import UserError, one_line, tell
-from dynamic_detr.visualization import Predictor, draw_detections, draw_stages
-from dynamic_detr.visualization.draw import confident, new_canvas
-from dynamic_detr.visualization.files import find_images, output_paths
-from dynamic_detr.visualization.images import read_image, write_image
-from dynamic_detr.visualization.predictor import require_stages
-from dynamic_detr.visualization.results import coco_results
+from dynamic_detr.inference import Detections, Detector
+from dynamic_detr.inference.detector import require_stages
+from dynamic_detr.inference.listing import Listing, list_pictures, use_category_ids
+from dynamic_detr.inference.pictures import file_picture
+from dynamic_detr.inference.results_file import ResultsFile
+from dynamic_detr.visualization.draw import new_canvas
+from dynamic_detr.visualization.files import output_paths
 from dynamic_detr.visualization.video import VideoReader, VideoWriter, open_camera
 from dynamic_detr.visualization.window import Window
 
@@ -35,11 +37,13 @@ EXIT_SKIPPED = 1
 
 EPILOG = """
 examples:
-  demo.py --config-file configs/COCO-Detection/dynamic_detr_R_50_1x.yaml \\
-          --input photos/ more/*.png --output drawn/ --opts MODEL.WEIGHTS model_final.pth
-  demo.py ... --stages                  every decoder stage side by side
+  demo.py --model output/model_best.safetensors --input photos/ more/*.png --output drawn/
+  demo.py --model quickstart --input scene.jpg --output drawn/ --stages
+  demo.py ... --classes person,car      these classes alone
   demo.py ... --video-input clip.mp4 --output clip_drawn.mp4
-  demo.py ... --opts MODEL.WEIGHTS model_final.pth MODEL.DEVICE cpu
+  demo.py ... --input val.json --images val/ --json results.json
+  demo.py --config-file configs/COCO-Detection/dynamic_detr_R_50_1x.yaml \\
+          --input photos/ --output drawn/ --opts MODEL.WEIGHTS model_final.pth MODEL.DEVICE cpu
 
 exit codes: 0 done; 1 something was broken and skipped; 2 wrong arguments, configuration or
 weights; 130 stopped by Ctrl-C
@@ -47,7 +51,7 @@ weights; 130 stopped by Ctrl-C
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, `--stages` and `--json`."""
+    """Detectron2's arguments, and those of this project."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description=__doc__,
@@ -55,17 +59,27 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--config-file", default="", metavar="FILE", help="configuration of the detector"
+        "--model",
+        "--config-file",
+        dest="config_file",
+        default="",
+        metavar="FILE",
+        help="a model file, or the name of a shipped one; or a configuration, whose weights "
+        "--opts names",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
         nargs="+",
         metavar="IMAGE",
-        help="pictures, folders of them, or patterns such as 'folder/*.jpg'",
+        help="pictures, folders of them, patterns such as 'folder/*.jpg', or annotations in "
+        "COCO's format, whose images are taken",
     )
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera")
+    parser.add_argument(
+        "--images", metavar="DIR", help="folder of the images of annotations given as --input"
+    )
     parser.add_argument(
         "--output",
         metavar="PATH",
@@ -74,9 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--confidence-threshold",
         type=float,
-        default=0.5,
         metavar="SCORE",
-        help="lowest score that is shown (default: 0.5)",
+        help="lowest score that is shown (default: the model's own, else 0.5)",
+    )
+    parser.add_argument(
+        "--classes", metavar="A,B", help="names of the classes that are shown (default: all)"
     )
     parser.add_argument(
         "--stages",
@@ -84,7 +100,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="show the boxes of every decoder stage side by side (DynamicDETR)",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="also write the detections of --input as COCO results"
+        "--json",
+        metavar="FILE",
+        help="also write the detections of --input as COCO results, of all scores",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on after a stop: leave out the pictures of --input that are done",
     )
     parser.add_argument(
         "--opts",
@@ -96,83 +119,113 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_predictor(args: argparse.Namespace) -> Predictor:
-    """The detector that the arguments describe.
+def load_detector(args: argparse.Namespace) -> Detector:
+    """The detector that the arguments describe; prints the threshold and where it is from.
 
     Raises:
         UserError: it cannot be built, or cannot do what is asked.
     """
-    cfg = read_config(find_config(args.config_file), args.opts)
-    # Detectron2's own detectors drop what is below their threshold before they merge boxes.
-    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = args.confidence_threshold
+    cfg = read_config(find_config(args.config_file or model_among(args.opts)), args.opts)
     if args.stages:
         require_stages(cfg.MODEL.META_ARCHITECTURE)
-    return Predictor.from_config(cfg)
+    if args.confidence_threshold is not None:
+        # Detectron2's own detectors drop what is below their threshold before they merge boxes.
+        for node in (cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
+            node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, args.confidence_threshold)
+    detector = Detector.from_config(cfg, threshold=args.confidence_threshold)
+    if args.classes is not None:
+        args.classes = [name.strip() for name in args.classes.split(",")]
+        detector.class_indices(args.classes)
+    source = "of the best F1 in the model's evaluation"
+    if args.confidence_threshold is not None:
+        source = "as asked for"
+    elif detector.info is None or detector.info.threshold is None:
+        source = "as the weights name none; see --confidence-threshold"
+    tell(f"threshold of scores: {detector.threshold:.3g}, {source}")
+    return detector
+
+
+def chosen(found: Detections, args: argparse.Namespace) -> Detections:
+    """The detections of the classes that are asked for."""
+    return found if args.classes is None else found.where(classes=args.classes)
+
+
+def open_results(
+    args: argparse.Namespace, detector: Detector, listing: Listing
+) -> ResultsFile | None:
+    """The file of `--json`, if there is one; the detector takes over the ids of annotations."""
+    if not args.json:
+        return None
+    if listing.category_ids is not None:
+        shared = use_category_ids(detector, listing.category_ids)
+        if len(shared) < len(detector.class_names):
+            tell(f"classes that the annotations have: {len(shared)}, the others are left out")
+            args.classes = [name for name in shared if name in (args.classes or shared)]
+    weights = locate_model(detector.cfg.MODEL.WEIGHTS)
+    stamp = os.stat(weights) if os.path.isfile(weights) else None
+    origin = [os.path.realpath(weights), stamp and [stamp.st_size, stamp.st_mtime_ns], args.classes]
+    return ResultsFile(args.json, origin, args.resume)
 
 
 def run_images(args: argparse.Namespace) -> int:
     """Draws every picture that can be read; the exit code."""
-    images = find_images(args.input)
+    listing = list_pictures(args.input, args.images)
+    images = listing.paths
     targets = output_paths(images, args.output) if args.output else [None] * len(images)
     window = None if args.output or args.json else Window(TITLE)
-    predictor = load_predictor(args)
-    results, skipped, found = [], 0, 0
-    for path, target in zip(tqdm(images, unit="image", disable=None), targets, strict=True):
-        try:
-            image = read_image(path)
-        except UserError as error:
-            tqdm.write(f"{PROGRAM}: skipped: {one_line(error)}", file=sys.stderr)
-            skipped += 1
-            continue
-        stages = predictor.stages(image, args.confidence_threshold) if args.stages else []
-        if stages and not args.json:
-            instances = stages[-1]
-        else:
-            instances = confident(predictor(image), args.confidence_threshold)
-        found += len(instances)
-        if args.json:
-            results += coco_results(path, instances, predictor.metadata)
-        if target or window:
-            if stages:
-                drawing = draw_stages(image, stages, predictor.metadata)
-            else:
-                drawing = draw_detections(
-                    image, instances, predictor.metadata, args.confidence_threshold
-                )
-            if target:
-                write_image(target, drawing)
-            elif not window.show(drawing):
-                break
-    if args.json:
-        write_json(args.json, results)
+    detector = load_detector(args)
+    results = open_results(args, detector, listing)
+
+    def is_done(path: Path, target: Path | None) -> bool:
+        drawn = target is None or os.path.exists(target)
+        return args.resume and drawn and (results is None or str(path) in results.done)
+
+    ids = dict(zip(images, listing.image_ids or [None] * len(images), strict=True))
+    todo = {p: t for p, t in zip(images, targets, strict=True) if not is_done(p, t)}
+    if args.resume:
+        tell(f"done already: {len(images) - len(todo)} of {len(images)} pictures")
+    skipped, drawn, count, best = 0, 0, 0, 0.0
+
+    def skip(picture, error: UserError) -> None:
+        nonlocal skipped
+        skipped += 1
+        tqdm.write(f"{PROGRAM}: skipped: {one_line(error)}", file=sys.stderr)
+
+    for found in detector.stream([file_picture(path) for path in todo], on_error=skip):
+        found = chosen(found, args)
+        target = todo[found.path]
+        drawn += 1
+        count += len(found.stages[-1] if args.stages else found)
+        best = max(best, found.best_score)
+        if target:
+            found.save(target, stages=args.stages)
+        if results and str(found.path) not in results.done:
+            results.add(str(found.path), found.to_coco(ids[found.path]))
+        if window and not window.show(found.draw(stages=args.stages)):
+            break
+    if results:
+        results.finish()
+    if drawn and not count:
+        tell(
+            f"nothing scored {detector.threshold:.3g} or more; the best score was {best:.3g}"
+            + (f" (--confidence-threshold {best * 0.99:.3g} shows it)" if best else "")
+        )
     done = f"; drawn in {args.output}" if args.output else ""
-    tell(f"pictures: {len(images) - skipped}, objects: {found}, skipped: {skipped}{done}")
+    tell(f"pictures: {drawn}, objects: {count}, skipped: {skipped}{done}")
     return EXIT_SKIPPED if skipped else 0
 
 
-def write_json(name: str, results: list[dict]) -> None:
-    try:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        Path(name).write_text(json.dumps(results, indent=1))
-    except OSError as error:
-        raise UserError(f"--json {name} cannot be written ({one_line(error)})") from error
-
-
 def frame_drawer(
-    args: argparse.Namespace, predictor: Predictor
+    args: argparse.Namespace, detector: Detector
 ) -> Callable[[np.ndarray], np.ndarray]:
     """How a frame becomes a drawing of it; colours stay with an object from frame to frame."""
-    threshold = args.confidence_threshold
     if args.stages:
-        return lambda frame: draw_stages(
-            frame, predictor.stages(frame, threshold), predictor.metadata
-        )
+        return lambda frame: detector(frame).draw(stages=True)
     from detectron2.utils.video_visualizer import VideoVisualizer
 
-    visualizer = VideoVisualizer(predictor.metadata)
+    visualizer = VideoVisualizer(detector.metadata)
     return lambda frame: visualizer.draw_instance_predictions(
-        frame, confident(predictor(frame), threshold)
+        frame, chosen(detector(frame), args).instances
     ).get_image()
 
 
@@ -191,7 +244,7 @@ def run_video(args: argparse.Namespace) -> int:
     reader = VideoReader.open_file(args.video_input)
     target = video_target(args.video_input, args.output) if args.output else None
     window = None if target else Window(TITLE)
-    draw = frame_drawer(args, load_predictor(args))
+    draw = frame_drawer(args, load_detector(args))
     writer = None
     try:
         for frame in tqdm(reader, total=reader.expected or None, unit="frame", disable=None):
@@ -224,7 +277,7 @@ def run_webcam(args: argparse.Namespace) -> int:
         raise UserError("--webcam is shown in a window; leave --output out")
     window = Window(TITLE)
     reader = open_camera()
-    draw = frame_drawer(args, load_predictor(args))
+    draw = frame_drawer(args, load_detector(args))
     for frame in reader:
         if not window.show(draw(frame), 1):
             break
@@ -265,12 +318,13 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     with report_user_errors(PROGRAM), notes():
-        if not 0 <= args.confidence_threshold <= 1:
+        if not 0 <= (args.confidence_threshold or 0) <= 1:
             raise UserError(
                 f"--confidence-threshold {args.confidence_threshold} is not between 0 and 1"
             )
-        if args.json and not args.input:
-            raise UserError("--json goes with --input")
+        for name in ("json", "resume", "images"):
+            if getattr(args, name) and not args.input:
+                raise UserError(f"--{name} goes with --input")
         new_canvas(np.zeros((1, 1, 3), np.uint8))  # whether drawing is possible at all
         if args.webcam:
             return run_webcam(args)

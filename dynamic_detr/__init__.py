@@ -10,14 +10,20 @@ from .config import add_dynamic_detr_config
 from .decoders import DECODER_REGISTRY
 from .detector import DynamicDETR, SetDetector
 from .encoders import ENCODER_REGISTRY
+from .inference import Detections, Detector, load
 from .structures import Prediction, Pyramid
+from .version import __version__
 
 __all__ = [
     "DECODER_REGISTRY",
     "ENCODER_REGISTRY",
+    "Detections",
+    "Detector",
     "DynamicDETR",
     "Prediction",
     "Pyramid",
     "SetDetector",
+    "__version__",
     "add_dynamic_detr_config",
+    "load",
 ]

@@ -77,11 +77,18 @@ def has_compiled_ops() -> bool:
     return spec is not None and (spec.origin or "").endswith(suffixes)
 
 
-def coco_evaluator(dataset_name: str, output_dir: str):
-    """Detectron2's COCO evaluator; its fast C++ implementation only where that was compiled."""
+def coco_evaluator(dataset_name: str, output_dir: str, evaluator: type | None = None):
+    """Detectron2's COCO evaluator; its fast C++ implementation only where that was compiled.
+
+    Args:
+        dataset_name: as registered with Detectron2.
+        output_dir: where the detections are written.
+        evaluator: a subclass to make in its place.
+    """
     from detectron2.evaluation import COCOEvaluator
 
-    return COCOEvaluator(dataset_name, output_dir=output_dir, use_fast_impl=has_compiled_ops())
+    evaluator = evaluator or COCOEvaluator
+    return evaluator(dataset_name, output_dir=output_dir, use_fast_impl=has_compiled_ops())
 
 
 def distribute(model: nn.Module) -> nn.Module:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from demo import demo
 from dynamic_detr.errors import UserError
-from dynamic_detr.visualization import Predictor, read_image
+from dynamic_detr.inference import Detector
+from dynamic_detr.visualization import read_image
 from dynamic_detr.visualization.stages import PANEL
 from dynamic_detr.visualization.video import VideoReader, VideoWriter
 from dynamic_detr.visualization.window import Window
@@ -79,7 +80,7 @@ def error_of(argv: list[str], capsys) -> str:
 def test_pictures_of_every_kind_are_drawn(detector, pictures, tmp_path, capsys):
     out, results = tmp_path / "out", tmp_path / "results.json"
     argv = [*detector, "--input", str(pictures), "--output", str(out), "--json", str(results)]
-    assert demo.main([*argv, *LOW]) == 0
+    assert demo.main([*argv, "--confidence-threshold", "0.3"]) == 0
     assert sorted(path.name for path in out.iterdir()) == [
         "alpha.png", "cmyk.jpg", "grey.png", "line.png", "pixel.png", "sixteen.png", "turned.jpg",
     ]  # fmt: skip
@@ -87,9 +88,11 @@ def test_pictures_of_every_kind_are_drawn(detector, pictures, tmp_path, capsys):
     assert Image.open(out / "turned.jpg").size == (9 * 40, 9 * 60)
     assert Image.open(out / "line.png").size == (900, 1)
     found = json.loads(results.read_text())
+    assert min(entry["score"] for entry in found) < 0.3  # of all scores
     assert {entry["file_name"] for entry in found} >= {"alpha.png", "turned.jpg", "sixteen.tif"}
     assert {entry["category"] for entry in found} <= set(NAMES)  # from the checkpoint
-    assert f"pictures: 7, objects: {len(found)}, skipped: 0;" in capsys.readouterr().out
+    drawn = sum(entry["score"] >= 0.3 for entry in found)
+    assert f"pictures: 7, objects: {drawn}, skipped: 0;" in capsys.readouterr().out
     for entry in found:
         width, height = (40, 60) if entry["file_name"] == "turned.jpg" else (900, 70)
         left, top, *size = entry["bbox"]
@@ -141,14 +144,16 @@ def test_the_command_itself(detector, pictures, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
-    assert run.stdout.startswith("pictures: 1, objects: 8, skipped: 0; drawn in")
+    assert run.stdout.startswith(
+        "threshold of scores: 0.001, as asked for\npictures: 1, objects: 8"
+    )
     assert Image.open(tmp_path / "one.jpg").width == 2 * 384 + 3 * 8
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--input", "missing.png", "--output", "out"], "--input: missing.png does not exist"),
+        (["--input", "missing.png", "--output", "out"], "missing.png does not exist"),
         (["--input", "*.xyz", "--output", "out"], "matches no file"),
         (["--input", "{picture}", "--output", "{picture}"], "overwrite"),
         (["--input", "{folder}", "--output", "one.png"], "name a folder"),
@@ -183,12 +188,12 @@ def test_the_command_itself(detector, pictures, tmp_path):
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts", "INPUT.FORMAT", "YUV-BT.601"],
-            "the demo knows RGB and BGR",
+            "a detector takes RGB or BGR",
         ),
         (
             ["--input", "{picture}", "--output", "o", "--stages", "--opts"]
             + ["MODEL.META_ARCHITECTURE", "RetinaNet"],
-            "this is RetinaNet; leave it out",
+            "this is RetinaNet; leave them out",
         ),
     ],
 )
@@ -234,7 +239,7 @@ def test_weights_of_a_backbone_alone_are_told(tmp_path, capsys, caplog):
     state = {k: v for k, v in model.state_dict().items() if k.startswith("backbone.")}
     torch.save({"model": state}, weights)
     cfg.MODEL.WEIGHTS = str(weights)
-    Predictor.from_config(cfg)
+    Detector.from_config(cfg)
     assert "tensors are not in the weights" in caplog.text
 
 
@@ -245,7 +250,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     torch.save({"model": state}, tmp_path / "nan.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "nan.pth")
     with pytest.raises(UserError, match="not finite"):
-        Predictor.from_config(cfg)
+        Detector.from_config(cfg)
 
 
 class Recorder(torch.nn.Module):
@@ -261,7 +266,7 @@ def test_pictures_reach_the_detector_as_detectron2_gives_them(image_format, firs
     image = np.full((20, 40, 3), (200, 100, 10), np.uint8)
     model = Recorder()
     with pytest.raises(UserError, match="returns proposals and no instances"):
-        Predictor(model, 10, 100, image_format)(image)
+        Detector(model, min_size=10, max_size=100, image_format=image_format)(image)
     assert model.shown["image"].shape == (3, 10, 20)
     assert model.shown["image"].dtype == torch.float32
     assert model.shown["image"][:, 0, 0].tolist() == [first, 100, 210 - first]
@@ -270,11 +275,11 @@ def test_pictures_reach_the_detector_as_detectron2_gives_them(image_format, firs
 
 def test_class_names_fall_back_to_the_data_set_and_to_numbers(tmp_path):
     cfg = tiny_config(tmp_path)
-    assert Predictor.from_config(cfg).metadata.thing_classes[3] == "class 3"
+    assert Detector.from_config(cfg).class_names[3] == "class 3"
     cfg.DATASETS.TEST = ("coco_2017_val",)  # 80 names for 5 classes
-    assert Predictor.from_config(cfg).metadata.thing_classes == [f"class {k}" for k in range(5)]
+    assert Detector.from_config(cfg).class_names == [f"class {k}" for k in range(5)]
     cfg.MODEL.SET_DETECTOR.NUM_CLASSES = 80
-    assert Predictor.from_config(cfg).metadata.thing_classes[0] == "person"
+    assert Detector.from_config(cfg).class_names[0] == "person"
 
 
 def write_video(path: Path, frames: int = 3) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
+from dynamic_detr.engine.model_file import read_model
 from dynamic_detr.engine.setup import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,8 +42,8 @@ def train() -> list[dict[str, float]]:
     cfg.MODEL.DEVICE = "cpu"
     torch.manual_seed(0)
     model = build_model(cfg)
-    missing = DetectionCheckpointer(model).load(str(ROOT / "weights" / "quickstart.pth"))
-    assert not missing.get("incompatible"), missing
+    missing = model.load_state_dict(read_model("quickstart")[1])
+    assert not missing.missing_keys and not missing.unexpected_keys
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     batch, steps = stored_batch(), []
     for _ in range(STEPS):

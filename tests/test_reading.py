@@ -23,8 +23,8 @@ from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.engine.reading import BrokenCheckpoint, read_checkpoint, require_finite
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
+from dynamic_detr.inference import Detector
 from dynamic_detr.plain_pickle import RefusedPickle, load_plain_pickle, plain_pickles
-from dynamic_detr.visualization import Predictor
 
 
 class Call:
@@ -164,7 +164,7 @@ def test_training_evaluation_and_demo_refuse_code(tiny, tmp_path):
     for use in (
         lambda: Trainer(cfg).resume_or_load(resume=False),
         lambda: command.evaluate(cfg, resume=False),
-        lambda: Predictor.from_config(cfg),
+        lambda: Detector.from_config(cfg),
     ):
         with pytest.raises(RefusedPickle, match=r"posix\.system"):
             use()
@@ -344,7 +344,7 @@ def test_weights_that_are_not_finite_are_not_evaluated(tiny, tmp_path):
     checkpoint["model"][name][0] = torch.nan
     torch.save(checkpoint, tmp_path / "nan.pth")
     cfg = _with(tiny, "MODEL.WEIGHTS", str(tmp_path / "nan.pth"), "OUTPUT_DIR", str(tmp_path))
-    for use in (lambda: command.evaluate(cfg, resume=False), lambda: Predictor.from_config(cfg)):
+    for use in (lambda: command.evaluate(cfg, resume=False), lambda: Detector.from_config(cfg)):
         with pytest.raises(UserError, match=f"nan.pth hold numbers .* not finite .{name}"):
             use()
     require_finite(nn.Linear(2, 2), "")

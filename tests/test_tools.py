@@ -11,7 +11,9 @@ import torch
 from detectron2.modeling import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
+import dynamic_detr
 from dynamic_detr import Pyramid
+from dynamic_detr.engine.model_file import read_model
 from dynamic_detr.engine.setup import read_config
 
 PROJECT = Path(__file__).parents[1]
@@ -35,38 +37,56 @@ def checkpoint(tmp_path):
     """A checkpoint of the quickstart's detector, untrained."""
     cfg = read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])
     path = tmp_path / "model_final.pth"
-    torch.save({"model": build_model(cfg).state_dict(), "class_names": ["a", "b"], "x": 1}, path)
+    names = ["disc", "square", "triangle", "star", "ring", "cross"]
+    torch.save({"model": build_model(cfg).state_dict(), "class_names": names, "x": 1}, path)
     return path
 
 
-def test_export_halves_the_weights_and_keeps_the_names(checkpoint, tmp_path, capsys):
-    target = tmp_path / "small" / "model.pth"
-    export_weights.main([str(checkpoint), str(target)])
-    exported, original = torch.load(target), torch.load(checkpoint)
-    assert set(exported) == {"model", "class_names"}
+def export(source: Path, target: Path) -> Path:
+    options = ["--config-file", str(PRETRAIN), "--threshold", "0.25", "--note", "small"]
+    export_weights.main([str(source), str(target), *options])
+    return target
+
+
+def test_export_halves_the_weights_and_describes_them(checkpoint, tmp_path, capsys):
+    target = export(checkpoint, tmp_path / "small" / "model.safetensors")
     assert target.stat().st_size < 40e6 and "MB" in capsys.readouterr().out
+    info, exported = read_model(str(target))
+    original = torch.load(checkpoint)
+    assert info.class_names == original["class_names"]
+    assert (info.threshold, info.note) == (0.25, "small")
+    assert read_config(str(target), []).MODEL.DYNAMIC_DECODER.NUM_QUERIES == 49
     for name, tensor in original["model"].items():
-        assert exported["model"][name].dtype in (torch.float16, torch.int64)
-        torch.testing.assert_close(
-            exported["model"][name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-6
-        )
+        assert exported[name].dtype in (torch.float16, torch.int64)
+        torch.testing.assert_close(exported[name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-6)
+    again = tmp_path / "again.safetensors"
+    export_weights.main([str(target), str(again), "--dtype", "float32"])
+    assert read_model(str(again))[0] == info
 
 
-def test_export_refuses_what_is_no_checkpoint_or_does_not_fit(tmp_path, capsys):
+def test_export_refuses_what_is_no_checkpoint_or_does_not_fit(checkpoint, tmp_path, capsys):
     broken, huge = tmp_path / "broken.pth", tmp_path / "huge.pth"
     broken.write_text("no checkpoint")
-    torch.save({"model": {"weight": torch.tensor([1e30])}}, huge)
-    for source, reason in ((broken, "not a checkpoint"), (huge, "does not fit")):
+    content = torch.load(checkpoint)
+    next(iter(content["model"].values())).fill_(1e30)
+    torch.save(content, huge)
+    target = tmp_path / "out.safetensors"
+    for arguments, reason in (
+        ([broken, target, "--config-file", PRETRAIN], "not a whole checkpoint"),
+        ([huge, target, "--config-file", PRETRAIN], "does not fit"),
+        ([huge, target], "--config-file is missing"),
+        ([huge, "out.pth"], "must end in .safetensors"),
+        (["quickstart", target, "--threshold", "2"], "--threshold is 2"),
+    ):
         with pytest.raises(SystemExit) as stop:
-            export_weights.main([str(source), str(tmp_path / "out.pth")])
+            export_weights.main(list(map(str, arguments)))
         assert stop.value.code == 2
         assert reason in capsys.readouterr().err
-        assert not (tmp_path / "out.pth").exists()
+        assert not target.exists()
 
 
 def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
-    weights, output = tmp_path / "weights.pth", tmp_path / "out"
-    export_weights.main([str(checkpoint), str(weights)])
+    weights, output = export(checkpoint, tmp_path / "weights.safetensors"), tmp_path / "out"
     options = ["--output", output, "--weights", weights, "--scenes", "8"]
     done = subprocess.run(
         [
@@ -80,16 +100,18 @@ def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     for row in ("shipped, its own classes", "before fine-tuning", "after fine-tuning"):
         assert row in done.stdout
-    assert (output / "finetune" / "model_final.pth").is_file()
+    model = output / "finetune" / "model_final.safetensors"
+    assert f'detector = dynamic_detr.load("{model}")' in done.stdout
+    assert model.stat().st_size < 80e6 and len(dynamic_detr.load(model).class_names) == 4
     for name in ("scenes_shapes_val", "scenes_symbols_val"):
         assert (output / f"{name}.png").is_file() and (output / f"{name}_stages.png").is_file()
 
 
-def test_quickstart_says_where_it_cannot_write(checkpoint, tmp_path, capsys, monkeypatch):
+def test_quickstart_says_where_it_cannot_write(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
     with pytest.raises(SystemExit) as stop:
-        quickstart.main(["--weights", str(checkpoint), "--output", str(tmp_path)])
+        quickstart.main(["--output", str(tmp_path)])
     assert stop.value.code == 2
     assert "DETECTRON2_DATASETS" in capsys.readouterr().err
 
@@ -98,7 +120,7 @@ def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         quickstart.main(["--weights", str(tmp_path / "none.pth")])
     assert stop.value.code == 2
-    assert "make pretrain" in capsys.readouterr().err
+    assert "none.pth does not exist, neither as a file nor" in capsys.readouterr().err
 
 
 def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
@@ -217,3 +239,14 @@ def test_plot_draws_the_later_of_two_values(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         plot_metrics.main([str(tmp_path / "none")])
     assert stop.value.code == 2 and "metrics.json" in capsys.readouterr().err
+
+
+def test_plot_shows_runs_of_one_point(tmp_path, capsys):
+    """With a marker, as a line of one point is invisible; and says what a run has not."""
+    for name, line in (("a", {"total_loss": 9.0}), ("b", {"total_loss": 8.0, "bbox/AP": 1.0})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.json").write_text(json.dumps({"iteration": 9, **line}))
+    target = tmp_path / "curve.svg"
+    plot_metrics.main([str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(target)])
+    assert target.read_text().count('<use xlink:href="#m') >= 3 + 8  # points, and ticks of axes
+    assert "a has no bbox/AP" in capsys.readouterr().err

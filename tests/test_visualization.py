@@ -13,6 +13,7 @@ from dynamic_detr import Prediction
 from dynamic_detr.errors import UserError
 from dynamic_detr.visualization import (
     contact_sheet,
+    draw,
     draw_detections,
     draw_stages,
     read_image,
@@ -20,7 +21,6 @@ from dynamic_detr.visualization import (
 )
 from dynamic_detr.visualization.draw import class_names, color
 from dynamic_detr.visualization.files import find_images, output_paths
-from dynamic_detr.visualization.results import coco_results
 from dynamic_detr.visualization.stages import PANEL, follow_queries
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
@@ -179,8 +179,8 @@ def test_inputs_are_files_folders_and_patterns(tmp_path):
     assert names(tmp_path / "odd[1].png") == ["odd[1].png"]
     assert names(tmp_path / "a.jpg", tmp_path) == ["a.jpg", "b.PNG", "odd[1].png"]
     (tmp_path / "void").mkdir()
-    for nothing in ("missing.png", "*.webp", "void"):
-        with pytest.raises(UserError, match="--input"):
+    for nothing, why in (("missing.png", "not exist"), ("*.webp", "no file"), ("void", "holds no")):
+        with pytest.raises(UserError, match=why):
             names(tmp_path / nothing)
 
 
@@ -359,19 +359,19 @@ def test_impossible_sheets_are_refused(count, columns, titles):
         contact_sheet([np.zeros((2, 2, 3), np.uint8)] * count, columns, titles)
 
 
-def test_results_have_the_ids_of_the_data_set(tmp_path):
-    found = instances((50, 50), [[10, 20, 30, 25]], [0.75], [1])
-    metadata = Metadata(
-        thing_classes=["cat", "dog"], thing_dataset_id_to_contiguous_id={17: 0, 18: 1}
-    )
-    (result,) = coco_results(tmp_path / "000000000042.jpg", found, metadata)
-    assert result == {
-        "image_id": 42,
-        "file_name": "000000000042.jpg",
-        "category_id": 18,
-        "category": "dog",
-        "bbox": [10, 20, 20, 5],
-        "score": 0.75,
-    }
-    (result,) = coco_results(tmp_path / "photo.jpg", found)
-    assert (result["image_id"], result["category_id"]) == ("photo.jpg", 1)
+def test_labels_do_not_cover_each_other(monkeypatch):
+    """Six objects in one place: the labels' extents, as they are drawn, are apart."""
+    drawn = []
+    arrange = draw._arrange
+
+    def spy(texts, renderer, size):
+        arrange(texts, renderer, size)
+        drawn.extend(text.get_window_extent(renderer) for text in texts)
+
+    monkeypatch.setattr(draw, "_arrange", spy)
+    boxes = [[100 + 2 * k, 100 + 3 * k, 250, 250] for k in range(6)]
+    draw_detections(np.full((300, 400, 3), 128, np.uint8), instances((300, 400), boxes))
+    assert len(drawn) == 6
+    for number, extent in enumerate(drawn):
+        assert extent.y0 >= 0 and extent.y1 <= 300
+        assert not any(extent.overlaps(other) for other in drawn[:number])

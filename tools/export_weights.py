@@ -1,59 +1,84 @@
 #!/usr/bin/env python
-"""Makes a small file to ship from a training checkpoint: weights alone, in half precision.
+"""Makes a model file to pass on: from a larger one, in half precision, or from any weights that
+Detectron2 can load, with their configuration.
 
-python tools/export_weights.py output/pretrain/model_final.pth weights/quickstart.pth
+python tools/export_weights.py output/pretrain/model_final.safetensors small.safetensors
+python tools/export_weights.py detectron2://.../model_final_280758.pkl faster_rcnn.safetensors \\
+    --config-file COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml --threshold 0.6
 """
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from dynamic_detr.engine.checkpoint import write_atomically
 from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.reading import check_archive
-from dynamic_detr.errors import UserError, one_line
+from dynamic_detr.engine.model_file import SUFFIX, ModelInfo, is_model_file, read_model
+from dynamic_detr.engine.model_writer import describe_model, write_model
+from dynamic_detr.engine.setup import find_config, read_config
+from dynamic_detr.errors import UserError
 
-KEPT = ("class_names",)  # beside the weights, where the checkpoint has them
 
-
-def export(source: Path, target: Path, dtype: torch.dtype) -> None:
-    """Copies the "model" of a checkpoint, which is the moving average where there is one.
+def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Tensor]]:
+    """Weights under the names that the configured detector gives them, and what is known of them.
 
     Args:
-        source: a checkpoint of `train_net.py`.
-        target: the file to write; folders are made.
-        dtype: of the floating-point tensors in it.
+        source: a model file, or with a configuration any weights.
+        config_file: of the detector; its class names are those in the weights, else those of
+            `DATASETS.TRAIN`.
 
     Raises:
-        UserError: the source is no checkpoint, or a weight does not fit the dtype.
+        UserError: they cannot be read, or do not belong to the configuration.
     """
-    try:
-        check_archive(source)
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        weights = checkpoint["model"]
-    except Exception as error:  # torch, pickle and zip each have their own errors
-        raise UserError(f"{source} is not a checkpoint with a model: {one_line(error)}") from error
+    if is_model_file(source):
+        return read_model(source)
+    from dynamic_detr.inference.building import build_with_weights
+
+    cfg = read_config(find_config(config_file), ["MODEL.WEIGHTS", source, "MODEL.DEVICE", "cpu"])
+    model, rest = build_with_weights(cfg)
+    info = describe_model(cfg, {}, max(int(rest.get("iteration", -1)) + 1, 0))
+    if names := rest.get("class_names"):
+        info = replace(info, class_names=names, category_ids=[])
+    return info, model.state_dict()
+
+
+def smaller(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Converts the floating-point tensors.
+
+    Raises:
+        UserError: a value does not fit the dtype, or is not finite.
+    """
     small = {}
     for name, tensor in weights.items():
         small[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
         if not small[name].isfinite().all():
-            raise UserError(f"{name} in {source} does not fit {dtype} or is not finite")
-    data = {"model": small, **{key: checkpoint[key] for key in KEPT if key in checkpoint}}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, lambda file: torch.save(data, file))
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB, from {source}")
+            raise UserError(f"{name} does not fit {dtype} or is not finite")
+    return small
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("source", help="a model file, or with --config-file any weights")
+    parser.add_argument("target", type=Path, help=f"the file to write, *{SUFFIX}")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--config-file", default="", help="of the source, if it is no model file")
+    parser.add_argument("--threshold", type=float, help="lowest score that counts as a detection")
+    parser.add_argument("--note", help="kept in the file")
     args = parser.parse_args(argv)
     with report_user_errors("export_weights.py"):
-        export(args.source, args.target, getattr(torch, args.dtype))
+        if args.target.suffix != SUFFIX:
+            raise UserError(f"the target {args.target} must end in {SUFFIX}")
+        info, weights = read_weights(args.source, args.config_file)
+        given = {"threshold": args.threshold, "note": args.note}
+        try:
+            info = replace(info, **{k: v for k, v in given.items() if v is not None})
+        except ValueError as error:
+            raise UserError(f"--{str(error).removeprefix('its ')}") from error
+        write_model(args.target, smaller(weights, getattr(torch, args.dtype)), info)
+        print(f"{args.target}: {args.target.stat().st_size / 1e6:.1f} MB, from {args.source}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ python tools/plot_metrics.py output/dynamic_detr output/faster_rcnn --output com
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from dynamic_detr.engine.exits import report_user_errors
 from dynamic_detr.errors import UserError
 
+METRICS = ("bbox/AP", "total_loss")
 Curve = tuple[list[int], list[float]]
 
 
@@ -29,7 +31,7 @@ def read(run: Path) -> dict[str, Curve]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not the metrics.json of a run: {error}") from error
     curves = {}
-    for metric in ("bbox/AP", "total_loss"):
+    for metric in METRICS:
         values = {line["iteration"] + 1: line[metric] for line in lines if metric in line}
         if values:
             curves[metric] = tuple(map(list, zip(*sorted(values.items()), strict=True)))
@@ -46,12 +48,17 @@ def plot(runs: list[Path], output: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    for run in runs:
-        for axis, (metric, marker) in zip(
-            axes, (("bbox/AP", "o"), ("total_loss", "")), strict=True
-        ):
-            if curve := read(run).get(metric):
-                axis.plot(*curve, marker=marker, markersize=4, label=run.resolve().name)
+    curves = {run.resolve().name: read(run) for run in runs}
+    if len(curves) < len(runs):  # several runs in folders of one name
+        curves = {str(run): read(run) for run in runs}
+    for number, (name, metrics) in enumerate(curves.items()):
+        for axis, metric in zip(axes, METRICS, strict=True):
+            if metric not in metrics:
+                print(f"plot_metrics.py: note: {name} has no {metric}", file=sys.stderr)
+            iterations, values = metrics.get(metric, ([], []))
+            # A line of one point is not visible.
+            marker = "o" if metric == "bbox/AP" or len(values) == 1 else ""
+            axis.plot(iterations, values, f"C{number}", marker=marker, markersize=4, label=name)
     for axis, title in zip(axes, ("box AP", "training loss"), strict=True):
         axis.set(title=title, xlabel="iterations")
         axis.grid(alpha=0.3)

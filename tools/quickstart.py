@@ -26,14 +26,14 @@ from dynamic_detr.data.scenes import datasets_root, scenes_name, write_scenes
 from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.engine.model_file import require_model
 from dynamic_detr.engine.setup import read_config
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
+from dynamic_detr.inference import Detector
 from dynamic_detr.visualization import (
-    Predictor,
     contact_sheet,
     draw_detections,
-    draw_stages,
     read_image,
     write_image,
 )
@@ -42,7 +42,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs" / "quickstart"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")  # no scene has room for a large object
 SHOWN = 6  # scenes of each family in the pictures
-THRESHOLD = 0.35  # lowest score drawn: after few iterations a detector is not sure of much
 
 
 def step(text: str) -> None:
@@ -64,10 +63,10 @@ def make_scenes(images: int | None) -> None:
         print(f"{root / family}, {split}: {'drawn' if written else 'there already'}")
 
 
-def config(name: str, weights: Path, output: Path) -> CfgNode:
+def config(name: str, weights: str, output: Path) -> CfgNode:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cfg = read_config(str(CONFIGS / name), [])
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = device, str(weights), str(output)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = device, weights, str(output)
     return cfg
 
 
@@ -79,14 +78,14 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
     return Trainer.test(cfg, model)["bbox"]
 
 
-def finetune(weights: Path, output: Path, opts: list[str]) -> None:
+def finetune(weights: str, output: Path, opts: list[str]) -> None:
     """Runs train_net.py as a user would, and shows the command."""
     places = ["--num-gpus", "1"] if torch.cuda.is_available() else ["--num-processes", "2"]
     if not torch.cuda.is_available() and (os.cpu_count() or 1) < 2:
         places = ["--num-processes", "1"]
     command = [
         *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *places, "--resume"),
-        *("MODEL.WEIGHTS", str(weights), "OUTPUT_DIR", str(output), *opts),
+        *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), *opts),
     ]
     print("python", shlex.join(command), flush=True)
     threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
@@ -111,26 +110,26 @@ def truth(record: dict) -> Instances:
 
 def draw(cfg: CfgNode, folder: Path) -> list[Path]:
     """Annotations above detections for some scenes, and what each stage says of one."""
-    predictor = Predictor.from_config(cfg)
+    detector = Detector.from_config(cfg)
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
     records = [r for r in DatasetCatalog.get(name) if len(r["annotations"]) > 2][:SHOWN]
     images = [read_image(record["file_name"]) for record in records]
     rows = [draw_detections(i, truth(r), metadata) for i, r in zip(images, records, strict=True)]
-    rows += [draw_detections(image, predictor(image), metadata, THRESHOLD) for image in images]
+    found = detector(images)
+    rows += [detections.draw() for detections in found]
     numbers = range(1, len(images) + 1)
     titles = [f"{kind} {n}" for kind in ("annotated", "detected") for n in numbers]
     detections = folder / f"{name}.png"
     write_image(detections, contact_sheet(rows, len(images), titles))
     stages = folder / f"{name}_stages.png"
-    write_image(stages, draw_stages(images[0], predictor.stages(images[0], THRESHOLD), metadata))
-    return [detections, stages]
+    return [detections, found[0].save(stages, stages=True)]
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
-    parser.add_argument("--weights", type=Path, default=PROJECT / "weights" / "quickstart.pth")
+    parser.add_argument("--weights", default="quickstart", help="a model file, or a name")
     parser.add_argument("--scenes", type=int, help="in each split; fewer for a quick look")
     parser.add_argument("--fresh", action="store_true", help="fine-tune again from the start")
     parser.add_argument("opts", nargs="*", help="keys for the fine-tuning: SOLVER.MAX_ITER 100 ...")
@@ -138,10 +137,9 @@ def main(argv: list[str] | None = None) -> None:
     compat.ignore_known_warnings()
     setup_logger(name="dynamic_detr").setLevel(logging.WARNING)
     with report_user_errors("quickstart.py"):
-        output, weights = args.output.resolve(), args.weights.resolve()
-        if not weights.is_file():
-            raise UserError(f"the weights {weights} do not exist; `make pretrain` trains them")
+        output, weights = args.output.resolve(), os.path.abspath(require_model(args.weights))
         tuned = output / "finetune"
+        model = tuned / "model_final.safetensors"
         if args.fresh:
             shutil.rmtree(tuned, ignore_errors=True)
 
@@ -155,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
         table["new classes, before fine-tuning"] = evaluate(new)
         step("4/5  fine-tuning on the new classes")
         finetune(weights, tuned, args.opts)
-        new = config("finetune.yaml", tuned / "model_final.pth", output / "after")
+        new = config("finetune.yaml", str(model), output / "after")
         table["new classes, after fine-tuning"] = evaluate(new)
         step("5/5  pictures")
         pictures = draw(shipped, output) + draw(new, output)
@@ -164,7 +162,9 @@ def main(argv: list[str] | None = None) -> None:
     print("\n" + tabulate(rows, ["box AP on held-out scenes", *METRICS], "pipe", floatfmt=".1f"))
     print("\nPictures:", *pictures, sep="\n  ")
     names = scenes_name("symbols", "val")
-    print(f"\nThe new detector: {tuned / 'model_final.pth'}, evaluated on {names}")
+    print(f"\nThe new detector is one file, {model}, evaluated on {names}. To use it:\n")
+    print("    import dynamic_detr", f'    detector = dynamic_detr.load("{model}")', sep="\n")
+    print('    detector("photo.jpg").show()')
 
 
 if __name__ == "__main__":

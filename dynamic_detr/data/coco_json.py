@@ -41,7 +41,9 @@ def register_json(
     register_coco_instances(name, {"thing_classes": classes}, str(json_file), str(image_dir))
 
 
-def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
+def apply_json_datasets(
+    cfg: CfgNode, args: Any, weights_names: list[str] | None = None
+) -> list[Report]:
     """Points a configuration at the data sets that the command line names.
 
     Sets ``DATASETS.TRAIN`` and ``TEST`` and the number of classes; keeps images without boxes,
@@ -52,7 +54,10 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
         cfg: changed in place; not frozen.
         args: with ``train_json``, ``train_images``, ``val_json``, ``val_images`` (paths or None)
             and ``eval_only``. Without ``val_json`` nothing is evaluated; with ``eval_only``,
-            ``train_json`` may be left out where its category ids have the order of the other's.
+            ``train_json`` may be left out.
+        weights_names: with ``eval_only``, the names of the classes that the weights to evaluate
+            were trained on: the data's categories are paired with them by name. Without them, or
+            a ``train_json``, the order of the category ids counts.
 
     Returns:
         The report of each file.
@@ -74,25 +79,30 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
         raise UserError("--val-json alone can only be evaluated: give --train-json or --eval-only")
     if errors := [report.error() for report in reports.values() if report.error()]:
         raise UserError("; ".join(errors))
-    if _is_first_process():
-        tell("\n".join(map(str, reports.values())))
+    _say(*reports.values())
 
     changed = {split: report.repaired for split, report in reports.items()}
-    if len(reports) == 2:
+    if getattr(args, "eval_only", False) and weights_names and "val" in reports:
+        changed["val"] |= _pair_with_weights(weights_names, reports["val"])
+    elif len(reports) == 2:
         changed["val"] |= _share_categories(reports["train"], reports["val"])
+    elif getattr(args, "eval_only", False) and "val" in reports:
+        _say(
+            f"the weights hold no names of classes: the categories of {reports['val'].path} are "
+            "taken for the detector's classes in the order of their ids"
+        )
     for split, report in reports.items():
         name = f"own_{split}"
         json_file = report.path
         if changed[split]:
             json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
             _write(report.data, json_file)
-            if _is_first_process():
-                tell(f"repaired copy: {json_file}")
+            _say(f"repaired copy: {json_file}")
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
     cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()
     cfg.DATASETS.TEST = ("own_val",) if "val" in reports else ()
-    set_class_count(cfg, len(_names(next(iter(reports.values())))))
+    set_class_count(cfg, len(_names(list(reports.values())[-1])))
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
     cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     return list(reports.values())
@@ -101,6 +111,11 @@ def apply_json_datasets(cfg: CfgNode, args: Any) -> list[Report]:
 def _is_first_process() -> bool:
     """Whether this process is the one of the run that prints, before any group of processes."""
     return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
+
+
+def _say(*lines: object) -> None:
+    if _is_first_process():
+        tell("\n".join(map(str, lines)))
 
 
 def _names(report: Report) -> list[str]:
@@ -116,7 +131,7 @@ def _share_categories(train: Report, val: Report) -> bool:
     only_val = sorted(set(names.values()) - set(ids))
     if only_train or only_val:
         differences = [
-            f"{', '.join(map(repr, only[:5]))}{' ...' if len(only) > 5 else ''} only in {path}"
+            f"{_some(only)} only in {path}"
             for only, path in ((only_train, train.path), (only_val, val.path))
             if only
         ]
@@ -130,6 +145,42 @@ def _share_categories(train: Report, val: Report) -> bool:
         annotation["category_id"] = ids[names[annotation["category_id"]]]
     val.data["categories"] = train.data["categories"]
     return True
+
+
+def _pair_with_weights(names: list[str], val: Report) -> bool:
+    """Gives ``val`` the classes of the weights as categories, by name; whether that changed it.
+
+    Raises:
+        UserError: a category has no class of its name.
+    """
+    own = _names(val)
+    if own == names:
+        return False
+    classes = {name: index for index, name in enumerate(names, start=1)}
+    if strangers := [name for name in own if name not in classes]:
+        raise UserError(
+            f"{val.path} has categories that the weights do not know: {_some(strangers)}; the "
+            f"weights know {_some(names)}. Give both the same names"
+        )
+    if len(classes) < len(names):
+        raise UserError("the weights give two classes the same name: they cannot be told apart")
+    by_id = {category["id"]: category["name"] for category in val.data["categories"]}
+    for annotation in val.data["annotations"]:
+        annotation["category_id"] = classes[by_id[annotation["category_id"]]]
+    val.data["categories"] = [{"id": index, "name": name} for name, index in classes.items()]
+    if moved := [name for index, name in enumerate(own) if names[index : index + 1] != [name]]:
+        _say(
+            f"categories of {val.path} and classes of the weights are paired by name, not by "
+            f"position: {_some(moved)}"
+        )
+    if absent := [name for name in names if name not in own]:
+        _say(f"{len(absent)} classes of the weights are not in {val.path}: {_some(absent)}")
+    return True
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    rest = len(names) - limit
+    return ", ".join(map(repr, names[:limit])) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:

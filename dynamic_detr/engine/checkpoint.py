@@ -28,6 +28,7 @@ from ..errors import UserError, one_line
 from ..plain_pickle import plain_pickles
 from .disk import reason
 from .ema import ModelEMA
+from .model_file import is_model_file, locate_model, read_model
 from .reading import (
     BrokenCheckpoint,
     broken,
@@ -222,6 +223,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 are not the model's and ``strict_classes`` is set.
         """
         if path:
+            path = locate_model(path)
             self._require(path)
         try:
             rest = super().load(path, checkpointables)
@@ -231,8 +233,20 @@ class SafeCheckpointer(DetectionCheckpointer):
             self.ema.restart()
         return rest
 
-    def _require(self, path: str) -> None:
-        """Fetch an address such as ``detectron2://...``, or see that a local file is there."""
+    def read(self, path: str) -> dict[str, Any]:
+        """What a file of weights holds, from a path or an address.
+
+        Raises:
+            UserError: see :meth:`load`.
+        """
+        return self._load_file(self._require(locate_model(path)))
+
+    def _require(self, path: str) -> str:
+        """Fetch an address such as ``detectron2://...``, or see that a local file is there.
+
+        Returns:
+            The local file.
+        """
         try:
             local = self.path_manager.get_local_path(path.partition("?")[0])
         except Exception as error:  # whatever a network stack may raise
@@ -242,8 +256,12 @@ class SafeCheckpointer(DetectionCheckpointer):
             ) from error
         if not os.path.isfile(local):
             raise UserError(f"the weights {path} do not exist; check MODEL.WEIGHTS")
+        return local
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if is_model_file(filename):
+            info, weights = read_model(filename)
+            return {"model": weights, "class_names": info.class_names or None}
         try:
             check_archive(filename)
             with plain_pickles(detection_checkpoint):
@@ -264,8 +282,9 @@ class SafeCheckpointer(DetectionCheckpointer):
             name, saved, built = classes[0]
             raise UserError(
                 f"the weights were trained with another number of classes: {name} has "
-                f"{saved[0]} rows there and {built[0]} here; set the class count of the "
-                "configuration to that of the weights"
+                f"{saved[0]} rows there and {built[0]} here; set NUM_CLASSES to that of the "
+                "weights (MODEL.SET_DETECTOR.NUM_CLASSES for a DynamicDETR), or name the model "
+                "file that training wrote beside them, *.safetensors, which needs no configuration"
             )
         if classes:
             self.logger.warning(

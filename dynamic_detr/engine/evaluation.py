@@ -4,11 +4,12 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 
 from .. import compat
 from ..errors import UserError
 from .disk import telling_of
+from .threshold import best_threshold
 
 
 def build_evaluator(
@@ -32,7 +33,20 @@ def build_evaluator(
         )
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     with telling_of(folder):
-        return _Telling(compat.coco_evaluator(dataset_name, folder), folder)
+        return _Telling(compat.coco_evaluator(dataset_name, folder, BoxEvaluator), folder)
+
+
+class BoxEvaluator(COCOEvaluator):
+    """Detectron2's evaluator, with the threshold of the best F1 ("threshold" and "F1")."""
+
+    def _derive_coco_results(self, coco_eval, iou_type: str, class_names=None) -> dict:
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if iou_type == "bbox":
+            found = (float("nan"),) * 2
+            if coco_eval is not None:
+                found = best_threshold(coco_eval.cocoGt, coco_eval.cocoDt)
+            results["threshold"], results["F1"] = found
+        return results
 
 
 class _Telling(DatasetEvaluator):

@@ -4,13 +4,12 @@ import argparse
 import multiprocessing
 
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from .. import compat
 from .checkpoint import SafeCheckpointer
+from .console import LOGGERS, start_logging
 from .disk import logging_to
 from .exits import report_user_errors
 from .launch import launch
@@ -42,13 +41,13 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     with report_user_errors(PROGRAM, args.debug, quiet=not comm.is_main_process()):
         if multiprocessing.parent_process() is not None:  # data sets are registered by process
             cfg = load_config(args)
-        with logging_to(cfg.OUTPUT_DIR, "dynamic_detr", "detectron2", "fvcore"):
-            setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dynamic_detr")
-            default_setup(cfg, args)
+        with logging_to(cfg.OUTPUT_DIR, *LOGGERS):
+            start_logging(cfg, args)
         if args.eval_only:
             evaluate(cfg, args.resume)
             return
         trainer = Trainer(cfg)
+        trainer.models.note = args.note
         trainer.resume_or_load(resume=args.resume)
         trainer.train()
 

@@ -20,9 +20,12 @@ from ..config import add_dynamic_detr_config, check_config, class_count, value_o
 from ..detectron2_keys import check_detectron2_config
 from ..errors import UserError, did_you_mean, one_line
 from ..plain_yaml import plain_yaml
+from .class_names import check_test_sets, weights_class_names
 from .disk import require_output_dir
 from .launch import under_torchrun
+from .model_file import is_model_file, merge_described_config, require_model
 
+_WEIGHTS = "MODEL.WEIGHTS"
 _UNBUILDABLE = (AssertionError, LookupError, ValueError)  # what constructors raise, and
 _UNBUILDABLE += (MemoryError, OverflowError, RuntimeError, TypeError)  # sizes beyond all memory
 _EPILOG = """
@@ -33,7 +36,8 @@ examples:
     train_net.py --config-file ... --train-json A.json --train-images DIR \\
                  --val-json B.json --val-images DIR
   go on after a stop:         add --resume
-  evaluate:                   add --eval-only MODEL.WEIGHTS output/model_final.pth
+  evaluate a model file:      train_net.py --eval-only --val-json B.json --val-images DIR \\
+                                MODEL.WEIGHTS output/model_best.safetensors
   change configuration keys:  add SOLVER.BASE_LR 0.0001 MODEL.DEVICE cpu ...
   a Detectron2 model-zoo configuration: --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml
 
@@ -59,8 +63,20 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{split}-images", metavar="DIR", help=f"folder of the images of --{split}-json"
         )
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="kept in the model files that training writes"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of user errors")
     return parser
+
+
+def model_among(opts: list[str]) -> str:
+    """The model file that configuration keys name as ``MODEL.WEIGHTS``; empty if there is none.
+
+    Such a file needs no ``--config-file``.
+    """
+    named = [value for key, value in zip(opts[::2], opts[1::2], strict=False) if key == _WEIGHTS]
+    return named[-1] if named and is_model_file(named[-1]) else ""
 
 
 def find_config(name: str) -> str:
@@ -76,6 +92,8 @@ def find_config(name: str) -> str:
         )
     if os.path.isfile(name):
         return name
+    if is_model_file(name):
+        return require_model(name)
     zoo = compat.zoo_config(name)
     if zoo is None:
         folder = Path(name).parent
@@ -101,6 +119,8 @@ def _telling(cfg: CfgNode, source: str) -> Iterator[None]:
     """Say what is wrong with ``source``, a file or a key that is merged into ``cfg``."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # YAML and the parser of values each have their own errors
         text = str(error.args[0]) if isinstance(error, KeyError) else one_line(error)
         text = text if len(text) <= 300 else f"{text[:300]} ..."
@@ -113,7 +133,7 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     """Merge a configuration file and the command line's keys.
 
     Args:
-        config_file: path of a file.
+        config_file: path of a file; for a model file, its configuration and weights.
         opts: keys and values in turn.
 
     Returns:
@@ -126,7 +146,10 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     compat.add_newer_keys(cfg)
     add_dynamic_detr_config(cfg)
     with _telling(cfg, config_file), plain_yaml():
-        cfg.merge_from_file(config_file, allow_unsafe=False)
+        if is_model_file(config_file):
+            merge_described_config(cfg, require_model(config_file))
+        else:
+            cfg.merge_from_file(config_file, allow_unsafe=False)
     if len(opts) % 2:
         raise UserError(
             f"configuration keys come in pairs KEY VALUE, and {opts[-1]!r} is left over"
@@ -155,12 +178,15 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: anything that cannot work.
     """
-    args.config_file = find_config(args.config_file)
+    args.config_file = find_config(args.config_file or model_among(args.opts or []))
     cfg = read_config(args.config_file, args.opts or [])
     require_output_dir(cfg.OUTPUT_DIR)  # a repaired copy of the annotations may go there
     _choose_device(cfg, args)
-    _register_data(cfg, args)
+    names = weights_class_names(cfg, args.resume) if args.eval_only else None
+    _register_data(cfg, args, names)
     _check_data(cfg, need_train=not args.eval_only)
+    if names:
+        check_test_sets(cfg, names)
     cfg.freeze()
     return cfg
 
@@ -193,13 +219,13 @@ def process_count(cfg: CfgNode, args: argparse.Namespace) -> int:
     return args.num_gpus if cfg.MODEL.DEVICE.startswith("cuda") else args.num_processes
 
 
-def _register_data(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _register_data(cfg: CfgNode, args: argparse.Namespace, names: list[str] | None) -> None:
     given = [args.train_json, args.train_images, args.val_json, args.val_images]
     if not any(given):
         return
     from ..data.coco_json import apply_json_datasets
 
-    apply_json_datasets(cfg, args)
+    apply_json_datasets(cfg, args, names)
 
 
 def build_detector(cfg: CfgNode) -> nn.Module:
@@ -213,14 +239,6 @@ def build_detector(cfg: CfgNode) -> nn.Module:
     except _UNBUILDABLE as error:
         text = one_line(error)[:300]
         raise UserError(f"the configured model cannot be built: {text}") from error
-
-
-def class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the classes of the data that the configuration trains on; None if not known."""
-    if not cfg.DATASETS.TRAIN:
-        return None
-    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
-    return None if names is None else [str(name) for name in names]
 
 
 def _check_data(cfg: CfgNode, need_train: bool) -> None:

@@ -19,17 +19,20 @@ from .. import compat
 from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_train_loader
 from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
+from .class_names import data_class_names
 from .clipping import build_clipper
+from .console import FirstLines, in_the_log_alone
 from .disk import PatientWriter, reason, telling_of
 from .ema import ModelEMA
 from .evaluation import build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
 from .failed_step import FOLDER, FailedStep, save_failed_step
 from .guard import likely_cause, where
+from .model_writer import ModelWriter
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
-from .setup import build_detector, class_names
+from .setup import build_detector
 from .signals import EvaluationInterrupted, StopRequest
 from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
 from .tta import DetectorTTA
@@ -78,9 +81,10 @@ class Trainer(DefaultTrainer):
             cfg.OUTPUT_DIR,
             keep=cfg.SOLVER.KEEP_CHECKPOINTS,
             ema=self.ema,
-            class_names=partial(class_names, cfg),
+            class_names=partial(data_class_names, cfg),
             trainer=weakref.proxy(self),
         )
+        self.models = ModelWriter(cfg)
         self.register_hooks(self.build_hooks())
         self._trainer._hooks = self._hooks  # the step calls their `after_backward`
 
@@ -89,7 +93,8 @@ class Trainer(DefaultTrainer):
         """Build the model on ``MODEL.DEVICE``."""
         model = build_detector(cfg)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        logger.info(f"Model:\n{model}")
+        with in_the_log_alone():
+            logger.info(f"Model:\n{model}")
         logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
         return model
 
@@ -130,19 +135,25 @@ class Trainer(DefaultTrainer):
         return [PatientWriter(writer) for writer in writers]
 
     def build_hooks(self) -> list:
-        """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted."""
+        """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted, and
+        progress is printed from the first iteration on."""
         evaluations = [hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)]
         if self.cfg.TEST.AUG.ENABLED:
             evaluations.append(hooks.EvalHook(0, self._evaluate_with_tta))
         result = []
         for hook in super().build_hooks():
+            if isinstance(hook, hooks.PeriodicWriter):
+                result.append(FirstLines())
             result += evaluations if isinstance(hook, hooks.EvalHook) else [hook]
         return result
 
     def _evaluate(self) -> dict:
-        self._last_eval_results = self._with_averaged_weights(
-            lambda: self.test(self.cfg, self.detector)
-        )
+        def evaluate() -> dict:
+            results = self.test(self.cfg, self.detector)
+            self.models.keep(self.detector, results, self.finished + 1)
+            return results
+
+        self._last_eval_results = self._with_averaged_weights(evaluate)
         return self._last_eval_results
 
     def _evaluate_with_tta(self) -> dict:
@@ -176,6 +187,7 @@ class Trainer(DefaultTrainer):
         if resume:
             if self.checkpointer.resume() is not None:
                 self.start_iter = self.finished + 1
+                self.models.resume()
                 return
             logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
         self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])

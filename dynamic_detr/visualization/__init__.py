@@ -1,13 +1,11 @@
-"""What a person looks at: pictures read and written, detections, decoder stages, videos."""
+"""What a person looks at: pictures read and written, drawings, decoder stages, videos."""
 
 from .draw import draw_detections
 from .images import read_image, write_image
-from .predictor import Predictor
 from .sheet import contact_sheet
 from .stages import draw_stages
 
 __all__ = [
-    "Predictor",
     "contact_sheet",
     "draw_detections",
     "draw_stages",

@@ -28,6 +28,8 @@ __all__ = [
 # or a little more, so that letters next to its objects do not cover them; the upper limit is what
 # other programs open without trouble.
 SMALL, LEGIBLE, LARGEST = 256, 512, 8192
+_MARGIN = 1  # pixels around a text
+_STEPS = 12  # of its height that a text may be moved up or down
 
 
 def new_canvas(image: np.ndarray, metadata=None):
@@ -103,7 +105,8 @@ def draw_boxes(
 ) -> np.ndarray:
     """Draws each instance in its colour, with its text; masks and keypoints where it has them.
 
-    Lines get a dark edge, as no colour stands out from every picture, and texts are moved inside.
+    Lines get a dark edge, as no colour stands out from every picture; texts are moved inside and
+    off one another.
     """
     canvas = new_canvas(image, metadata)
     canvas.overlay_instances(
@@ -120,13 +123,36 @@ def draw_boxes(
         if isinstance(patch, Rectangle):
             edge = withStroke(linewidth=patch.get_linewidth() + 1.5, foreground="black", alpha=0.5)
             patch.set(alpha=1, path_effects=[edge])
-    renderer = canvas.output.canvas.get_renderer()
-    for text in canvas.output.ax.texts:
-        extent = text.get_window_extent(renderer)  # from the lower left corner
-        x, y = text.get_position()
-        x -= max(0, min(extent.x1 - image.shape[1], extent.x0))
-        text.set_position((x, y + min(0, extent.y0)))
+    _arrange(canvas.output.ax.texts, canvas.output.canvas.get_renderer(), image.shape[:2])
     return canvas.output.get_image()
+
+
+def _arrange(texts, renderer, size: tuple[int, int]) -> None:
+    """Moves texts into the picture, and up or down where they would cover one another.
+
+    The first text is that of the best detection and stays nearest to its box. Where there is no
+    room within `_STEPS` of its height, a text goes where it covers the least.
+    """
+    height, width = size
+    taken = np.zeros((0, 4))  # left, top, right, bottom
+    for text in texts:
+        extent = text.get_window_extent(renderer)  # from the lower left corner
+        shift_x = -max(0, min(extent.x1 - width, extent.x0))
+        shift_y = min(0, extent.y0)
+        left, top = extent.x0 + shift_x, height - extent.y1 + shift_y
+        own = np.array([left, top, left + extent.width, top + extent.height])
+        step = extent.height + 2 * _MARGIN
+        shifts = np.array(sorted(range(-_STEPS, _STEPS + 1), key=abs)) * step
+        inside = (own[1] + shifts >= 0) & (own[3] + shifts <= height)
+        shifts = shifts[inside] if inside.any() else np.zeros(1)
+        places = own + np.outer(shifts, [0, 1, 0, 1])
+        low = np.maximum(places[:, None, :2], taken[:, :2])
+        high = np.minimum(places[:, None, 2:], taken[:, 2:])
+        covered = np.prod(np.clip(high - low, 0, None), axis=2).sum(axis=1)
+        best = int(covered.argmin())  # of equals the first, which is the nearest
+        x, y = text.get_position()
+        text.set_position((x + shift_x, y + shift_y + shifts[best]))
+        taken = np.vstack([taken, places[best] + [-_MARGIN, -_MARGIN, _MARGIN, _MARGIN]])
 
 
 def draw_detections(

@@ -41,7 +41,7 @@ def find_images(inputs: Iterable[str]) -> list[Path]:
             problem = "matches no file" if glob.has_magic(name) else "does not exist"
             problem = f"{name:.300} {problem}"
         if not files:
-            raise UserError(f"--input: {problem}")
+            raise UserError(problem)
         for file in files:
             found.setdefault(os.path.realpath(file), file)
     return list(found.values())
@@ -51,7 +51,7 @@ def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
     except OSError as error:
-        raise UserError(f"--input: {folder} cannot be read ({one_line(error)})") from error
+        raise UserError(f"{folder} cannot be read ({one_line(error)})") from error
 
 
 def _is_picture(file: Path) -> bool:

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 from ..errors import UserError, one_line
 
-__all__ = ["read_image", "write_image"]
+__all__ = ["read_image", "to_rgb", "write_image"]
 
 JPEG_QUALITY = 95
 # What is white, by the kind of number that the file holds: the least of these that no value
@@ -44,7 +44,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             warnings.simplefilter("ignore")  # damaged metadata, and sizes short of the limit
             with Image.open(path) as image:
                 image.load()
-                return _to_rgb(_upright(image))
+                return to_rgb(image)
     except Image.DecompressionBombError as error:
         raise UserError(
             f"{path} is too large ({Path(path).stat().st_size} bytes hold more than "
@@ -62,7 +62,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Pixels of an image of any mode, upright, what is transparent on white: (H, W, 3) uint8."""
+    image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return np.repeat(_to_eight_bits(image)[..., None], 3, axis=2)
     if image.mode in _WITH_ALPHA or "transparency" in image.info:
@@ -93,8 +95,10 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         UserError: it cannot be written there.
     """
     path = Path(path)
+    aside = path.with_name(f".part.{path.name}")  # a stop leaves no half of a picture behind
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path, quality=JPEG_QUALITY)
+        Image.fromarray(image).save(aside, quality=JPEG_QUALITY)
+        os.replace(aside, path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}); see --output") from error

@@ -10,12 +10,18 @@ import numpy as np
 
 from ..errors import UserError, one_line
 
-__all__ = ["VideoReader", "VideoWriter", "open_camera", "require_cv2"]
+__all__ = ["VideoReader", "VideoWriter", "is_video", "open_camera", "require_cv2"]
 
 # MPEG-4 is in every build of OpenCV that has FFmpeg; MJPG in AVI in every build at all.
 _CODECS = ("mp4v", "MJPG")
 _LAST_RESORT = ".avi"
+_SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
 _DEFAULT_RATE = 25.0  # frames a second, where the file does not say
+
+
+def is_video(name: str) -> bool:
+    """Whether a file is a video, by its name."""
+    return name.lower().endswith(_SUFFIXES)
 
 
 def require_cv2(purpose: str) -> ModuleType:
@@ -66,7 +72,7 @@ class VideoReader:
             UserError: there is no such file, or it is no video.
         """
         if not os.path.isfile(path):
-            raise UserError(f"--video-input {path:.300} does not exist")
+            raise UserError(f"{path:.300} does not exist")
         return cls(path, f"{path} is broken or not a video: it")
 
     def __iter__(self) -> Iterator[np.ndarray]:

@@ -1,14 +1,17 @@
-"""A window that shows one picture at a time, where there is a screen."""
+"""Pictures on a screen: in a window, or in a notebook."""
 
 import os
 import sys
+import tempfile
 
 import numpy as np
+from PIL import Image
 
 from ..errors import UserError, one_line
+from .images import write_image
 from .video import require_cv2
 
-__all__ = ["Window"]
+__all__ = ["Window", "show"]
 
 _STOP_KEYS = (27, ord("q"))
 _WITHOUT = "add --output FOLDER to write files"
@@ -45,3 +48,27 @@ class Window:
             return self.cv2.waitKey(milliseconds) & 0xFF not in _STOP_KEYS
         except self.cv2.error as error:
             raise UserError(f"the window is gone ({one_line(error)}): {_WITHOUT}") from error
+
+
+def show(image: np.ndarray, title: str) -> None:
+    """Shows a picture in a notebook's cell, or in a window until a key is pressed; without a
+    display it is written to a temporary file, whose path is printed.
+
+    Args:
+        image: (H, W, 3) uint8, RGB.
+        title: of the window.
+    """
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    if getattr(shell, "kernel", None) is not None:
+        ipython.display.display(Image.fromarray(image))
+        return
+    try:
+        window = Window(title)
+    except UserError:  # no display, or an OpenCV without windows
+        handle, path = tempfile.mkstemp(prefix="detections_", suffix=".png")
+        os.close(handle)
+        write_image(path, image)
+        print(path)
+    else:
+        window.show(image)

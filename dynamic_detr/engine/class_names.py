@@ -1,0 +1,56 @@
+"""Which classes the data and the weights speak of, by name: equal positions are not enough."""
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from torch import nn
+
+from ..errors import UserError
+from .checkpoint import SafeCheckpointer
+
+__all__ = ["check_test_sets", "data_class_names", "weights_class_names"]
+
+
+def data_class_names(cfg: CfgNode) -> list[str] | None:
+    """Names of the classes of the data that the configuration trains on; None if not known."""
+    if not cfg.DATASETS.TRAIN:
+        return None
+    names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
+    return None if names is None else [str(name) for name in names]
+
+
+def weights_class_names(cfg: CfgNode, resume: bool) -> list[str] | None:
+    """Names of the classes of the weights that are to be evaluated; None if they hold none.
+
+    Args:
+        cfg: reads ``MODEL.WEIGHTS``, or ``OUTPUT_DIR`` with ``resume``.
+        resume: the last checkpoint's weights are evaluated.
+
+    Raises:
+        UserError: there are no such weights, or they cannot be read.
+    """
+    checkpointer = SafeCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
+    path = checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS
+    return checkpointer.read(path).get("class_names") if path else None
+
+
+def check_test_sets(cfg: CfgNode, names: list[str]) -> None:
+    """See that registered data sets have the classes of the weights, in the same order.
+
+    Args:
+        cfg: reads ``DATASETS.TEST``.
+        names: of the classes of the weights.
+
+    Raises:
+        UserError: one has others.
+    """
+    for data_set in cfg.DATASETS.TEST:
+        own = [str(name) for name in MetadataCatalog.get(data_set).get("thing_classes") or names]
+        if own != list(names):
+            at = next((k for k, (a, b) in enumerate(zip(own, names, strict=False)) if a != b), None)
+            at = min(len(own), len(names)) if at is None else at
+            pair = [part[at] if at < len(part) else "no class" for part in (own, names)]
+            raise UserError(
+                f"class {at} is {pair[0]!r} in the data set {data_set} and {pair[1]!r} in the "
+                "weights; evaluate on its file with --val-json and --val-images, which pair "
+                "classes by name"
+            )

@@ -1,0 +1,119 @@
+"""Writes the models of a run beside its checkpoints: the best one so far, and the final one."""
+
+import logging
+import math
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.utils import comm
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .checkpoint import write_atomically
+from .class_names import data_class_names
+from .disk import reason
+from .model_file import SUFFIX, ModelInfo, describe_config, encode_model, read_header
+
+__all__ = ["ModelWriter", "describe_model", "write_model"]
+
+logger = logging.getLogger(__name__)
+
+
+def write_model(path: Path, weights: dict[str, Tensor], info: ModelInfo) -> None:
+    """Write a model file, whole or not at all; folders are made.
+
+    Raises:
+        UserError: it could not be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(encode_model(weights, info)))
+    except OSError as error:
+        raise UserError(f"could not write {path} ({reason(error)})") from error
+
+
+def describe_model(cfg: CfgNode, results: dict, iteration: int, note: str = "") -> ModelInfo:
+    """What is to be said of a model.
+
+    Args:
+        cfg: of its training, with its data sets registered.
+        results: of its evaluation, as Detectron2 gives them; may be empty.
+        iteration: how many it was trained for.
+        note: any text.
+    """
+    names = data_class_names(cfg) or []
+    indices = {}
+    if names:
+        metadata = MetadataCatalog.get(cfg.DATASETS.TRAIN[0])
+        indices = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    metrics = {k: float(v) for k, v in _box_metrics(results).items() if math.isfinite(v)}
+    return ModelInfo(
+        config=describe_config(cfg),
+        class_names=names,
+        category_ids=sorted(indices, key=indices.get) if len(indices) == len(names) else [],
+        threshold=metrics.pop("threshold", None),
+        metrics=metrics,
+        iteration=iteration,
+        note=note,
+    )
+
+
+def _box_metrics(results: dict) -> dict:
+    """The boxes' numbers; of the first data set where there are several."""
+    if "bbox" in results:
+        return results["bbox"]
+    return next((r["bbox"] for r in results.values() if "bbox" in r), {})
+
+
+class ModelWriter:
+    """Keeps ``model_best.safetensors`` and ``model_final.safetensors`` of a run.
+
+    Args:
+        cfg: of the run, with its data sets registered.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.cfg = cfg
+        self.note = ""
+        self.best_ap = -math.inf
+
+    def path(self, name: str) -> Path:
+        return Path(self.cfg.OUTPUT_DIR) / f"model_{name}{SUFFIX}"
+
+    def resume(self) -> None:
+        """Go on with the best AP of the run's earlier part."""
+        if self.path("best").is_file():
+            try:
+                best = read_header(str(self.path("best"))).metrics.get("AP", -math.inf)
+            except UserError as error:
+                logger.warning(f"{error}; it will be written anew")
+            else:
+                self.best_ap = best
+
+    def keep(self, model: nn.Module, results: dict, iteration: int) -> None:
+        """Write the model where it is the best so far, or the last one.
+
+        Args:
+            model: with the weights that were evaluated.
+            results: of the evaluation; empty where there is no data set for it.
+            iteration: how many are done.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if not comm.is_main_process():
+            return
+        info = describe_model(self.cfg, results, iteration, self.note)
+        ap = info.metrics.get("AP", -math.inf)
+        names = []
+        if ap >= self.best_ap and "AP" in info.metrics:
+            self.best_ap = ap
+            names.append("best")
+        if iteration >= self.cfg.SOLVER.MAX_ITER:
+            names.append("final")
+        for name in names:
+            write_model(self.path(name), model.state_dict(), info)
+            logger.info(
+                f"Saved the model {self.path(name)}" + (f", AP {ap:.1f}" if results else "")
+            )

@@ -1,0 +1,65 @@
+"""A configured detector with its weights, ready for use."""
+
+import logging
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..engine.checkpoint import SafeCheckpointer
+from ..engine.model_file import is_model_file
+from ..engine.reading import require_finite
+from ..engine.setup import build_detector
+from ..errors import UserError
+
+__all__ = ["build_with_weights"]
+
+logger = logging.getLogger(__name__)
+
+
+class _Checkpointer(SafeCheckpointer):
+    """Loads weights that must fit, and says in one line which do not."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        super().__init__(model, strict_classes=True)
+        self.path = path
+
+    def _log_incompatible_keys(self, incompatible) -> None:
+        missing = incompatible.missing_keys
+        if is_model_file(self.path) and (missing or incompatible.incorrect_shapes):
+            name = [*missing, *(entry[0] for entry in incompatible.incorrect_shapes)][0]
+            raise UserError(
+                f"the weights in {self.path} are those of another model than the configuration's "
+                f"({name} does not fit)"
+            )
+        super()._log_incompatible_keys(incompatible._replace(missing_keys=[], unexpected_keys=[]))
+        if missing:
+            logger.warning(
+                f"{len(missing)} of the detector's tensors are not in the weights (such as "
+                f"{missing[0]}) and stay random: expect no sensible boxes"
+            )
+
+
+def build_with_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
+    """Builds `MODEL` and loads `MODEL.WEIGHTS` (a path, a shipped model's name, `detectron2://`
+    or `https://`); without a GPU on the CPU, which is said.
+
+    Returns:
+        The model in evaluation mode, and what the file holds beside the weights.
+
+    Raises:
+        UserError: the model cannot be built, or the weights are missing, broken, not finite, or
+            of another number of classes.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("no GPU here: running on the CPU")
+        cfg.MODEL.DEVICE = "cpu"
+    model = build_detector(cfg)
+    if not cfg.MODEL.WEIGHTS:
+        logger.warning("MODEL.WEIGHTS is empty: the detector knows nothing yet")
+    rest = _Checkpointer(model, cfg.MODEL.WEIGHTS).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    require_finite(model, cfg.MODEL.WEIGHTS)
+    return model.eval(), rest

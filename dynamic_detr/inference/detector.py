@@ -1,0 +1,365 @@
+"""A trained detector: `load` one, call it on pictures.
+
+detector = dynamic_detr.load("output/model_best.safetensors")
+detector("photo.jpg").show()
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data.catalog import Metadata
+from detectron2.structures import Instances
+from torch import nn
+from tqdm import tqdm
+
+from ..config import CLASS_COUNTS, class_count
+from ..data.augmentation import ResizeShortestEdge
+from ..engine.model_file import ModelInfo, is_model_file, read_header, require_model
+from ..engine.setup import read_config
+from ..engine.threshold import DEFAULT_THRESHOLD
+from ..errors import UserError, did_you_mean
+from ..visualization.stages import follow_queries
+from .building import build_with_weights
+from .detections import Detections
+from .pictures import Picture, WrongPicture, collect
+
+__all__ = ["Detector", "load", "require_stages"]
+
+logger = logging.getLogger(__name__)
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+) -> Detector:
+    """Loads a detector from one file.
+
+    Args:
+        source: a model file of a training run (``model_best.safetensors``), or the name of a
+            detector that comes with the project, such as "quickstart", found from any folder. For
+            other weights see `Detector.from_config`.
+        device: where it runs; by default a GPU if there is one.
+        threshold: lowest score that counts as a detection; by default the file's, which had the
+            best F1 when the detector was evaluated.
+
+    Raises:
+        UserError: there is no such file, it is damaged or of another tool, or there is no such
+            device.
+    """
+    source = os.fspath(source)
+    if not is_model_file(source):
+        require_model(source)
+        raise UserError(
+            f"{source} is no model file (*.safetensors); load other weights with their "
+            "configuration: Detector.from_config(cfg)"
+        )
+    cfg = read_config(source, [])
+    cfg.MODEL.DEVICE = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"device is {cfg.MODEL.DEVICE!r}, and there is no GPU here")
+    return Detector.from_config(cfg, threshold=threshold)
+
+
+def require_stages(architecture: str) -> None:
+    """See that a meta-architecture refines its boxes stage by stage.
+
+    Args:
+        architecture: its name, as in `MODEL.META_ARCHITECTURE`.
+
+    Raises:
+        UserError: it does not.
+    """
+    if CLASS_COUNTS.get(architecture) != "SET_DETECTOR":
+        raise UserError(
+            "stages are those of a SetDetector's decoder, and this is "
+            f"{architecture}; leave them out"
+        )
+
+
+class Detector:
+    """Detects objects in pictures, with any detector of Detectron2 that finds instances.
+
+    Args:
+        model: the detector, which is put into evaluation mode.
+        class_names: of its classes, in their order.
+        category_ids: of its classes in annotations; 1, 2, ... when None.
+        threshold: lowest score that counts as a detection.
+        min_size, max_size: the shorter side is scaled to min_size pixels (0: as it is), the longer
+            is at most max_size.
+        image_format: "RGB" or "BGR", what the model wants.
+        cfg: of the model; needed by `evaluate`.
+        info: what the model's file says of it, where it is a model file.
+
+    Raises:
+        UserError: threshold or image_format is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        class_names: Sequence[str] = (),
+        category_ids: Sequence[int] | None = None,
+        *,
+        threshold: float = DEFAULT_THRESHOLD,
+        min_size: int = 800,
+        max_size: int = 1333,
+        image_format: str = "BGR",
+        cfg: CfgNode | None = None,
+        info: ModelInfo | None = None,
+    ) -> None:
+        if image_format not in ("RGB", "BGR"):
+            raise UserError(f"INPUT.FORMAT is {image_format!r}; a detector takes RGB or BGR")
+        if not 0 <= threshold <= 1:
+            raise UserError(f"threshold is {threshold}; it must be between 0 and 1")
+        self.model = model.eval()
+        self.class_names = list(class_names)
+        self.category_ids = list(category_ids or range(1, len(self.class_names) + 1))
+        self.threshold = threshold
+        self.resize = ResizeShortestEdge([min_size, min_size], max_size)
+        self.image_format = image_format
+        self.cfg, self.info = cfg, info
+        self.metadata = Metadata(thing_classes=self.class_names)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, *, threshold: float | None = None) -> Detector:
+        """Builds `MODEL` and loads `MODEL.WEIGHTS`, as `build_with_weights` does.
+
+        Class names are those that the weights hold, else those of `DATASETS.TEST` if they are as
+        many as the detector's classes, else numbers.
+
+        Args:
+            cfg: of the detector.
+            threshold: lowest score that counts; by default the model file's, or 0.5.
+
+        Raises:
+            UserError: see `build_with_weights`.
+        """
+        info = read_header(cfg.MODEL.WEIGHTS) if is_model_file(cfg.MODEL.WEIGHTS) else None
+        model, rest = build_with_weights(cfg)
+        names, ids = _classes(cfg, rest.get("class_names"))
+        known = info.threshold if info else None
+        if threshold is None:
+            threshold = DEFAULT_THRESHOLD if known is None else known
+        return cls(
+            model,
+            names,
+            (info.category_ids if info else None) or ids,
+            threshold=threshold,
+            min_size=cfg.INPUT.MIN_SIZE_TEST,
+            max_size=cfg.INPUT.MAX_SIZE_TEST,
+            image_format=cfg.INPUT.FORMAT,
+            cfg=cfg,
+            info=info,
+        )
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        return f"<{name} of {len(self.class_names)} classes, scores from {self.threshold:.3g}>"
+
+    def __call__(
+        self,
+        source: Any,
+        *,
+        threshold: float | None = None,
+        channel_order: str = "RGB",
+        batch_size: int = 1,
+    ) -> Detections | list[Detections] | Iterator[Detections]:
+        """Detects.
+
+        Args:
+            source: a picture or several; see `collect`.
+            threshold: lowest score that counts here; the detector's when None.
+            channel_order: of arrays and tensors, "RGB" or "BGR".
+            batch_size: pictures that the network sees at a time.
+
+        Returns:
+            The detections of a single picture; a list of them for a folder, a pattern, a list or a
+            batch; for a video an iterator over its frames, as `stream` gives it.
+
+        Raises:
+            UserError: the source is no picture, or cannot be read.
+        """
+        pictures = collect(source, channel_order)
+        stream = self._stream(pictures, threshold, batch_size, progress=False, on_error=None)
+        if pictures.is_stream:
+            return stream
+        if pictures.is_one:
+            return next(stream)
+        return [found.without_image() if found.path else found for found in stream]
+
+    def stream(
+        self,
+        source: Any,
+        *,
+        threshold: float | None = None,
+        channel_order: str = "RGB",
+        batch_size: int = 1,
+        progress: bool | None = None,
+        on_error: Callable[[Picture, UserError], None] | None = None,
+    ) -> Iterator[Detections]:
+        """Detects in any number of pictures, one after the other, keeping none of them.
+
+        Args:
+            source, threshold, channel_order, batch_size: as for a call.
+            progress: show progress and the time left; by default where there is a terminal.
+            on_error: called with a picture that cannot be read, which is then passed over; without
+                it the error is raised.
+
+        Yields:
+            The detections of each picture, in order.
+        """
+        pictures = collect(source, channel_order)
+        return self._stream(pictures, threshold, batch_size, progress, on_error)
+
+    def _stream(self, pictures, threshold, batch_size, progress, on_error) -> Iterator[Detections]:
+        if batch_size < 1:
+            raise WrongPicture(f"batch_size is {batch_size}; it must be 1 or more")
+        threshold = self.threshold if threshold is None else threshold
+        items = _read(pictures.items, on_error)
+        hidden = None if progress is None else not progress
+        with tqdm(total=pictures.total, unit="image", disable=hidden) as bar:
+            while batch := list(islice(items, batch_size)):
+                found = self.detect([image for _, image in batch])
+                for (picture, image), instances in zip(batch, found, strict=True):
+                    yield Detections(self, picture, instances, threshold, image)
+                    bar.update()
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
+        """Detects in a batch.
+
+        Args:
+            images: (H, W, 3) uint8 each, RGB.
+
+        Returns:
+            For each what the detector found, best first, on the CPU, in pixels of the image.
+
+        Raises:
+            UserError: the detector finds no instances (semantic segmentation, proposals).
+        """
+        outputs = self.model([self._input(image) for image in images])
+        for output in outputs:
+            if "instances" not in output:
+                raise UserError(
+                    f"this detector returns {', '.join(output) or 'nothing'} and no instances; "
+                    "take the configuration of a detector of boxes"
+                )
+        return [output["instances"].to("cpu") for output in outputs]
+
+    def follow(self, image: np.ndarray, threshold: float) -> list[Instances]:
+        """What every decoder stage says of the queries that the last one is sure of.
+
+        Args:
+            image: (H, W, 3) uint8, RGB.
+            threshold: lowest score at the last stage.
+
+        Returns:
+            For each stage the instances of `follow_queries`, in pixels of the image.
+
+        Raises:
+            UserError: the detector has no stages.
+        """
+        require_stages(type(self.model).__name__)
+        _, predictions = self.model.predict([self._input(image)])
+        return follow_queries(predictions, image.shape[:2], self.model.class_head, threshold)
+
+    def class_indices(self, names: Sequence[str]) -> set[int]:
+        """Indices of classes.
+
+        Raises:
+            UserError: there is no class of one of these names.
+        """
+        for name in names:
+            if name not in self.class_names:
+                hint = did_you_mean(name, self.class_names)
+                known = ", ".join(self.class_names[:10])
+                more = ", ..." if len(self.class_names) > 10 else ""
+                raise UserError(
+                    f"the detector knows no class {name!r}{hint}; it knows {known}{more}"
+                )
+        return {index for index, name in enumerate(self.class_names) if name in names}
+
+    def evaluate(
+        self, json_file: str | os.PathLike[str], images: str | os.PathLike[str]
+    ) -> dict[str, float]:
+        """COCO's numbers for annotated pictures, as `train_net.py --eval-only` gives them.
+
+        Categories are paired with the detector's classes by name.
+
+        Args:
+            json_file: annotations in COCO's format.
+            images: folder of the pictures.
+
+        Returns:
+            AP, AP50, ... in percent, of each class too; the threshold with the best F1, and that
+            F1 in percent.
+
+        Raises:
+            UserError: the annotations cannot be used, or have a class that the detector has not.
+        """
+        from ..data.coco_json import apply_json_datasets
+        from ..engine.trainer import Trainer
+
+        if self.cfg is None:
+            raise UserError("cfg is None; a detector needs its configuration to be evaluated")
+        cfg = copy.deepcopy(self.cfg)
+        cfg.defrost()
+        args = Namespace(train_json=None, train_images=None, eval_only=True)
+        args.val_json, args.val_images = os.fspath(json_file), os.fspath(images)
+        with tempfile.TemporaryDirectory() as folder:
+            cfg.OUTPUT_DIR = folder
+            apply_json_datasets(cfg, args, self.class_names)
+            return Trainer.test(cfg, self.model)["bbox"]
+
+    def _input(self, image: np.ndarray) -> dict:
+        if self.image_format == "BGR":
+            image = image[:, :, ::-1]
+        height, width = image.shape[:2]
+        transform = self.resize.get_transform(image)
+        pixels = np.ascontiguousarray(transform.apply_image(image).transpose(2, 0, 1))
+        tensor = torch.as_tensor(pixels.astype(np.float32))
+        return {"image": tensor, "height": height, "width": width}
+
+
+def _read(pictures, on_error) -> Iterator[tuple[Picture, np.ndarray]]:
+    for picture in pictures:
+        try:
+            image = picture.read()
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(picture, error)
+        else:
+            yield picture, image
+
+
+def _classes(cfg: CfgNode, saved: list[str] | None) -> tuple[list[str], list[int] | None]:
+    """Names of the classes, and their ids in the annotations where those are known."""
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
+    known = metadata.get("thing_classes")
+    names, count = saved or known, class_count(cfg)
+    if names is not None and count is not None and len(names) != count:
+        logger.warning(
+            f"the detector has {count} classes and {len(names)} names are known "
+            "(DATASETS.TEST): classes are shown by number"
+        )
+        names = None
+    if names is None:
+        return [f"class {k}" for k in range(count or 0)], None
+    indices = metadata.get("thing_dataset_id_to_contiguous_id") if names == known else None
+    ids = sorted(indices, key=indices.get) if indices else None
+    return list(names), ids if ids and len(ids) == len(names) else None

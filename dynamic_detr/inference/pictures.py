@@ -1,0 +1,177 @@
+"""Whatever people have pictures in, as 8-bit RGB: files, folders, patterns, videos, Pillow's
+images, arrays, tensors, and lists of all these."""
+
+import glob
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import UserError
+from ..visualization.files import find_images
+from ..visualization.images import read_image, to_rgb
+from ..visualization.video import VideoReader, is_video
+
+__all__ = ["Picture", "Pictures", "WrongPicture", "collect", "file_picture", "to_picture"]
+
+logger = logging.getLogger(__name__)
+
+
+class WrongPicture(UserError, ValueError):
+    """An array or a tensor that is no picture."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture, perhaps still to be read.
+
+    Args:
+        name: for messages.
+        path: its file; None where it has none of its own.
+        read: gives the pixels, (H, W, 3) uint8, RGB.
+    """
+
+    name: str
+    path: Path | None
+    read: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a source holds.
+
+    Args:
+        items: the pictures, read only once they are asked for.
+        total: how many there are; None where that is not known.
+        is_one: whether the source is a single picture, rather than a list of one.
+        is_stream: whether there may be too many to keep, as the frames of a video.
+    """
+
+    items: Iterable[Picture]
+    total: int | None
+    is_one: bool = False
+    is_stream: bool = False
+
+
+def collect(source: Any, channel_order: str = "RGB") -> Pictures:
+    """The pictures of a source.
+
+    Args:
+        source: a path of a picture, a folder or a video; a pattern such as ``"in/*.jpg"``; an
+            image of Pillow; an array (H, W), (H, W, C) or (B, H, W, C); a tensor (H, W),
+            (C, H, W) or (B, C, H, W); a list of these, or any iterable. C is 1 (grey), 3, or 4
+            (with alpha, which lies on white); values are uint8, or floats from 0 to 1.
+        channel_order: of arrays and tensors, "RGB" or "BGR".
+
+    Raises:
+        UserError: it is none of these, or a path leads nowhere.
+    """
+    if channel_order not in ("RGB", "BGR"):
+        raise WrongPicture(f"channel_order is {channel_order!r}; it must be 'RGB' or 'BGR'")
+    if isinstance(source, str | os.PathLike):
+        return _named(os.fspath(source))
+    if isinstance(source, Picture):
+        return Pictures([source], 1, is_one=True)
+    if isinstance(source, np.ndarray | torch.Tensor) and source.ndim == 4:
+        source = list(source)
+    if isinstance(source, list | tuple):
+        parts = [collect(part, channel_order) for part in source]
+        counts = [part.total for part in parts]
+        return Pictures(
+            (picture for part in parts for picture in part.items),
+            None if None in counts else sum(counts),
+            is_stream=any(part.is_stream for part in parts),
+        )
+    if isinstance(source, np.ndarray | torch.Tensor | Image.Image):
+        return Pictures([_held(source, channel_order, "the picture")], 1, is_one=True)
+    if isinstance(source, Iterable):
+        return Pictures(_each(source, channel_order), None, is_stream=True)
+    raise WrongPicture(
+        f"source is a {type(source).__name__}; it must be a path, an image of Pillow, an array, a "
+        "tensor, or a list of these"
+    )
+
+
+def _named(name: str) -> Pictures:
+    path = Path(os.path.expanduser(name))
+    if is_video(name) and os.path.isfile(path):
+        reader = VideoReader.open_file(str(path))
+        return Pictures(_frames(reader, path), reader.expected or None, is_stream=True)
+    files = find_images([name])
+    is_one = not os.path.isdir(path) and (os.path.exists(path) or not glob.has_magic(name))
+    return Pictures(map(file_picture, files), len(files), is_one=is_one)
+
+
+def file_picture(path: Path) -> Picture:
+    """The picture of a file, which is not looked at yet."""
+    return Picture(str(path), path, lambda: read_image(path))
+
+
+def _frames(reader: VideoReader, path: Path) -> Iterator[Picture]:
+    for number, frame in enumerate(reader, start=1):
+        yield Picture(f"{path}, frame {number}", None, lambda frame=frame: frame)
+    if reader.is_cut_short:
+        logger.warning(f"{path} is broken: {reader.read} of {reader.expected} frames could be read")
+
+
+def _each(source: Iterable, channel_order: str) -> Iterator[Picture]:
+    for part in source:
+        yield from collect(part, channel_order).items
+
+
+def _held(source: Any, channel_order: str, name: str) -> Picture:
+    return Picture(name, None, lambda: to_picture(source, channel_order))
+
+
+def to_picture(source: Any, channel_order: str = "RGB") -> np.ndarray:
+    """Pixels of an image of Pillow, an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W).
+
+    Returns:
+        (H, W, 3) uint8, RGB.
+
+    Raises:
+        WrongPicture: shape, type or values are not those of a picture.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    kind = "array"
+    pixels = source
+    if isinstance(source, torch.Tensor):
+        kind, pixels = "tensor", source.detach().cpu()
+        pixels = (pixels.float() if pixels.is_floating_point() else pixels).numpy()
+        if pixels.ndim == 3:
+            pixels = pixels.transpose(1, 2, 0)
+    channels = pixels.shape[2] if pixels.ndim == 3 else 1
+    if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
+        wanted = "(H, W), (H, W, C)" if kind == "array" else "(H, W), (C, H, W)"
+        raise WrongPicture(
+            f"the {kind} has shape {tuple(source.shape)}; a picture has {wanted} with C 1, 3 or 4"
+        )
+    pixels = _to_eight_bits(pixels, kind)
+    if channels == 1:
+        return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
+    if channel_order == "BGR":
+        pixels = pixels[:, :, [2, 1, 0, *range(3, channels)]]
+    pixels = np.ascontiguousarray(pixels)
+    return to_rgb(Image.fromarray(pixels)) if channels == 4 else pixels
+
+
+def _to_eight_bits(pixels: np.ndarray, kind: str) -> np.ndarray:
+    if pixels.dtype == np.uint8:
+        return pixels
+    if pixels.dtype.kind != "f":
+        raise WrongPicture(
+            f"the {kind} has values of type {pixels.dtype}; they must be uint8, or floats in 0 to 1"
+        )
+    low, high = float(pixels.min()), float(pixels.max())
+    if not (low >= 0 and high <= 1):  # also where they are NaN
+        raise WrongPicture(
+            f"the {kind} has floats from {low:g} to {high:g}; they must be in 0 to 1, or uint8"
+        )
+    return (pixels * 255 + 0.5).astype(np.uint8)
