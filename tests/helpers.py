@@ -1,6 +1,7 @@
 """Small models and random pyramids, for every test of the detector and its parts."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -12,6 +13,7 @@ from dynamic_detr import Pyramid, add_dynamic_detr_config
 from dynamic_detr.config import KEYS
 from dynamic_detr.decoders import DynamicDecoder
 from dynamic_detr.encoders import DynamicEncoder
+from dynamic_detr.engine.setup import read_config
 from dynamic_detr.losses import HungarianMatcher, SetCosts, SetCriterion
 
 STRIDES = (4, 8, 16, 32, 64)
@@ -95,6 +97,14 @@ def small_model(**options: object) -> nn.Module:
     cfg = small_config(**options)
     cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.SET_DETECTOR.HIDDEN_DIM
     return build_model(cfg)
+
+
+def model_without_memory(config_file: str | Path) -> nn.Module:
+    """The model of a configuration, with the shapes of its weights alone."""
+    cfg = read_config(str(config_file), [])
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        return build_model(cfg)
 
 
 def training_input(

@@ -5,6 +5,7 @@ step at 67 % and 89 %, pixel conventions are those of the weights.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -188,3 +189,8 @@ def test_recipe_is_complete() -> None:
         "X_101_32x8d_3x",
         "X_101_64x4d_DCN_3x",
     }
+
+
+def test_the_list_of_configurations_is_complete() -> None:
+    links = re.findall(r"\]\(([^)]+\.yaml)\)", (CONFIGS / "README.md").read_text())
+    assert set(links) == set(NAMES)

@@ -22,9 +22,6 @@ from dynamic_detr.losses import SetCriterion
 
 CHANNELS, CLASSES, QUERIES = 16, 3, 6
 SMALL = {  # values of the keys of these names, in whatever node they are
-    "NUM_BLOCKS": 2,
-    "NUM_LAYERS": 2,
-    "NUM_STAGES": 2,
     "BLOCKS": ["intra", "multi"],
     "NUM_GROUPS": 4,
     "NUM_HEADS": 2,
@@ -37,6 +34,7 @@ SMALL = {  # values of the keys of these names, in whatever node they are
     "CANONICAL_SIZE": 60,
     "INITIAL_BOXES": "grid",
 }
+DEPTHS = ("NUM_BLOCKS", "NUM_LAYERS", "NUM_STAGES")
 ATTENTIONS = ("SCALE", "SPATIAL", "CHANNEL")
 STRIDES = (8, 16, 32)
 FEATURES = {8: "p3", 16: "p4", 32: "p5"}
@@ -97,27 +95,27 @@ ROWS = [*ENCODERS, *DECODERS]
 all_rows = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
-def config(row: Row, strides: tuple[int, ...]) -> CfgNode:
+def config(row: Row, strides: tuple[int, ...], depth: int) -> CfgNode:
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
     detector = cfg.MODEL.SET_DETECTOR
     detector.HIDDEN_DIM, detector.NUM_CLASSES = CHANNELS, CLASSES
     detector.CLASS_HEAD = row.class_head
     detector.IN_FEATURES = [FEATURES[stride] for stride in strides]
-    for node in (row.node, "DYNAMIC_DECODER"):
-        for key in cfg.MODEL.get(node, ()):
-            cfg.MODEL[node][key] = SMALL.get(key, cfg.MODEL[node][key])
+    small = {**SMALL, **dict.fromkeys(DEPTHS, depth)}
+    for key in cfg.MODEL.get(row.node, ()):
+        cfg.MODEL[row.node][key] = small.get(key, cfg.MODEL[row.node][key])
     for key, value in row.options.items():
         assert key in cfg.MODEL[row.node], key
         cfg.MODEL[row.node][key] = value
     return cfg
 
 
-def build(row: Row, strides: tuple[int, ...] = STRIDES) -> nn.Module:
+def build(row: Row, strides: tuple[int, ...] = STRIDES, depth: int = 2) -> nn.Module:
     """The encoder or decoder with every parameter away from where it starts."""
     registry = ENCODER_REGISTRY if row in ENCODERS else DECODER_REGISTRY
     torch.manual_seed(0)
-    return shake(registry.get(row.name)(config(row, strides)), 0.2)
+    return shake(registry.get(row.name)(config(row, strides, depth)), 0.2)
 
 
 def batch(
@@ -261,7 +259,7 @@ def nothing_compiled():
 )
 def test_is_one_graph_for_all_true_sizes(row, nothing_compiled):
     """Forward and backward, traced by torch.compile."""
-    part = build(row, strides := STRIDES[1:])
+    part = build(row, strides := STRIDES[1:], depth=1)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(part, fullgraph=True, backend=counter)
     for sizes in ([(64, 96), (40, 62)], [(18, 96), (64, 34)]):
@@ -280,11 +278,10 @@ class Trained(nn.Module):
 
     def __init__(self, row: Row) -> None:
         super().__init__()
-        cfg = config(row, STRIDES)
         encoder = row in ENCODERS
         self.encoder = build(row if encoder else Row("IdentityEncoder"))
         self.decoder = build(row if not encoder else Row("DynamicDecoder"))
-        self.criterion = SetCriterion.from_config(cfg)
+        self.criterion = SetCriterion.from_config(config(row, STRIDES, depth=2))
 
     def forward(self, pyramid: Pyramid, targets: list) -> Tensor:
         return sum(self.criterion(self.decoder(self.encoder(pyramid)), targets).values())

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.modeling import build_model
-from helpers import batch_pyramid, defaults, random_levels, shake
+from helpers import batch_pyramid, defaults, model_without_memory, random_levels, shake
 from reference import smca as reference
 from torch import Tensor, nn
 from torchvision.models import resnet50
@@ -164,25 +163,6 @@ def test_gradients_are_those_of_the_loops(make, options):
         np.testing.assert_allclose((grad * direction).sum(), wanted, 1e-4, 1e-5)
 
 
-def test_a_batch_is_its_images():
-    """Whatever fills the padding, and however much of it there is."""
-    sizes = [(70, 100), (128, 30), (1, 200)]
-    images = [random_levels(size, CHANNELS, STRIDES) for size in sizes]
-    for options in ({}, {"scale_selection": False}):
-        encoder = shake(make_encoder(shared="nothing").double())
-        model = nn.Sequential(encoder, shake(make_decoder(**options).double())).eval()
-        with torch.no_grad():
-            together = outputs(
-                model(batch_pyramid(images, sizes, (128, 256), STRIDES, float("inf")))
-            )
-            for index, size in enumerate(sizes):
-                pyramid = batch_pyramid([images[index]], [size], size, STRIDES)
-                alone = outputs(model(pyramid))
-                torch.testing.assert_close(
-                    [t[[index]] for t in together], alone, rtol=1e-6, atol=1e-6
-                )
-
-
 @pytest.mark.parametrize("num_levels", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_parameter_learns(num_levels, dtype):
@@ -240,24 +220,6 @@ def test_centres_far_away_leave_finite_softmaxes():
         assert all(output.isfinite().all() for output in outputs(layer(pyramid.masked())))
 
 
-def test_compiled_is_the_same():
-    """As one graph, with its gradients."""
-    torch.compiler.reset()
-    encoder = make_encoder(2, blocks=["intra"], shared="ffn")
-    model = shake(nn.Sequential(encoder, make_decoder(2, num_layers=1)), 0.1).eval()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    _, pyramid = make_pyramid(2, (90, 128), torch.float32)
-    results = []
-    for run in (compiled, model):
-        model.zero_grad()
-        fresh = Pyramid(pyramid.features, pyramid.strides, pyramid.image_sizes)
-        found = outputs(run(fresh))
-        sum(output.square().sum() for output in found).backward()
-        results.append((found, [parameter.grad for parameter in model.parameters()]))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
-    torch.compiler.reset()
-
-
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
@@ -282,13 +244,6 @@ def test_another_number_of_levels_is_refused(make):
         make(3).double()(make_pyramid(2)[1])
 
 
-def meta_model(config: str) -> nn.Module:
-    """Without memory for its parameters."""
-    cfg = read_config(str(CONFIGS / f"{config}.yaml"), ["MODEL.DEVICE", "meta"])
-    with torch.device("meta"):
-        return build_model(cfg)
-
-
 @pytest.mark.parametrize(
     ("config", "millions"),
     [  # of the paper's Tables 3 and 4
@@ -305,7 +260,10 @@ def meta_model(config: str) -> nn.Module:
     ],
 )
 def test_parameters_are_as_many_as_published(config, millions):
-    found = sum(parameter.numel() for parameter in meta_model(config).parameters())
+    found = sum(
+        parameter.numel()
+        for parameter in model_without_memory(CONFIGS / f"{config}.yaml").parameters()
+    )
     assert found / 1e6 == pytest.approx(millions, rel=0.02)
 
 
@@ -361,7 +319,10 @@ def published() -> dict[str, Tensor]:
 
 
 def test_published_names_are_the_models():
-    weights, model = published(), meta_model("smca_single_scale_R_50").state_dict()
+    weights, model = (
+        published(),
+        model_without_memory(CONFIGS / "smca_single_scale_R_50.yaml").state_dict(),
+    )
     fitted = convert_weights.fit(conversion.convert(weights), model, num_classes=80)
     assert len(fitted) == len(weights) == len(model)
     del weights["transformer.decoder.layers.3.norm4.bias"]

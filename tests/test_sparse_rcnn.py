@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
-from helpers import batch_pyramid, dynamic_decoder, random_levels
+from helpers import batch_pyramid, dynamic_decoder, model_without_memory, random_levels
 from published import sparse_rcnn, sparse_rcnn_stage, weights_of
 from reference.sparse_rcnn import head
 
-from dynamic_detr.engine.setup import read_config
 from dynamic_detr.structures import box_cxcywh_to_xyxy
 
 PROJECT = Path(__file__).parents[1]
@@ -73,9 +71,7 @@ def test_the_decoder_is_its_head_forward_and_backward():
     [("sparse_rcnn_R_50", 100, 50), ("sparse_rcnn_R_101_300", 300, 101)],
 )
 def test_published_names_and_shapes_are_the_models(config, queries, depth):
-    cfg = read_config(str(CONFIGS / f"{config}.yaml"), ["MODEL.DEVICE", "meta"])
-    with torch.device("meta"):
-        model = build_model(cfg)
+    model = model_without_memory(CONFIGS / f"{config}.yaml")
     published = weights_of(sparse_rcnn(queries, depth=depth))
     fitted = convert_weights.fit(convert(published), model.state_dict(), num_classes=80)
     assert len(fitted) == len(published)

@@ -21,8 +21,10 @@ sys.path.insert(0, str(PROJECT / "tools"))
 
 import benchmark  # noqa: E402
 import export_weights  # noqa: E402
+import fill_config_table  # noqa: E402
 import plot_metrics  # noqa: E402
 import quickstart  # noqa: E402
+from benchmarks.costs import config_costs, count_gmac, count_parameters  # noqa: E402
 from benchmarks.usual import usual_operators  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
@@ -178,6 +180,37 @@ def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
     convolved = sum(pixels) + 2 * sum(pixels[1:])  # same; finer and coarser neighbours
     wanted = 9 * channels * (channels * convolved + 27 * sum(pixels)) * len(encoder.blocks)
     assert counter.get_total_flops() / 2 == pytest.approx(wanted, rel=0.01)
+
+
+def test_table_of_configurations_is_filled_with_what_runs_count(capsys):
+    """Traced without arithmetic, as counted of a detector that runs."""
+    row = "| shapes | [pretrain](pretrain.yaml) | 71.8 |"
+    heading = f"| row | config | AP {fill_config_table.COSTS}\n| --- | --- | --- | --- | --- |\n"
+    other = "| [pretrain](pretrain.yaml) | what it is | |\n"
+    text = f"{heading}{row} 1 |  |\n\n{other}"
+    model = build_model(read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])).eval()
+    inputs = [{"image": torch.rand(3, 128, 160) * 255}]
+    gmac = count_gmac(model, lambda: model(inputs))
+    filled = fill_config_table.fill(text, PRETRAIN.parent, (128, 160))
+    wanted = f"| {count_parameters(model):.1f} | {gmac['all']:.0f} |"
+    assert filled == f"{heading}{row}{wanted.replace('| ', ' ', 1)}\n\n{other}"
+
+
+def test_costs_of_faster_rcnn_are_those_of_its_layers():
+    parameters, gmac = config_costs("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", (800, 1216))
+    pixels = sum((800 // stride) * (1216 // stride) for stride in (4, 8, 16, 32))
+    rpn = (pixels + 13 * 19) * (9 * 256 * 256 + 256 * (3 + 12))
+    head = 1000 * (49 * 256 * 1024 + 1024 * 1024 + 1024 * (81 + 320))
+    assert gmac["all"] - gmac["backbone"] == pytest.approx((rpn + head) / 1e9)
+    assert (parameters, gmac["backbone"]) == pytest.approx((41.7, 130), rel=0.01)
+
+
+def test_costs_of_retinanet_are_those_of_its_layers():
+    parameters, gmac = config_costs("COCO-Detection/retinanet_R_50_FPN_1x.yaml", (800, 1216))
+    pixels = sum(-(-800 // stride) * -(-1216 // stride) for stride in (8, 16, 32, 64, 128))
+    head = pixels * 9 * 256 * (8 * 256 + 9 * (80 + 4))
+    assert gmac["all"] - gmac["backbone"] == pytest.approx(head / 1e9)
+    assert parameters == pytest.approx(37.9, rel=0.01)
 
 
 def test_benchmark_composition_is_the_same_model():

@@ -6,6 +6,7 @@ python tools/benchmark.py                            # on the GPU if there is on
 python tools/benchmark.py --dtype bfloat16 --size 800x1344
 python tools/benchmark.py models --no-naive          # or operators, or profile
 python tools/benchmark.py models --config-file A.yaml --config-file B.yaml
+python tools/benchmark.py transformers               # DETR, Deformable DETR and Hugging Face's
 
 Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
 in turns; what to quote are the ratios. A call longer than the budget is measured once, unwarmed.
@@ -20,6 +21,7 @@ from pathlib import Path
 import detectron2
 import torch
 import torchvision
+from benchmarks.hugging_face import measure_hugging_face
 from benchmarks.models import measure_models, profile_model
 from benchmarks.operators import measure_operators
 from tabulate import tabulate
@@ -33,7 +35,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 OURS = PROJECT / "configs" / "COCO-Detection" / "dynamic_detr_R_50_1x.yaml"
 PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 
-MEASURED = ("operators", "models", "profile")
+MEASURED = ("operators", "models", "profile", "transformers")
 VERSIONS = ("torch", "torchvision", "detectron2", "Python")
 SMALLEST = 64  # pixels, a pixel of the coarsest level
 
@@ -121,6 +123,20 @@ def model_table(rows: list[dict], args: argparse.Namespace) -> str:
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
 
+def transformers_table(rows: list[dict]) -> str:
+    table = [
+        [
+            f"{row['system']}, {row['part']}",
+            f"{row['ours_s']:.3f}",
+            f"{row['theirs_s']:.3f}",
+            ratio(row["ours_s"] / row["theirs_s"]),
+        ]
+        for row in rows
+    ]
+    headers = ["one image", "ours, s", "Hugging Face's, s", "ours / theirs"]
+    return tabulate(table, headers, "pipe", disable_numparse=True)
+
+
 def profile_table(name: str, rows: list[dict]) -> str:
     table = [[row["operation"], f"{100 * row['share']:.1f} %", row["calls"]] for row in rows]
     return tabulate(table, [name, "share", "calls"], "pipe", disable_numparse=True)
@@ -178,6 +194,9 @@ def main(argv: list[str] | None = None) -> None:
             result["profile"] = profile_model(args, device)
             for name, rows in result["profile"].items():
                 print(f"\n{profile_table(name, rows)}", flush=True)
+        if args.what == "transformers":  # not part of "all": it wants another package
+            result["transformers"] = measure_hugging_face(args, device)
+            print(f"\n{transformers_table(result['transformers'])}", flush=True)
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,0 +1,117 @@
+"""DETR and Deformable DETR beside Hugging Face's classes: one image through the whole network, and
+through its transformer alone."""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from detectron2.modeling import build_model
+from torch import Tensor, nn
+
+from dynamic_detr.engine.setup import find_config, read_config
+from dynamic_detr.errors import UserError
+
+from .timing import time_in_turns
+
+__all__ = ["measure_hugging_face"]
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+def measure_hugging_face(args: argparse.Namespace, device: str) -> list[dict]:
+    """A row for each system and part of it; both sides have random weights and float32.
+
+    Raises:
+        UserError: the package transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("the package transformers is missing: pip install transformers") from error
+    stages = {"DETR": ["stage4"], "Deformable DETR": ["stage2", "stage3", "stage4"]}
+    theirs = {
+        "DETR": lambda resnet: transformers.DetrForObjectDetection(
+            transformers.DetrConfig(backbone_config=resnet)
+        ),
+        "Deformable DETR": lambda resnet: transformers.DeformableDetrForObjectDetection(
+            transformers.DeformableDetrConfig(backbone_config=resnet)
+        ),
+    }
+    configs = {
+        "DETR": "DETR/detr_R_50.yaml",
+        "Deformable DETR": "Deformable-DETR/deformable_detr_R_50.yaml",
+    }
+    image = torch.randn(1, 3, *args.size, device=device)
+    rows = []
+    for name, config in configs.items():
+        ours = _ours(config, device)
+        peer = theirs[name](transformers.ResNetConfig(out_features=stages[name]))
+        rows += _rows(name, ours, peer.eval().to(device), image, args, device)
+    return rows
+
+
+def _ours(config: str, device: str) -> nn.Module:
+    cfg = read_config(find_config(str(CONFIGS / config)), [])
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
+    return build_model(cfg).eval()
+
+
+def _rows(
+    name: str, ours: nn.Module, theirs: nn.Module, image: Tensor, args: argparse.Namespace, device
+) -> list[dict]:
+    sizes = torch.tensor([args.size], device=device)
+    parts = {
+        "ours": _Stopwatch((ours.encoder, ours.decoder), device),
+        "theirs": _Stopwatch((theirs.model.encoder, theirs.model.decoder), device),
+    }
+    images = image.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        timings = time_in_turns(
+            {
+                "ours": parts["ours"].around(lambda: ours._network(images, sizes)),
+                "theirs": parts["theirs"].around(lambda: theirs(pixel_values=image)),
+            },
+            device,
+            args.repeats,
+            args.budget,
+            name,
+        )
+    whole = {side: timing.median for side, timing in timings.items()}
+    transformer = {side: stopwatch.median() for side, stopwatch in parts.items()}
+    return [
+        {"system": name, "part": part, "ours_s": seconds["ours"], "theirs_s": seconds["theirs"]}
+        for part, seconds in (("whole", whole), ("transformer", transformer))
+    ]
+
+
+class _Stopwatch:
+    """Adds up the time that modules take in one call.
+
+    Args:
+        modules: that run one after the other.
+        device: "cuda" or "cpu"; on "cuda" each module is waited for.
+    """
+
+    def __init__(self, modules: tuple[nn.Module, ...], device: str) -> None:
+        self.device, self.totals = device, []
+        for module in modules:
+            module.register_forward_pre_hook(lambda *_: self._tick(-1))
+            module.register_forward_hook(lambda *_: self._tick(1))
+
+    def _tick(self, sign: int) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.totals[-1] += sign * time.perf_counter()
+
+    def around(self, function: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            self.totals.append(0.0)
+            return function()
+
+        return call
+
+    def median(self) -> float:
+        """Seconds, of all calls but the first one."""
+        return sorted(self.totals[1:] or self.totals)[len(self.totals[1:]) // 2]
