@@ -78,7 +78,8 @@ def workplace(folder: Path) -> dict[str, str]:
         shutil.move(json_file, folder / "cells" / f"{split}.json")
     shutil.copytree(images, folder / "photos")
     shutil.copytree(images, folder / "val")
-    shutil.copy(folder / "cells" / "val.json", folder / "val.json")
+    shapes = (folder / "cells" / "val.json").read_text().replace("dark", "disc")
+    (folder / "val.json").write_text(shapes)
     shutil.copy(images / "0.png", folder / "photo.jpg")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):

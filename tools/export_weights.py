@@ -73,11 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("source", help="a model file, or with --config-file any weights")
     parser.add_argument("target", type=Path, help=f"the file to write, *{SUFFIX}")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument(
-        "--config-file",
-        default="",
-        help="of the detector, where the source is no model file or names keys of old",
-    )
+    parser.add_argument("--config-file", default="", help="in place of the source's own")
     parser.add_argument("--threshold", type=float, help="lowest score that counts as a detection")
     parser.add_argument("--note", help="kept in the file")
     args = parser.parse_args(argv)

@@ -146,7 +146,8 @@ def describe_config(cfg: CfgNode) -> str:
 
 
 def merge_described_config(cfg: CfgNode, path: str) -> None:
-    """Merge the configuration that a model file holds; ``MODEL.WEIGHTS`` is then the file.
+    """Merge the configuration that a model file holds; ``MODEL.WEIGHTS`` is then the file, and
+    ``MODEL.DEVICE`` what this machine has.
 
     Raises:
         UserError: the file cannot be read.
@@ -162,6 +163,7 @@ def merge_described_config(cfg: CfgNode, path: str) -> None:
             _drop_unknown(described[name], cfg[name])
     cfg.merge_from_other_cfg(CfgNode(described))
     cfg.MODEL.WEIGHTS = path
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _drop_unknown(described: dict, cfg: Any) -> None:

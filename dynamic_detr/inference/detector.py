@@ -68,7 +68,7 @@ def load(
             "configuration: Detector.from_config(cfg)"
         )
     cfg = read_config(source, [])
-    cfg.MODEL.DEVICE = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cfg.MODEL.DEVICE = str(device or cfg.MODEL.DEVICE)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device is {cfg.MODEL.DEVICE!r}, and there is no GPU here")
     return Detector.from_config(cfg, threshold=threshold)
