@@ -265,10 +265,4 @@ def _dependent(cfg: CfgNode) -> dict[str, Range]:
         "no more than SOLVER.BASE_LR",
         lambda value: value <= solver.BASE_LR,
     )
-    when(
-        solver.REFERENCE_WORLD_SIZE > 0,
-        "SOLVER.IMS_PER_BATCH",
-        f"a multiple of SOLVER.REFERENCE_WORLD_SIZE {solver.REFERENCE_WORLD_SIZE}",
-        lambda value: value % solver.REFERENCE_WORLD_SIZE == 0,
-    )
     return ranges

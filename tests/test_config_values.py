@@ -124,7 +124,6 @@ WRONG_TOGETHER = [
      , "[9, 5]"),
     ("INPUT.CROP.ENABLED", ["INPUT.CROP_BRANCH.ENABLED", "True"], "True"),
     ("MODEL.PIXEL_MEAN", ["INPUT.FORMAT", "L"], "[1.0, 2.0, 3.0]"),
-    ("SOLVER.IMS_PER_BATCH", ["SOLVER.REFERENCE_WORLD_SIZE", "3"], "4"),
     ("DATASETS.PROPOSAL_FILES_TRAIN", ["MODEL.LOAD_PROPOSALS", "True"], "('a', 'b')"),
 ]  # fmt: skip
 RIGHT = [

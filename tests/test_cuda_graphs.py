@@ -232,7 +232,7 @@ def test_config_without_a_gpu_warns_and_does_nothing():
 
 @pytest.mark.filterwarnings("ignore:.*CUDA_GRAPHS")
 def test_a_negative_number_of_graphs_is_one_line():
-    with pytest.raises(ValueError, match=r"^MODEL\.[\w.]*CUDA_GRAPHS is -1; wants .* or 0\.$"):
+    with pytest.raises(ValueError, match=r"^MODEL\.[\w.]*CUDA_GRAPHS is -1; it must be .* >= 0\.$"):
         small_model(**SMALL, INFERENCE__CUDA_GRAPHS=-1)
 
 

@@ -214,7 +214,7 @@ def test_a_large_mean_does_not_drown_the_variance(backend):
             fuse_levels(*changed),
             reference.fuse_levels(*changed.exact()),
         )
-        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

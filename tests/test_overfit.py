@@ -78,14 +78,8 @@ def deformable_two_stage() -> CfgNode:
     return deformable(DEFORMABLE_DECODER__REFINE_BOXES=True, DEFORMABLE_DECODER__TWO_STAGE=True)
 
 
-SYSTEMS = [
-    dynamic,
-    pytest.param(deformable, marks=pytest.mark.long),
-    pytest.param(deformable_two_stage, marks=pytest.mark.long),
-]
-
-
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.long
+@pytest.mark.parametrize("system", [dynamic, deformable, deformable_two_stage])
 def test_three_photographs_are_learned_by_heart(system, three_images, r18_weights, tmp_path):
     """Behind a frozen ResNet-18, pretrained to res4; all else is trained from scratch."""
     cfg = system()

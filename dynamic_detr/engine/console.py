@@ -40,7 +40,7 @@ class _Plain(logging.Formatter):
 def _handlers() -> Iterator[logging.StreamHandler]:
     for name in LOGGERS:
         for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
+            if isinstance(handler, logging.StreamHandler) and not handler.stream.closed:
                 yield handler
 
 
