@@ -194,7 +194,9 @@ class Pyramid:
 
     def centers(self) -> Tensor:
         """`level_centers` in the rows of the table: (B, ΣHW, 2)."""
-        return torch.cat(self.level_centers(), dim=1)
+        return self._kept(
+            self._of_sizes, "table_centers", lambda: torch.cat(self.level_centers(), dim=1)
+        )
 
     def valid_ratios(self) -> Tensor:
         """True by padded size of each level: (B, L, 2) float64, of x and y.

@@ -5,7 +5,6 @@ boxes that are refined from layer to layer, and queries that are proposed by the
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
 from ..layers import (
@@ -14,6 +13,7 @@ from ..layers import (
     ClassHead,
     DeformableAttention,
     FeedForward,
+    apply_layer,
     check_heads,
     inverse_sigmoid,
 )
@@ -184,10 +184,7 @@ class DeformableDecoder(nn.Module):
         recompute = self.checkpoint_layers and self.training
         for index, layer in enumerate(self.layers):
             inputs = (content, queries.positions, references, pyramid)
-            if recompute:
-                content = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                content = layer(*inputs)
+            content = apply_layer(layer, *inputs, recompute=recompute)
             heads = index if self.refine_boxes else 0
             logits = self.class_heads[heads](content).to(references.dtype)
             deltas = self.box_heads[heads](content).to(references.dtype)

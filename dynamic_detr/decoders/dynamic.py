@@ -6,9 +6,9 @@ import math
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
+from ..layers import apply_layer
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
 from .dynamic_stage import DynamicDecoderStage
@@ -137,12 +137,9 @@ class DynamicDecoder(nn.Module):
         predictions = []
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
-            if recompute:
-                queries, logits, boxes = checkpoint(
-                    stage, pyramid, queries, boxes, use_reentrant=False
-                )
-            else:
-                queries, logits, boxes = stage(pyramid, queries, boxes)
+            queries, logits, boxes = apply_layer(
+                stage, pyramid, queries, boxes, recompute=recompute
+            )
             predictions.append(Prediction(logits, boxes))
             boxes = boxes.detach()
         return predictions

@@ -5,10 +5,9 @@ import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
-from ..layers import MLP, ClassHead, sine_positions
+from ..layers import MLP, ClassHead, apply_layer, sine_positions
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
 from .smca_layer import SMCADecoderLayer
@@ -126,10 +125,7 @@ class SMCADecoder(nn.Module):
         outputs = []
         for layer in self.layers:
             inputs = (queries, positions, references, pyramid, pyramid_positions)
-            if recompute:
-                queries = checkpoint(layer, *inputs, use_reentrant=False)
-            else:
-                queries = layer(*inputs)
+            queries = apply_layer(layer, *inputs, recompute=recompute)
             outputs.append(queries)
         outputs = self.norm(torch.stack(outputs))  # (S, B, Q, C)
         logits = self.class_logits(outputs).to(dtype)

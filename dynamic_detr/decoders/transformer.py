@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
 from ..layers import (
@@ -14,6 +13,7 @@ from ..layers import (
     Attention,
     ClassHead,
     FeedForward,
+    apply_layer,
     check_heads,
     padding_mask,
     sine_positions,
@@ -154,9 +154,7 @@ class TransformerDecoder(nn.Module):
         states = []
         for layer in self.layers:
             inputs = queries, query_positions, keys, values, padding
-            queries = (
-                checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
-            )
+            queries = apply_layer(layer, *inputs, recompute=recompute)
             states.append(queries)
         states = self.norm(torch.stack(states))  # (S, B, Q, C)
         dtype = torch.promote_types(self.query_embed.weight.dtype, torch.float32)

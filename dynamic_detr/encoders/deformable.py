@@ -4,10 +4,16 @@ of all levels, around itself."""
 import torch
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
-from ..layers import DeformableAttention, FeedForward, check_heads, padding_mask, sine_positions
+from ..layers import (
+    DeformableAttention,
+    FeedForward,
+    apply_layer,
+    check_heads,
+    padding_mask,
+    sine_positions,
+)
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 
@@ -143,10 +149,7 @@ class DeformableEncoder(nn.Module):
         positions = self._positions(pyramid).to(table.dtype)
         recompute = self.checkpoint_layers and self.training
         for layer in self.layers:
-            if recompute:
-                table = checkpoint(layer, table, positions, pyramid, use_reentrant=False)
-            else:
-                table = layer(table, positions, pyramid)
+            table = apply_layer(layer, table, positions, pyramid, recompute=recompute)
         if padding is not None:
             table = table.masked_fill(padding[..., None], 0)
         return pyramid.with_table(table)

@@ -3,9 +3,9 @@ deformable convolutions between neighbouring levels with scale, spatial and chan
 
 from detectron2.config import CfgNode, configurable
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
+from ..layers import apply_layer
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 from .dynamic_block import DynamicEncoderBlock
@@ -92,8 +92,5 @@ class DynamicEncoder(nn.Module):
             pyramid = pyramid.masked()
         recompute = self.checkpoint_blocks and self.training
         for block in self.blocks:
-            if recompute:
-                pyramid = checkpoint(block, pyramid, use_reentrant=False)
-            else:
-                pyramid = block(pyramid)
+            pyramid = apply_layer(block, pyramid, recompute=recompute)
         return pyramid

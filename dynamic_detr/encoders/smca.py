@@ -5,10 +5,9 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode, configurable
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
-from ..layers import padding_mask, sine_positions
+from ..layers import apply_layer, padding_mask, sine_positions
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 from .smca_block import SMCAEncoderBlock
@@ -89,10 +88,7 @@ class SMCAEncoder(nn.Module):
         positions = sine_positions(pyramid, pyramid.channels, offset=1).to(pyramid.table().dtype)
         recompute = self.checkpoint_blocks and self.training
         for block in self.blocks:
-            if recompute:
-                pyramid = checkpoint(block, pyramid, positions, use_reentrant=False)
-            else:
-                pyramid = block(pyramid, positions)
+            pyramid = apply_layer(block, pyramid, positions, recompute=recompute)
         if padding is None:
             return pyramid
         return pyramid.with_table(pyramid.table().masked_fill(padding[..., None], 0))

@@ -3,10 +3,9 @@ the pyramid attends to every other one."""
 
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_arguments
-from ..layers import Attention, FeedForward, check_heads, padding_mask, sine_positions
+from ..layers import Attention, FeedForward, apply_layer, check_heads, padding_mask, sine_positions
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 
@@ -98,10 +97,7 @@ class TransformerEncoder(nn.Module):
         positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
         recompute = self.checkpoint_layers and self.training
         for layer in self.layers:
-            if recompute:
-                table = checkpoint(layer, table, positions, padding, use_reentrant=False)
-            else:
-                table = layer(table, positions, padding)
+            table = apply_layer(layer, table, positions, padding, recompute=recompute)
         if padding is not None:
             table = table.masked_fill(padding[..., None], 0)
         return pyramid.with_table(table)

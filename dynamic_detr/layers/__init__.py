@@ -6,6 +6,7 @@ from .class_head import ClassHead, class_scores
 from .deformable_attention import DeformableAttention
 from .feed_forward import FeedForward
 from .positions import sine_embedding, sine_positions
+from .recompute import apply_layer
 
 __all__ = [
     "MLP",
@@ -13,6 +14,7 @@ __all__ = [
     "ClassHead",
     "DeformableAttention",
     "FeedForward",
+    "apply_layer",
     "check_heads",
     "class_scores",
     "inverse_sigmoid",
