@@ -45,7 +45,7 @@ def _hold_the_lock() -> None:
 
 KINDS = {
     "bad image": _raise(UserError("the image 3.png cannot be read")),
-    "exception": _raise(ValueError("a bug")),
+    "bug": _raise(ValueError("a bug")),
     "out of memory": _raise(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")),
     "full disk": _raise(OSError(errno.ENOSPC, "No space left on device")),
     "hang": lambda: time.sleep(600),
@@ -58,12 +58,12 @@ KINDS = {
     "SIGINT": _signal(signal.SIGINT),
     "SIGTERM to all": _signal(signal.SIGTERM, to_all=True),
 }
-SITES = {  # where a fault strikes: the class and its method
+SITES = {  # where a fault strikes: where it is found
     "data": (SeededDataset, "__getitem__"),
     "forward": (TrainStep, "_forward"),
     "backward": (TrainStep, "_backward"),
     "reduce": (TrainStep, "_reduce"),
-    "save": (SafeCheckpointer, "save"),
+    "save": (torch, "save"),
     "image": (BoxEvaluator, "process"),
     "scoring": (BoxEvaluator, "evaluate"),
     "resume": (SafeCheckpointer, "load"),

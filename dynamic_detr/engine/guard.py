@@ -116,7 +116,7 @@ def what_fits(cfg: CfgNode, world_size: int, training: bool = True) -> str:
     node = cfg.MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT
     off = [name for name, is_on in node.items() if not is_on]
     if off and cfg.MODEL.META_ARCHITECTURE in ("SetDetector", "DynamicDETR"):
-        keys = " and ".join(f"MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT.{name} True" for name in off)
-        advice.append(f"set {keys}")
+        keys = ", ".join(off)
+        advice.append(f"set {keys} of MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT True")
     advice.append(f"lower INPUT.MAX_SIZE_TRAIN ({cfg.INPUT.MAX_SIZE_TRAIN})")
     return ", or ".join(advice)

@@ -84,9 +84,9 @@ class Observer:
         silence = min(_SILENT_SECONDS, hang_seconds)
         for rank, seen in found.items():
             if seen.beat.tick and now - seen.ticked > silence:
-                return rank, f"has not been heard of for {silence:g} s; last it was"
+                return rank, f"has not been heard of for {silence:g} s"
         busy = {rank: seen for rank, seen in found.items() if not seen.beat.waiting}
         if not any(now - seen.moved > hang_seconds for seen in busy.values()):
             return None
         rank = min(busy, key=lambda rank: (busy[rank].beat.order, busy[rank].moved))
-        return rank, f"made no progress for {hang_seconds:g} s (SOLVER.HANG_SECONDS) while"
+        return rank, f"made no progress for {hang_seconds:g} s (SOLVER.HANG_SECONDS)"

@@ -249,21 +249,26 @@ class _Launcher:
             code = 128 - code if -code == self.asked else EXIT_LOST
         try:
             store = dist.PrefixStore("watch", self._store())
-            cause = f"{code} {_LAUNCHER}"
+            cause = f"{code} {_LAUNCHER} {rank}"
             found = store.compare_set("cause", "", cause).decode()
             if found != cause:
+                self._end_hung(*found.split()[1:])
                 return int(found.split()[0]) or EXIT_LOST
             beat = f"beat/{rank}"
             place = Beat.load(store.get(beat)).place if store.check([beat]) else Beat().place
         except RuntimeError:  # machine 0 is gone
-            place = "the run ended"
+            place = "before the run ended"
         if child.exitcode < 0:
             name = signal.Signals(-child.exitcode).name
             hint = " (by the system, if memory ran out)" if name == "SIGKILL" else ""
-            self.line = (
-                f"process {rank} on {socket.gethostname()} was ended by {name}{hint} while {place}"
-            )
+            host = socket.gethostname()
+            self.line = f"process {rank} on {host} was ended by {name}{hint}; last seen {place}"
         return code
+
+    def _end_hung(self, found_by: str, hung: str) -> None:
+        for child, rank in self.children.items():
+            if str(rank) == hung != found_by:
+                child.kill()
 
     def _store(self) -> dist.Store:
         if self.store is None:

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from .exits import EXIT_INTERRUPTED
 
@@ -36,12 +36,16 @@ class StopRequest:
     @property
     def name(self) -> str:
         """Of the signal."""
-        return self.signal.name if self.signal else "a signal to another process"
+        return self.signal.name if self.signal else "a signal"
 
     @property
     def exit_code(self) -> int:
         """0 after a save; 130 after Ctrl-C, so that a shell's loop over runs ends as well."""
         return EXIT_INTERRUPTED if self.signal is signal.SIGINT else 0
+
+    def adopt(self, signals: Iterable[signal.Signals | None]) -> None:
+        """Take over the first signal of all processes that have agreed to stop."""
+        self.signal = next(filter(None, signals), None)
 
     def _handle(self, number: int, frame) -> None:
         now = time.monotonic()

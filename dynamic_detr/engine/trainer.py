@@ -252,12 +252,16 @@ class Trainer(DefaultTrainer):
 
     def _save_from_outside(self) -> str:
         """The same for the watch, in whose thread no collective operation may be used."""
+        if self.finished < 0:
+            return ""
         with self._trainer.seen_from_another_thread():
             return self._saved()
 
-    def _stop(self, message: str, code: int, agreed: bool = True) -> NoReturn:
+    def _stop(
+        self, message: str, code: int, agreed: bool = True, cause: Exception | None = None
+    ) -> NoReturn:
         self._stopped = True
-        raise TrainingStopped(message, code, agreed)
+        raise TrainingStopped(message, code, agreed) from cause
 
     def _stopped_by_signal(self) -> str:
         done = f"{self.finished + 1} of {self.max_iter} iterations"
@@ -265,6 +269,7 @@ class Trainer(DefaultTrainer):
 
     def _save_and_stop(self) -> NoReturn:
         """Stop for a signal, on all processes."""
+        self.stop.adopt(comm.all_gather(self.stop.signal))
         try:
             path = self._save()
         except UserError as error:
@@ -282,25 +287,26 @@ class Trainer(DefaultTrainer):
                 raised as it is.
         """
         self.watch.settle(error)
+        # A signal to the whole process group also ends data workers and other processes.
+        by_signal = self.stop and isinstance(error, RuntimeError)
+        if by_signal or isinstance(error, EvaluationInterrupted):
+            saved = self.watch.fail(self.stop.exit_code, save)
+            message = f"{self._stopped_by_signal()}; {saved}"
+            self._stop(message, self.stop.exit_code, agreed=False)
         code = EXIT_USER_ERROR
-        stopped = f"stopped after {self.finished + 1} iterations"
-        if isinstance(error, EvaluationInterrupted) or (
-            # A signal to the whole process group also ends data workers and other processes.
-            self.stop and isinstance(error, RuntimeError)
-        ):
-            what, stopped, code = self._stopped_by_signal(), "", self.stop.exit_code
-        elif isinstance(error, UserError):
-            what = f"error: {one_line(error)}"
+        if isinstance(error, UserError):
+            what = one_line(error)
         elif is_out_of_memory(error):
             advice = what_fits(self.cfg, self.watch.world_size, self.detector.training)
-            what = f"error: out of memory ({one_line(error)[:200]}); {advice}"
+            what = f"out of memory ({one_line(error)[:200]}); {advice}"
         elif self.watch.world_size == 1:
             raise error
         else:
-            what, code = f"error: {type(error).__name__}: {one_line(error)}", EXIT_UNFORESEEN
+            what, code = f"{type(error).__name__}: {one_line(error)}", EXIT_UNFORESEEN
         saved = self.watch.fail(code, save)
-        place = f" (process {self.watch.rank})" if self.watch.world_size > 1 and stopped else ""
-        self._stop("; ".join(filter(None, (what + place, stopped, saved))), code, agreed=False)
+        where = f"process {self.watch.rank}: " if self.watch.world_size > 1 else ""
+        message = f"error: {where}{what}; stopped after {self.finished + 1} iterations"
+        self._stop(f"{message}, {saved}" if saved else message, code, agreed=False, cause=error)
 
     def _stop_diverged(self, error: NonFiniteStep) -> None:
         place = where(error.losses) or "the gradient"

@@ -4,7 +4,7 @@ A thread beside the main one reads and writes a few keys of the run's store, twi
 
 | key | value |
 | --- | --- |
-| ``cause`` | exit code of the run, and which process has ended it; written once |
+| ``cause`` | exit code of the run, which process has ended it, and because of which; written once |
 | ``saved`` | how the saving by process 0 went, after that |
 | ``beat/R`` | how far process R has come (``heartbeat.py``) |
 | ``meeting/N`` | how many processes have come to the N-th meeting |
@@ -110,7 +110,7 @@ class Watch:
         """Tell that the process is alive and what it begins to do now.
 
         Args:
-            place: in words, to complete "while ...".
+            place: in words, to complete "last seen ...".
             order: see :class:`Beat`; as before when None.
         """
         order = self._beat.order if order is None else order
@@ -177,7 +177,7 @@ class Watch:
         Returns:
             How the saving by process 0 went, in words; empty where there is nothing to save.
         """
-        if not self._publish(code):
+        if not self._publish(code, self.rank):
             self._give_way()
         if self.rank:
             return self._answer()
@@ -219,13 +219,13 @@ class Watch:
         if self._store is not None:
             self._store.set(f"beat/{self.rank}", self._own_beat().dump())
             if self._store.check(["cause"]):
-                code, rank = self._store.get("cause").decode().split()
+                code, rank, _ = self._store.get("cause").decode().split()
                 if rank != str(self.rank):
                     self._obey(int(code))
         if self.ended or self._last_meeting:
             return
         for rank in self._gone():
-            self._report(rank, "has ended without a word while")
+            self._report(rank, "has ended without a word")
         if self.hang_seconds and self.rank < 2:
             found = self._observer.problem(self._beats(), self.hang_seconds, time.monotonic())
             if found is not None:
@@ -260,11 +260,11 @@ class Watch:
             except PermissionError:
                 pass
 
-    def _publish(self, code: int) -> bool:
-        """Whether this process is the one that ends the run."""
+    def _publish(self, code: int, rank: int) -> bool:
+        """End the run because of process ``rank``; whether this process is the first to."""
         if self._store is None:
             return not self.ended
-        cause = f"{code} {self.rank}"
+        cause = f"{code} {self.rank} {rank}"
         try:
             return self._store.compare_set("cause", "", cause) == cause.encode()
         except RuntimeError:  # the store is gone, which the other thread tells
@@ -293,7 +293,7 @@ class Watch:
         leave(code)
 
     def _report(self, rank: int, found: str) -> None:
-        if not self._publish(EXIT_LOST):
+        if not self._publish(EXIT_LOST, rank):
             return
         self.ended = True
         beat = self._beat if rank == self.rank else self._beat_of(rank) or Beat()
@@ -301,7 +301,7 @@ class Watch:
             saved = self._save_from_outside()
         else:
             saved = self._answer() if rank else ""
-        self._end(f"process {rank} on {beat.host} {found} {beat.place}", saved)
+        self._end(f"process {rank} on {beat.host} {found}; last seen {beat.place}", saved)
 
     def _end_alone(self, what: str) -> None:
         self.ended = True
