@@ -49,6 +49,7 @@ class TrainingStopped(SystemExit):
         super().__init__(code)
         self.message = message
         self.agreed = agreed
+        self.told = False  # whether the line has been printed
 
 
 def _end(line: str, code: int) -> NoReturn:
@@ -83,8 +84,9 @@ def report_user_errors(program: str, debug: bool = False) -> Iterator[None]:
             if stop.code == EXIT_UNFORESEEN:
                 traceback.print_exception(stop.__cause__)
             _end(line, stop.code)
-        if watch.rank == 0:
+        if watch.rank == 0 and not stop.told:
             print(line, file=sys.stderr, flush=True)
+        stop.told = True
         raise
     except KeyboardInterrupt:
         if debug:
