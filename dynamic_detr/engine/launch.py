@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -124,8 +125,34 @@ def _run_under_torchrun(main: Callable[..., None], on_gpu: bool, args: tuple) ->
     local_rank = int(os.environ["LOCAL_RANK"])
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     place = _Place(rank, world_size, local_rank, local_size, on_gpu)
+    store = _this_attempt(store, rank, world_size)
     first = rank - local_rank
     _run(main, args, place, store, os.getppid(), range(first, first + local_size))
+
+
+def _this_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of the store that is new, agreed on by all processes.
+
+    When torchrun starts the processes anew it keeps the keys of the attempts before, and machines
+    may count the attempts differently.
+    """
+    mine = uuid.uuid4().hex[:8]
+    store.set(f"here/{rank}", mine)
+    keys = [f"here/{other}" for other in range(world_size)]
+    attempt = seen = ""
+    while not seen or store.add(f"seen/{seen}", 0) < world_size:
+        if rank == 0 and store.check(keys):
+            present = b".".join(store.multi_get(keys)).decode()
+            if present != attempt:  # somebody new has replaced an old name
+                attempt = present
+                store.set("attempt", attempt)
+        elif rank and store.check(["attempt"]):
+            attempt = store.get("attempt").decode()
+        if attempt != seen and mine in attempt.split("."):
+            seen = attempt
+            store.add(f"seen/{seen}", 1)
+        time.sleep(0.05)
+    return dist.PrefixStore(seen, store)
 
 
 def _child(main: Callable[..., None], args: tuple, place: _Place, host: str, port: int) -> None:
