@@ -302,7 +302,7 @@ class Trainer(DefaultTrainer):
         elif self.watch.world_size == 1:
             raise error
         else:
-            what, code = f"{type(error).__name__}: {one_line(error)}", EXIT_UNFORESEEN
+            what, code = f"{type(error).__name__}: {one_line(error)[:300]}", EXIT_UNFORESEEN
         saved = self.watch.fail(code, save)
         where = f"process {self.watch.rank}: " if self.watch.world_size > 1 else ""
         message = f"error: {where}{what}; stopped after {self.finished + 1} iterations"

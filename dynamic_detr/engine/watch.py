@@ -209,12 +209,12 @@ class Watch:
         while not self._stopping.wait(_TICK_SECONDS):
             try:
                 self._look()
-            except RuntimeError as error:  # of the store
-                self._end_alone(f"the store of the run does not answer ({str(error)[:100]})")
+            except RuntimeError:  # of the store
+                self._end_orphaned()
 
     def _look(self) -> None:
         if self._parent is not None and os.getppid() != self._parent:
-            self._end_alone("the process that started this run is gone")
+            self._end_orphaned()
         self._tick += 1
         if self._store is not None:
             self._store.set(f"beat/{self.rank}", self._own_beat().dump())
@@ -303,11 +303,12 @@ class Watch:
             saved = self._answer() if rank else ""
         self._end(f"process {rank} on {beat.host} {found}; last seen {beat.place}", saved)
 
-    def _end_alone(self, what: str) -> None:
+    def _end_orphaned(self) -> None:
+        """Every process sees for itself that the launcher, which has the store, is gone."""
         self.ended = True
         saved = self._save_from_outside()
         if self.rank == 0:
-            self._end(what, saved)
+            self._end("the launcher of this run is gone", saved)
         leave(EXIT_LOST)
 
     def _end(self, what: str, saved: str) -> None:
