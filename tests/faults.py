@@ -87,6 +87,17 @@ def force(rank: int, site: str, at: int, kind: str) -> None:
     setattr(owner, name, method)
 
 
+_child = launch._child
+
+
+def _forked_child(*args) -> None:
+    """Without the launcher's handlers, which a spawned child has not."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _child(*args)
+
+
 def _run(request: dict) -> None:
     for name, stream in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
@@ -95,6 +106,7 @@ def _run(request: dict) -> None:
         force(**fault)
     fork = multiprocessing.get_context("fork")
     launch.torch.multiprocessing.get_context = lambda _: fork
+    launch._child = _forked_child
     sys.argv = ["train_net.py", *request["arguments"]]
     code = 0
     try:

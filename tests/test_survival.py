@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -209,36 +210,38 @@ def test_the_launcher_hands_signals_on(commands, to_all):
     assert f"after {ended.iteration() + 1} of 5000" in ended.lines[0]
 
 
+ENDS = (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
+
+
 def _survive(commands: Commands, seconds: float) -> int:
-    """Kill processes of a run at random moments and resume it, until it is done; how often."""
+    """Kill processes of runs at random moments and resume them, until they are done; how often."""
     rng = random.Random(0)
     options = ("SOLVER.MAX_ITER", "150", "SOLVER.STEPS", "(100,)", "SOLVER.CHECKPOINT_PERIOD", "9")
-    whole = commands.run("whole", *options)
+    whole = commands.run("whole", *options).checkpoint()
     kills, deadline = 0, time.monotonic() + seconds
-    while True:
-        launcher = commands.start("killed", "--resume", *options)
-        numbers = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]
-        moment = time.monotonic() + rng.uniform(0.5, 4)
-        while commands.alive() and time.monotonic() < min(moment, deadline):
-            time.sleep(0.01)
-        children = Path(f"/proc/{launcher}/task/{launcher}/children")
-        if time.monotonic() < deadline and children.exists():
-            victims = [launcher, *map(int, children.read_text().split())]
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rng.choice(victims), rng.choice(numbers))
-                kills += 1
-        ended = commands.end()
-        assert ended.code in (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL), (
-            ended.stderr
-        )
-        assert "Traceback" not in ended.stderr and len(ended.lines) <= 1, ended.stderr
-        if ended.code == 0 and not ended.lines:
-            break
-    result, expected = ended.checkpoint(), whole.checkpoint()
-    assert result["iteration"] == 149
-    for name in ("model", "model_training"):
-        for key, value in expected[name].items():
-            assert torch.equal(result[name][key], value), key
+    while time.monotonic() < deadline:
+        shutil.rmtree(commands.folder / "killed", ignore_errors=True)
+        done = False
+        while not done:
+            launcher = commands.start("killed", "--resume", *options)
+            moment = min(time.monotonic() + rng.uniform(0.5, 4), deadline)
+            while commands.alive() and time.monotonic() < moment:
+                time.sleep(0.01)
+            with contextlib.suppress(OSError):  # it may be over
+                children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+                if time.monotonic() < deadline:
+                    victim = rng.choice([launcher, *map(int, children)])
+                    os.kill(victim, rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+                    kills += 1
+            ended = commands.end()
+            assert ended.code in ENDS, ended.stderr
+            assert "Traceback" not in ended.stderr and len(ended.lines) <= 1, ended.stderr
+            done = ended.code == 0 and not ended.lines
+        result = ended.checkpoint()
+        assert result["iteration"] == 149
+        for name in ("model", "model_training"):
+            for key, value in whole[name].items():
+                assert torch.equal(result[name][key], value), key
     return kills
 
 
