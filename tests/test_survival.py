@@ -81,17 +81,25 @@ class Commands:
         self.server.stdin.write(json.dumps(request) + "\n")
         self.server.stdin.flush()
         self.group = json.loads(self.server.stdout.readline())["pid"]
+        self.running = True
         return self.group
 
-    def end(self, seconds: float = 90) -> Ended:
+    def end(self) -> Ended:
         """Wait for the command and for all its processes."""
         code = json.loads(self.server.stdout.readline())["code"]
+        self.running = False
         try:
-            _until(lambda: not self.alive(), seconds, "a process outlives the command")
+            _until(lambda: not self.alive(), 90, "a process outlives the command")
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.group, signal.SIGKILL)
+            self.kill()
         return Ended(code, (self.folder / "stderr").read_text(), self.output)
+
+    def kill(self) -> None:
+        """Clear up after a test, whatever its outcome."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
+        if self.running:
+            self.end()
 
     def alive(self) -> bool:
         try:
@@ -113,11 +121,17 @@ def _until(condition, seconds: float, failure: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory):
+def server(tmp_path_factory):
     commands = Commands(tmp_path_factory.mktemp("survival"))
     yield commands
     commands.server.stdin.close()
     commands.server.wait()
+
+
+@pytest.fixture
+def commands(server):
+    yield server
+    server.kill()
 
 
 def fault(rank: int, site: str, kind: str, at: int = 3) -> dict:
@@ -188,7 +202,7 @@ def _run_for_long(commands: Commands, output: str, *options: str) -> int:
     """Start a run that ends by no fault of its own; its launcher, once it has saved."""
     options = ("SOLVER.MAX_ITER", "5000", *options)
     launcher = commands.start(output, *options)
-    _until((commands.output / "last_checkpoint").exists, 90, "nothing was saved")
+    _until((commands.output / "last_checkpoint").exists, 300, "nothing was saved")
     return launcher
 
 
