@@ -23,9 +23,9 @@ from dynamic_detr.engine import signals
 from dynamic_detr.engine.heartbeat import Beat, Observer
 from dynamic_detr.engine.signals import StopRequest
 
-EVALUATE = ("TEST.EVAL_PERIOD", "2")
+EVALUATE = ("TEST.EVAL_PERIOD", "3")  # when the last checkpoint is an iteration old
 WORKER = ("DATALOADER.NUM_WORKERS", "1")
-HANG = ("SOLVER.HANG_SECONDS", "5")
+HANG = ("SOLVER.HANG_SECONDS", "8")
 
 
 @dataclass
@@ -140,7 +140,7 @@ def fault(rank: int, site: str, kind: str, at: int = 3) -> dict:
 
 BAD_IMAGE = "error: process {rank}: the image 3.png cannot be read; stopped after {done} iterations"
 KILLED = "process {rank} on .* was ended by SIGKILL .* last seen"
-HUNG = "process {rank} on .* made no progress for 5 s .*last seen loading the data of iteration 3"
+HUNG = "process {rank} on .* made no progress for 8 s .*last seen loading the data of iteration 3"
 STOPPED = "stopped by {name} after {done} of 6 iterations"
 FAULTS = [  # the fault, options, exit code, the line, iterations in the checkpoint (None: the last)
     (fault(1, "data", "bad image"), (), 2, BAD_IMAGE, 3),
@@ -152,16 +152,16 @@ FAULTS = [  # the fault, options, exit code, the line, iterations in the checkpo
     (fault(0, "backward", "SIGKILL"), (), 4, KILLED + ".*from the last checkpoint", 2),
     (fault(1, "reduce", "SIGSEGV"), (), 4, "process 1 on .* was ended by SIGSEGV", 3),
     (fault(1, "data", "hang"), HANG, 4, HUNG, 3),
-    (fault(0, "forward", "SIGSTOP"), HANG, 4, "process 0 on .* not been heard of for 5 s", 2),
+    (fault(0, "forward", "SIGSTOP"), HANG, 4, "process 0 on .* not been heard of for 8 s", 2),
     (fault(1, "forward", "SIGTERM", 2), (), 0, STOPPED.replace("{name}", "SIGTERM"), None),
     (fault(1, "forward", "SIGINT", 2), (), 130, STOPPED.replace("{name}", "SIGINT"), None),
     (fault(0, "forward", "SIGUSR1", 2), WORKER, 0, STOPPED.replace("{name}", "SIGUSR1"), None),
     (fault(0, "save", "full disk", 1), (), 2, "could not write .* \\(the disk is full\\)", 2),
-    (fault(1, "image", "SIGTERM", 1), EVALUATE, 0, STOPPED.replace("{name}", "SIGTERM"), 2),
-    (fault(0, "image", "SIGTERM to all", 1), EVALUATE, 0, "stopped by SIGTERM after 2 of", 2),
-    (fault(1, "image", "bad image", 1), EVALUATE, 2, BAD_IMAGE, 2),
-    (fault(1, "image", "SIGKILL", 1), EVALUATE, 4, KILLED, 2),
-    (fault(0, "scoring", "bad image", 0), EVALUATE, 2, BAD_IMAGE, 2),
+    (fault(1, "image", "SIGTERM", 1), EVALUATE, 0, STOPPED.replace("{name}", "SIGTERM"), 3),
+    (fault(0, "image", "SIGTERM to all", 1), EVALUATE, 0, "stopped by SIGTERM after 3 of", 3),
+    (fault(1, "image", "bad image", 1), EVALUATE, 2, BAD_IMAGE, 3),
+    (fault(1, "image", "SIGKILL", 1), EVALUATE, 4, KILLED, 3),
+    (fault(0, "scoring", "bad image", 0), EVALUATE, 2, BAD_IMAGE, 3),
 ]
 
 
