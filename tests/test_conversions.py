@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import nn
 from torchvision.models import resnet50
 
@@ -20,7 +20,6 @@ import convert_weights  # noqa: E402
 from conversions import rename, select_coco_classes  # noqa: E402
 from conversions.resnet import resnet_rules  # noqa: E402
 
-from dynamic_detr.backbones import make_resnet  # noqa: E402
 from dynamic_detr.errors import UserError  # noqa: E402
 
 THINGS = [c for c in COCO_CATEGORIES if c["isthing"]]
@@ -123,11 +122,17 @@ def shallow(model: nn.Module) -> nn.Module:
     return model
 
 
+def detectron2_resnet50() -> ResNet:
+    stem = BasicStem(norm="FrozenBN")
+    stages = ResNet.make_default_stages(50, norm="FrozenBN")
+    return ResNet(stem, stages, out_features=["res5"])
+
+
 def test_a_resnet_of_torchvision_is_detectron2s():
     theirs = shallow(resnet50()).eval()
     torch.nn.init.normal_(theirs.bn1.running_mean)
     weights = {f"body.{k}": v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
-    ours = make_resnet(50, norm="FrozenBN")
+    ours = detectron2_resnet50()
     for name, stage in zip(ours.stage_names, ours.stages, strict=True):
         assert isinstance(stage[0], BottleneckBlock)
         setattr(ours, name, stage[:2])
@@ -145,7 +150,7 @@ def test_a_resnet_of_torchvision_is_detectron2s():
 def test_a_resnet_of_hugging_face_is_detectron2s():
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ResNetModel(transformers.ResNetConfig(depths=[2, 1, 1, 1])).eval()
-    ours = make_resnet(50, norm="FrozenBN")
+    ours = detectron2_resnet50()
     names = ours.state_dict()
     renamed = rename(theirs.state_dict(), resnet_rules("", ""))
     assert renamed.keys() < names.keys()

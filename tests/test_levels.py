@@ -9,12 +9,14 @@ import pytest
 import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone import build_resnet_backbone
 from helpers import small_config
 from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config
-from dynamic_detr.backbones import dilate_res5, freeze_unused, make_resnet
+from dynamic_detr.backbones import dilate_res5, freeze_unused
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -22,7 +24,6 @@ from conversions import rename
 from conversions.resnet import resnet_rules
 
 CHANNELS = 24
-NARROW = {"stem_out_channels": 8, "res2_out_channels": 32, "width_per_group": 8}
 
 
 def config(depth: int = 50, **levels: object) -> CfgNode:
@@ -104,7 +105,10 @@ def test_dc5_is_that_of_torchvision():
         for name, value in itertools.chain(theirs.named_parameters(), theirs.named_buffers()):
             if value.is_floating_point() and value.dim() == 1:
                 value.uniform_(0.5, 1.5) if "weight" in name or "var" in name else value.normal_()
-    ours = make_resnet(50, out_features=["res5"], norm="FrozenBN", width_per_group=8)
+    cfg = get_cfg()
+    resnets = cfg.MODEL.RESNETS
+    resnets.OUT_FEATURES, resnets.STRIDE_IN_1X1, resnets.WIDTH_PER_GROUP = ["res5"], False, 8
+    ours = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     plain = ours.output_shape()["res5"].stride
     dilate_res5(ours)
     assert (plain, ours.output_shape()["res5"].stride) == (32, 16)
