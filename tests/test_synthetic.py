@@ -194,9 +194,9 @@ def test_command_makes_scenes_once(make_scenes, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--sizes", "64"], "'64' is not WIDTHxHEIGHT"),
-        (["--images", "0"], "'0' is not a whole number above 0"),
+        (["--images", "0"], "'0' is not an integer >= 1"),
         (["--sizes", "16x16"], "too small for objects"),
-        (["--seed", "-1"], "'-1' is not a whole number"),
+        (["--seed", "-1"], "'-1' is not an integer >= 0"),
         (["--families", "letters"], "invalid choice: 'letters'"),
     ],
 )
