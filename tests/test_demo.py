@@ -145,7 +145,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
     assert run.stdout.startswith(
-        "threshold of scores: 0.001, as asked for\npictures: 1, objects: 8"
+        "score threshold: 0.001, from --confidence-threshold\npictures: 1, objects: 8"
     )
     assert Image.open(tmp_path / "one.jpg").width == 2 * 384 + 3 * 8
 
@@ -228,7 +228,7 @@ def test_detectron2_detectors_are_drawn(pictures, tmp_path, capsys):
     assert demo.main(argv) == 0
     assert Image.open(tmp_path / "a.png").size == (9 * 60, 9 * 40)
     notes = capsys.readouterr().err
-    assert "knows nothing yet" in notes
+    assert "is not trained" in notes
     assert ("no GPU here: running on the CPU" in notes) is not torch.cuda.is_available()
 
 

@@ -133,7 +133,7 @@ def test_wrong_arguments_are_refused(simple, scene):
         simple(scene, channel_order="GBR")
     with pytest.raises(ValueError, match="batch_size is 0"):
         simple([scene], batch_size=0)
-    with pytest.raises(UserError, match="knows no class 'dgo' .did you mean dog..; it knows cat"):
+    with pytest.raises(UserError, match="has no class 'dgo' .did you mean dog..; it has cat"):
         simple(scene).where(classes=["dgo"])
     with pytest.raises(UserError, match="threshold is 2"):
         Detector(Corners(), threshold=2)
@@ -304,7 +304,7 @@ def test_the_demo_goes_on_where_it_was(detector, scenes, tmp_path, monkeypatch, 
         demo.main([*argv, "--resume", "--classes", "disc"])
     assert stop.value.code == 2 and "of another detector" in capsys.readouterr().err
     assert demo.main([*argv, "--resume"]) == 0
-    assert "done already: 2 of 6 pictures" in capsys.readouterr().out
+    assert "already done: 2 of 6 pictures" in capsys.readouterr().out
     resumed = json.loads(results.read_text())
     assert len(list(out.iterdir())) == 6 and list(tmp_path.glob("*.part")) == []
     wanted = [result for found in detector(scenes / "val") for result in found.to_coco()]
@@ -321,7 +321,7 @@ def test_the_demo_shows_chosen_classes_and_says_why_nothing_is_drawn(scene, tmp_
     assert "nothing scored 0.999 or more; the best score was 0." in said
     with pytest.raises(SystemExit):
         demo.main([*argv, "--classes", "disk"])
-    assert "knows no class 'disk' (did you mean disc?)" in capsys.readouterr().err
+    assert "has no class 'disk' (did you mean disc?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
