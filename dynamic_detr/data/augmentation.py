@@ -51,7 +51,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     if is_train and branch.ENABLED:
         if cfg.INPUT.CROP.ENABLED:
             raise ValueError(
-                "INPUT.CROP.ENABLED and INPUT.CROP_BRANCH.ENABLED are True; wants one of the two."
+                "INPUT.CROP.ENABLED and INPUT.CROP_BRANCH.ENABLED are True; enable only one."
             )
         options["augmentations"].insert(0, crop_branch(branch.RESIZE, branch.SIZE))
         options["recompute_boxes"] = cfg.MODEL.MASK_ON

@@ -49,8 +49,8 @@ def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Re
         report.add("no usable boxes", str(path))
     if report.error():
         return report
-    image_ids = _whole_numbers(report, "image", images)
-    category_ids = _whole_numbers(report, "category", categories)
+    image_ids = _integer_ids(report, "image", images)
+    category_ids = _integer_ids(report, "category", categories)
     for annotation in annotations:
         annotation["image_id"] = image_ids[annotation["image_id"]]
         annotation["category_id"] = category_ids[annotation["category_id"]]
@@ -317,13 +317,13 @@ def _note_unused(
             report.add("category without boxes", repr(category["name"]))
 
 
-def _whole_numbers(report: Report, what: str, records: list[dict]) -> dict[Any, int]:
+def _integer_ids(report: Report, kind: str, records: list[dict]) -> dict[Any, int]:
     """Map old ids to integers, as pycocotools and Detectron2 need them."""
     ids = [record["id"] for record in records]
     odd = [number for number in ids if not _is_whole_id(number)]
     if not odd:
         return {number: number for number in ids}
-    report.add("id that is no whole number", f"{what} {odd[0]!r}")
+    report.add("id that is no whole number", f"{kind} {odd[0]!r}")
     for number, record in enumerate(records, start=1):
         record["id"] = number
     return {old: new for new, old in enumerate(ids, start=1)}

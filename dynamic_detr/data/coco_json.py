@@ -65,7 +65,7 @@ def apply_json_datasets(
     """
     reports = {}
     for split in ("train", "val"):
-        json_file, image_dir = (getattr(args, f"{split}_{what}") for what in ("json", "images"))
+        json_file, image_dir = (getattr(args, f"{split}_{flag}") for flag in ("json", "images"))
         if not json_file and not image_dir:
             continue
         if not json_file or not image_dir:
@@ -161,7 +161,7 @@ def _pair_with_weights(names: list[str], val: Report) -> bool:
             f"weights know {_some(names)}. Give both the same names"
         )
     if len(classes) < len(names):
-        raise UserError("the weights give two classes the same name: they cannot be told apart")
+        raise UserError("two classes of the weights have the same name and cannot be paired")
     by_id = {category["id"]: category["name"] for category in val.data["categories"]}
     for annotation in val.data["annotations"]:
         annotation["category_id"] = classes[by_id[annotation["category_id"]]]

@@ -61,7 +61,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "missing or duplicate annotation id": (_R, "numbered anew"),
     "id that is no whole number": (_R, "numbered anew"),
     "missing or impossible area": (_R, "taken from the box"),
-    "missing or odd iscrowd": (_R, "0, or 1 where it says something like yes"),
+    "missing or odd iscrowd": (_R, "set to 1 if it means true, else 0"),
     "ignored box": (_R, "treated as a crowd region"),
     "outline that is no polygon": (_R, "outline left out, box kept"),
     "keypoints that are no numbers": (_R, "left out, box kept"),
