@@ -23,7 +23,7 @@ def deform_block(deform: dict, **options) -> DeformBottleneckBlock:
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Gives every parameter and statistic a value of its own; offsets of about a pixel."""
+    """Set all parameters and statistics to random values, with offsets of about a pixel."""
     with torch.no_grad():
         for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
             if name.endswith("num_batches_tracked"):
@@ -39,7 +39,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def torchvision_block(block: DeformBottleneckBlock, x: Tensor) -> Tensor:
-    """The block written out, with torchvision's deformable convolution in the middle."""
+    """Compute the block with torchvision's deformable convolution."""
     conv = block.conv2
     out = block.conv1(x).relu()
     predicted = block.conv2_offset(out)
@@ -194,7 +194,7 @@ def test_without_deformation_equals_detectron2(resnets: dict) -> None:
     ids=str,
 )
 def test_deformable_names_equal_detectron2(resnets: dict) -> None:
-    """Names, shapes and strides of the full-size networks; no memory is filled for them."""
+    """Names, shapes and strides of the full-size networks, on the meta device."""
     cfg = config(DEFORM_ON_PER_STAGE=[False, True, True, True], **resnets)
     with torch.device("meta"):
         ours = build(cfg, "build_resnet_deform_backbone")
@@ -236,7 +236,7 @@ def test_freezing_reaches_deformable_stages() -> None:
 
 
 def test_deformable_checkpoint_of_detectron2_loads(tmp_path) -> None:
-    """A file in Detectron2's names, of its own class, loads whole into the FPN backbone."""
+    """A checkpoint of Detectron2's deformable ResNet loads into the FPN backbone."""
     cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[False, True, True, True], DEFORM_MODULATED=True)
     theirs = randomise(build(cfg, "build_resnet_backbone"))
     path = tmp_path / "dcn.pth"
@@ -251,7 +251,7 @@ def test_deformable_checkpoint_of_detectron2_loads(tmp_path) -> None:
 
 
 def test_caffe2_names_of_imagenet_weights_match() -> None:
-    """ImageNet weights have no offsets: these stay at zero, everything else is found."""
+    """ImageNet weights match all parameters except the offsets, which stay at zero."""
     cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[False, True, True, True])
     network = build(cfg, "build_resnet_deform_backbone")
     source = randomise(build(config(**SMALL), "build_resnet_backbone")).state_dict()

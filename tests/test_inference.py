@@ -1,4 +1,4 @@
-"""Three lines: whatever people have pictures in goes in, numbers and drawings come out."""
+"""The inference API: images from any source, results as numbers and drawings."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def detector() -> Detector:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    """Six held-out scenes of the shipped detector's classes."""
+    """Six held-out scenes with the classes of the shipped detector."""
     root = tmp_path_factory.mktemp("scenes")
     write_scenes(root, FAMILIES["shapes"], "val", 6)
     return root / "shapes"
@@ -43,7 +43,7 @@ def scene(scenes) -> Path:
 
 
 class Corners(torch.nn.Module):
-    """Finds one box of class 1 in every image, with the mean of its red as the score."""
+    """Model that finds one box of class 1 per image, with the mean of red as the score."""
 
     def forward(self, inputs):
         self.batch = len(inputs)
@@ -249,7 +249,7 @@ def test_stages_follow_the_same_queries(detector, scene):
 
 
 def test_the_shipped_detectors_own_scene_is_not_blank(detector, scenes):
-    """The threshold is the one of the best F1: most of what is there is drawn."""
+    """At the threshold with the best F1, most objects are drawn."""
     assert 0.2 < detector.threshold < 0.5
     data = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     found = sum(len(f) for f in detector(scenes / "val"))
@@ -257,7 +257,7 @@ def test_the_shipped_detectors_own_scene_is_not_blank(detector, scenes):
 
 
 def test_the_demos_results_score_as_the_detector_does(detector, scenes, tmp_path, capsys):
-    """Categories in another order, images with other ids: both are those of the JSON."""
+    """Category and image ids are those of the JSON file, also in another order."""
     data = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     number = len(data["categories"]) + 1
     for entry in (*data["categories"], *data["annotations"]):

@@ -1,4 +1,4 @@
-"""Levels straight from the stages of a ResNet, and what of a backbone is not trained."""
+"""Levels projected from the stages of a ResNet, and freezing of unused parameters."""
 
 import itertools
 import logging
@@ -27,7 +27,7 @@ CHANNELS = 24
 
 
 def config(depth: int = 50, **levels: object) -> CfgNode:
-    """Narrow, with what `MODEL.LEVELS` and OUT_FEATURES are to be."""
+    """Return the configuration of a narrow network with values for `MODEL.LEVELS`."""
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_resnet_levels_backbone"
@@ -71,7 +71,7 @@ def test_names_strides_shapes_and_gradients(case):
 
 
 def test_the_levels_are_what_they_say():
-    """Each by the layers of its name; extra levels start from the raw output of the ResNet."""
+    """Extra levels start from the output of the ResNet, not from its projection."""
     cfg = config(18, OUT_FEATURES=["res4", "res5"], NUM_EXTRA=2, NORM="GN")
     cfg.MODEL.LEVELS.OUT_CHANNELS = 64  # divides into the 32 groups of GN
     backbone = build_backbone(cfg).eval()
@@ -97,7 +97,7 @@ def test_the_levels_are_what_they_say():
 
 
 def test_dc5_is_that_of_torchvision():
-    """With the same weights, and frozen norms of any statistics."""
+    """With the same weights, and frozen norms with random statistics."""
     theirs = torchvision.models.resnet50(
         replace_stride_with_dilation=[False, False, True], width_per_group=8
     ).eval()
@@ -125,7 +125,7 @@ def test_dc5_is_that_of_torchvision():
 
 
 def test_dc5_with_deformable_convolution():
-    """Offsets are predicted where the convolution stands: one of them for each of its places."""
+    """The convolution of the offsets has the stride and dilation of the deformable one."""
     cfg = config(OUT_FEATURES=["res5"], DC5=True)
     cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, True]
     cfg.MODEL.RESNETS.DEFORM_MODULATED = True

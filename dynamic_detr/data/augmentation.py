@@ -11,7 +11,7 @@ MAX_ASPECT_RATIO = 10  # of a resized image before the random crop
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's `ResizeShortestEdge` with at least 1 pixel a side (1 × 3000 pixels: 0)."""
+    """Detectron2's `ResizeShortestEdge` with results of at least 1 × 1 pixel."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)

@@ -13,7 +13,7 @@ __all__ = ["find_images", "output_paths"]
 _NAMES = ("avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm")
 _NAMES += ("ppm", "tga", "tif", "tiff", "webp")
 _IMAGE_SUFFIXES = tuple(f".{name}" for name in _NAMES)
-# Drawings of other formats are written as PNG: these may not hold 8-bit RGB, or lose too much.
+# Other formats may not hold 8-bit RGB, or lose too much: their drawings are written as PNG.
 _OUTPUT_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 

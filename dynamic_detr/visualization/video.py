@@ -91,7 +91,7 @@ class VideoReader:
 
     @property
     def is_cut_short(self) -> bool:
-        """Whether less than 90 % of the expected frames could be read; valid after iteration."""
+        """Whether none or less than 90 % of the expected frames could be read, after iteration."""
         return self.read == 0 or self.read < 0.9 * self.expected
 
 

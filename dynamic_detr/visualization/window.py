@@ -41,7 +41,7 @@ class Window:
             ) from error
 
     def show(self, image: np.ndarray, milliseconds: int = 0) -> bool:
-        """Show an image (H, W, 3) uint8, RGB until a key is pressed or the time is over (0: never).
+        """Show an image (H, W, 3) uint8, RGB for some time (0: no limit) or until a key is pressed.
 
         Returns:
             False if the key was Esc or q.
