@@ -142,7 +142,7 @@ def load_plain_pickle(file: BinaryIO, encoding: str = _LATIN1) -> Any:
         return _PlainUnpickler(file, encoding=encoding).load()
     except RefusedPickle as error:
         raise RefusedPickle(
-            f"{getattr(file, 'name', 'the pickle')} asks for {error}, which was refused: a pickle "
+            f"{getattr(file, 'name', 'the pickle')} names {error}, which is refused: a pickle "
             "from outside may hold arrays, strings, numbers and plain containers only"
         ) from None
 
