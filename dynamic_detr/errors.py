@@ -24,7 +24,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def tell(text: str) -> None:
-    """Print to standard output; warn once if that fails (full disk, closed pipe)."""
+    """Print to standard output; discard all output after a failure (full disk, closed pipe)."""
     try:
         print(text, flush=True)
     except OSError as error:

@@ -72,6 +72,7 @@ class Pyramid:
 
     @property
     def channels(self) -> int:
+        """Return the number of channels, C."""
         return self.features[0].shape[1]
 
     @property

@@ -54,6 +54,7 @@ class SetCosts:
 
     @property
     def class_loss(self) -> ClassLoss:
+        """Return the class loss of the class head."""
         if self.class_head == "softmax":
             return SoftmaxClassLoss(self.no_object_weight)
         return FocalClassLoss(self.focal_alpha, self.focal_gamma)
