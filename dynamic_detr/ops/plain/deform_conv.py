@@ -38,7 +38,7 @@ def forward(
     for block in _blocks(features, offset, mask, geometry):
         block_out = out[block.images, block.rows].flatten(0, 2)
         for chunk in block.chunks(len(matrices)):
-            _multiply(block.columns(chunk).to(input.dtype), matrices, block_out[chunk])
+            _multiply(block.columns(chunk), matrices, block_out[chunk])
     if bias is not None:
         out += bias
     return out.permute(0, 3, 1, 2)
@@ -60,7 +60,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, offset, mask and weight; None for those that are not needed."""
     features, grad_out = _features(input), grad_out.permute(0, 2, 3, 1)
-    grad_input = torch.zeros_like(features) if needs_input else None
+    # bfloat16 loses most of what is added to it, and of what differs little
+    wide = features.to(torch.promote_types(input.dtype, torch.float32))
+    grad_input = torch.zeros_like(wide) if needs_input else None
     grad_offset, grad_mask = (
         torch.empty_like(t, memory_format=torch.channels_last)
         if needs_sampling and t is not None
@@ -68,7 +70,7 @@ def backward(
         for t in (offset, mask)
     )
     packed, packs = _packed(weight, groups)
-    grad_packed = packed.new_zeros(packed.shape, dtype=features.dtype) if needs_weight else None
+    grad_packed = packed.new_zeros(packed.shape, dtype=wide.dtype) if needs_weight else None
     matrices = _matrices(packed, packs)
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
@@ -76,14 +78,13 @@ def backward(
         for chunk in block.chunks(len(matrices)):
             grad = block_grad[chunk]
             if needs_weight:
-                columns = block.columns(chunk).to(input.dtype)
-                grad_packed += _weight_grad(grad, columns, packed, packs)
+                grad_packed += _weight_grad(grad, block.columns(chunk), packed, packs)
             if needs_input or needs_sampling:
-                grad_columns = _column_grad(grad, matrices, block.taps)
+                grad_columns = _column_grad(grad, matrices, block.taps).to(wide.dtype)
             if needs_input:
                 block.add_input_gradient(grad_input, grad_columns, chunk)
             if needs_sampling:
-                block.keep_weight_gradient(grad_columns, chunk)
+                block.keep_weight_gradient(wide, grad_columns, chunk)
         if needs_sampling:
             block.write_sampling_gradients(grad_offset, grad_mask)
     grad_weight = None
@@ -105,9 +106,8 @@ def _columns_bytes() -> int:
 
 
 def _features(input: Tensor) -> Tensor:
-    """(B, H, W, C), contiguous, in float32 or wider: what is gathered, and added up."""
-    wide = torch.promote_types(input.dtype, torch.float32)
-    return input.detach().permute(0, 2, 3, 1).contiguous().to(wide)
+    """(B, H, W, C), contiguous: what is gathered."""
+    return input.detach().permute(0, 2, 3, 1).contiguous()
 
 
 def _blocks(
@@ -129,7 +129,7 @@ class _Block:
     """Some rows of some images of the output, and the samples that they are made of.
 
     Args:
-        features: (B, H, W, C), contiguous, in float32 or wider.
+        features: (B, H, W, C), contiguous.
         offset, mask: as given to `deform_conv2d`.
         images, rows: which part of the output it is.
         kernel, stride, padding, dilation: of the convolution.
@@ -180,7 +180,7 @@ class _Block:
         are copied for their product."""
         positions = step = len(self.index)
         if self.table.device.type == "cpu":
-            column = self.taps * self.table.shape[1] * self.table.itemsize
+            column = self.taps * self.table.shape[1] * max(4, self.table.itemsize)  # as gradients
             step = max(1, _columns_bytes() // (column * min(groups, 2)))
         for first in range(0, positions, step):
             yield slice(first, min(first + step, positions))
@@ -200,12 +200,15 @@ class _Block:
         grad_table = grad_input[self.images].view(self.table.shape)
         add_table_gradient(grad_table, grad_columns.flatten(0, 1), index, weight)
 
-    def keep_weight_gradient(self, grad_columns: Tensor, chunk: slice) -> None:
-        """Keeps that of the samples' weights, for `write_sampling_gradients`."""
+    def keep_weight_gradient(self, features: Tensor, grad_columns: Tensor, chunk: slice) -> None:
+        """Keeps that of the samples' weights, for `write_sampling_gradients`; features (B, H, W, C)
+        in the dtype of the gradient."""
         if self.grad_weight is None:
             self.grad_weight = torch.empty_like(self.weight)
         grad = weight_gradient(
-            grad_columns.flatten(0, 1), self.table, self._of_taps(self.index, chunk)
+            grad_columns.flatten(0, 1),
+            features[self.images].view(self.table.shape),
+            self._of_taps(self.index, chunk),
         )
         self.grad_weight[chunk] = grad.view(-1, self.taps * 4)
 

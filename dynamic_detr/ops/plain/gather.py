@@ -17,9 +17,9 @@ __all__ = ["add_table_gradient", "weight_gradient", "weighted_gather"]
 def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Sums chosen rows of a table with weights: out[m] = Σ_j weight[m, j] · table[index[m, j]].
 
-    Differentiable in the table and the weights. Gather and gradients run in float32, because
-    gradients accumulate in the table's dtype and bfloat16 loses most of them where many rows
-    meet; the result has the table's dtype.
+    Sums are taken in float32 or wider and rounded to the table's dtype, as are the weights.
+    Differentiable in the table and the weights; but a table's gradients are added up in its dtype,
+    and bfloat16 loses most of them where many rows meet. `add_table_gradient` does not.
 
     Args:
         table: (N, C) floating point.
@@ -37,12 +37,8 @@ def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     check_tensor("weighted_gather: weight", weight, tuple(index.shape), table.device)
     if index.shape[0] == 0:
         return table.new_zeros((0, table.shape[1])) + 0 * table[:0].sum()
-    dtype = torch.promote_types(table.dtype, torch.float32)
     with torch.autocast(table.device.type, enabled=False):
-        rows = F.embedding_bag(
-            index, table.to(dtype), per_sample_weights=weight.to(dtype), mode="sum"
-        )
-    return rows.to(table.dtype)
+        return F.embedding_bag(index, table, per_sample_weights=weight.to(table.dtype), mode="sum")
 
 
 def add_table_gradient(grad_table: Tensor, grad_out: Tensor, index: Tensor, weight: Tensor) -> None:
