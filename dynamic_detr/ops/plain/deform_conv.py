@@ -70,15 +70,15 @@ def backward(
         for t in (offset, mask)
     )
     packed, packs = _packed(weight, groups)
-    grad_packed = packed.new_zeros(packed.shape, dtype=wide.dtype) if needs_weight else None
     matrices = _matrices(packed, packs)
+    grad_matrices = torch.zeros_like(matrices, dtype=wide.dtype) if needs_weight else None
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_grad = grad_out[block.images, block.rows].flatten(0, 2)
         for chunk in block.chunks(len(matrices)):
             grad = block_grad[chunk]
             if needs_weight:
-                grad_packed += _weight_grad(grad, block.columns(chunk), packed, packs)
+                grad_matrices += _matrices_grad(grad, block.columns(chunk), packs)
             if needs_input or needs_sampling:
                 grad_columns = _column_grad(grad, matrices, block.taps).to(wide.dtype)
             if needs_input:
@@ -89,7 +89,11 @@ def backward(
             block.write_sampling_gradients(grad_offset, grad_mask)
     grad_weight = None
     if needs_weight:
-        grad_weight = _blocks_on_diagonal(grad_packed, weight.shape[1], groups)
+        # the inverse of `_matrices`
+        grad_packed = grad_matrices.view(weight.shape[0], -1, packed.shape[1]).transpose(1, 2)
+        grad_weight = _blocks_on_diagonal(
+            grad_packed.reshape(packed.shape), weight.shape[1], groups
+        )
         grad_weight = grad_weight.reshape(weight.shape)
     return (
         None if grad_input is None else grad_input.to(input.dtype).permute(0, 3, 1, 2),
@@ -277,12 +281,9 @@ def _column_grad(grad_out: Tensor, matrices: Tensor, taps: int) -> Tensor:
     return grad.unflatten(2, (taps, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def _weight_grad(grad_out: Tensor, columns: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Gradient of the weight, in its own shape."""
+def _matrices_grad(grad_out: Tensor, columns: Tensor, groups: int) -> Tensor:
+    """Gradient of the matrices."""
     if groups == 1:
-        grad = product.weight_gradient(grad_out, columns.flatten(1))
-    else:
-        per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
-        grad = product.grouped_product(per_group, _grouped(columns, groups))
-    out_channels, channels = weight.shape[:2]  # grad: (groups, C_out / groups, taps · C / groups)
-    return grad.view(out_channels, -1, channels).transpose(1, 2).reshape(weight.shape)
+        return product.weight_gradient(grad_out, columns.flatten(1))[None]
+    per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
+    return product.grouped_product(per_group, _grouped(columns, groups))
