@@ -94,7 +94,7 @@ def backward(
         grad_weight = _blocks_on_diagonal(
             grad_packed.reshape(packed.shape), weight.shape[1], groups
         )
-        grad_weight = grad_weight.reshape(weight.shape)
+        grad_weight = grad_weight.reshape(weight.shape).contiguous()
     return (
         None if grad_input is None else grad_input.to(input.dtype).permute(0, 3, 1, 2),
         grad_offset,
