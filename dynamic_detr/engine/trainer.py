@@ -137,8 +137,8 @@ class Trainer(DefaultTrainer):
 
     def _open_writers(self) -> None:
         with telling_of(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}"):
-            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
             for writer in self._writers:
+                os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
                 writer.open()
 
     def build_hooks(self) -> list:
