@@ -1,18 +1,16 @@
-"""A run that is killed on N processes and resumed on M is the run that was never interrupted."""
+"""A run that is stopped on N processes and resumed on M is the run that was never interrupted."""
 
 import functools
 import itertools
 import json
-import os
-import signal
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
 from detectron2.utils import comm
-from tiny_run import NAMES, TWO_LEVELS, losses_of, make_config
+from tiny_run import NAMES, TWO_LEVELS, losses_of, make_config, train
 from torch import nn
 
 from dynamic_detr.data.coco_json import register_json
@@ -22,119 +20,91 @@ from dynamic_detr.engine.sharing import from_main_process
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
-BATCH, PERIOD, LAST = 12, 4, 28  # images in a batch; checkpoints every 4 steps, of 28
+BATCH, LAST = 12, 28  # images in a batch; steps
 TIMES = ("time", "data_time", "eta_seconds")
 
 
-class _Killed(BaseException):
-    """Ends a run within this process as SIGKILL would: nothing is saved."""
-
-
-class _Kill(HookBase):
-    def __init__(self, iteration: int) -> None:
-        self.iteration = iteration
-
-    def before_step(self) -> None:
-        if self.trainer.iter == self.iteration:
-            if comm.get_world_size() == 1:
-                raise _Killed
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _part(cfg: CfgNode, folder: Path, resume: bool, kill: int) -> None:
+def _part(cfg: CfgNode, folder: Path, resume: bool) -> None:
     """What each process of a run does; only process 0 has the files."""
     register_json("tiny_train", folder / "data" / "boxes.json", folder / "data", NAMES)
     torch.set_num_threads(1)
     if not comm.is_main_process():
         absent = str(folder / f"of_process_{comm.get_rank()}")
         cfg.merge_from_list(["OUTPUT_DIR", absent, "MODEL.WEIGHTS", f"{absent}/weights.pth"])
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    trainer.register_hooks([_Kill(kill)])
-    trainer.train()
+    trainer = train(cfg, resume)
     if comm.is_main_process():
         result = {"losses": losses_of(trainer), "model": trainer.detector.state_dict()}
         torch.save(result, folder / "result.pth")
 
 
-def _run(processes: int, cfg: CfgNode, folder: Path, resume: bool = False, kill: int = -1) -> None:
-    threads = torch.get_num_threads()
-    try:
-        launch(_part, processes, on_gpu=False, args=(cfg, folder, resume, kill))
-    except (_Killed, SystemExit) as end:
-        assert isinstance(end, _Killed) or end.code == 128 + signal.SIGKILL
-        assert kill >= 0
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _metrics(folder: Path) -> dict[str, float]:
-    """The last line of numbers, but for times."""
-    line = json.loads((folder / "output" / "metrics.json").read_text().splitlines()[-1])
-    return {name: value for name, value in line.items() if name not in TIMES}
-
-
-def _config(folder: Path, workers: int, ema: bool) -> CfgNode:
-    torch.manual_seed(0)
+def _run(folder: Path, processes: int, workers: int, ema: bool, resume: bool = False) -> dict:
+    """Train in a folder; losses, weights, and the last line of metrics but for times."""
+    weights = folder / "weights.pth"
+    # Of a higher rate, training is chaotic: rounding grows to 1e-3 within twenty steps.
     options = [
+        *("SOLVER.BASE_LR", 1e-4),
         *(*TWO_LEVELS, "SOLVER.IMS_PER_BATCH", BATCH, "SOLVER.STEPS", (20,), "SOLVER.EMA.ENABLED"),
-        *(ema, "SOLVER.MAX_ITER", LAST, "SOLVER.CHECKPOINT_PERIOD", PERIOD),
-        *("DATALOADER.NUM_WORKERS", workers, "MODEL.WEIGHTS", str(folder / "weights.pth")),
+        *(ema, "SOLVER.MAX_ITER", LAST, "SOLVER.CHECKPOINT_PERIOD", 4, "SOLVER.KEEP_CHECKPOINTS"),
+        *(0, "DATALOADER.NUM_WORKERS", workers, "MODEL.WEIGHTS", str(weights)),
     ]
-    cfg = make_config(folder, *options)
-    torch.save(Trainer.build_model(cfg).state_dict(), cfg.MODEL.WEIGHTS)
-    return cfg
+    cfg, threads = make_config(folder, *options), torch.get_num_threads()
+    torch.manual_seed(0)
+    torch.save(Trainer.build_model(cfg).state_dict(), weights)
+    launch(_part, processes, on_gpu=False, args=(cfg, folder, resume))
+    torch.set_num_threads(threads)
+    assert not list(folder.rglob("of_process_*"))
+    line = json.loads((folder / "output" / "metrics.json").read_text().splitlines()[-1])
+    metrics = {name: value for name, value in line.items() if name not in TIMES}
+    return {**torch.load(folder / "result.pth"), "metrics": metrics}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that was never interrupted; one for each number of processes."""
+    """A run that was never interrupted, and its folder; one for each number of processes."""
 
     @functools.cache
-    def run(processes: int, ema: bool) -> Path:
+    def run(processes: int, ema: bool) -> tuple[Path, dict]:
         folder = tmp_path_factory.mktemp("whole")
-        _run(processes, _config(folder, 0, ema), folder)
-        return folder
+        return folder, _run(folder, processes, 0, ema)
 
     return run
 
 
 def _largest_deviation(
-    whole, folder: Path, before: int, after: int, kill: int, workers: int, ema: bool
+    whole, folder: Path, before: int, after: int, start: int, workers: int, ema: bool
 ) -> float:
-    """Of the losses of a resumed run from those of a whole one, relative."""
-    _run(before, _config(folder, workers, ema), folder, kill=kill)
-    _run(after, _config(folder, workers, ema), folder, resume=True)
-    other = whole(before if before == after else 1, ema)
-    found, expected = (torch.load(each / "result.pth") for each in (folder, other))
-    assert list(found["losses"]) == list(range(kill - kill % PERIOD, LAST))
-    assert not list(folder.rglob("of_process_*"))
+    """Of the losses of a run that is resumed at a step from those of a whole one, relative."""
+    (folder / "output").mkdir()
+    other, expected = whole(before, ema)
+    for done in range(4, start + 1, 4):  # what a kill soon after that step leaves
+        shutil.copy(other / "output" / f"model_{done - 1:07d}.pth", folder / "output")
+    found = _run(folder, after, workers, ema, resume=True)
+    assert list(found["losses"]) == list(range(start, LAST)) and LAST - start >= 20
     if before == after:
         assert found["losses"].items() <= expected["losses"].items()
         assert all(torch.equal(found["model"][k], v) for k, v in expected["model"].items())
-        assert _metrics(folder) == _metrics(other)
+        assert found["metrics"] == expected["metrics"]
     else:
-        assert _metrics(folder) == pytest.approx(_metrics(other), rel=1e-4)
+        assert found["metrics"] == pytest.approx(expected["metrics"], rel=1e-5)
     return max(abs(found["losses"][i] / expected["losses"][i] - 1) for i in found["losses"])
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "kill", "workers", "ema"), [(1, 2, 6, 0, True), (2, 1, 5, 2, True)]
+    ("before", "after", "start", "workers", "ema"), [(1, 2, 8, 0, True), (2, 1, 4, 2, False)]
 )
-def test_resumed_on_other_processes(whole, tmp_path, before, after, kill, workers, ema):
-    assert _largest_deviation(whole, tmp_path, before, after, kill, workers, ema) < 1e-5
+def test_resumed_on_other_processes(whole, tmp_path, before, after, start, workers, ema):
+    assert _largest_deviation(whole, tmp_path, before, after, start, workers, ema) < 1e-5
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("kill", "workers", "ema"), [(4, 0, False), (7, 2, True), (10, 2, False), (11, 0, True)]
-)
+@pytest.mark.parametrize(("workers", "ema"), [(0, False), (2, True)])
+@pytest.mark.parametrize("start", [4, 8])
 @pytest.mark.parametrize(
     ("before", "after"), [*itertools.permutations((1, 2, 3), 2), (1, 1), (2, 2)]
 )
-def test_every_change_of_processes(whole, tmp_path, before, after, kill, workers, ema):
-    deviation = _largest_deviation(whole, tmp_path, before, after, kill, workers, ema)
-    print(f"{before} -> {after}, killed at {kill}, {workers} workers, EMA {ema}: {deviation:.1e}")
+def test_every_change_of_processes(whole, tmp_path, before, after, start, workers, ema):
+    deviation = _largest_deviation(whole, tmp_path, before, after, start, workers, ema)
+    print(f"{before} -> {after} at {start}, {workers} workers, EMA {ema}: {deviation:.1e}")
     assert deviation < 1e-5
 
 
