@@ -172,27 +172,38 @@ def test_a_second_run_is_refused_and_the_first_one_named(tmp_path):
         pass
 
 
-def test_the_lock_of_a_dead_process_is_free_although_its_workers_live(tmp_path):
-    lock = _Lock(tmp_path / ".running")
-    lock.acquire()
-    worker = os.fork()
-    if worker == 0:
+def test_the_command_is_refused_while_another_run_writes(tmp_path, monkeypatch, capsys):
+    output = str(tmp_path / "output")
+    with output_locked(output):
+        assert _run(monkeypatch, *_arguments(tmp_path, "OUTPUT_DIR", output)) == 2
+        assert [path.name for path in Path(output).iterdir()] == [".running"]
+    said = capsys.readouterr().err
+    assert f"{output} is in use by process {os.getpid()}" in said and said.count("\n") == 1
+
+
+def test_the_lock_of_a_killed_process_is_free_although_its_workers_live(tmp_path):
+    ready = tmp_path / "ready"
+    holder = os.fork()
+    if holder == 0:
+        os.setsid()
+        _Lock(tmp_path / ".running").acquire()
+        if os.fork() == 0:  # as a process that loads data
+            ready.touch()
         time.sleep(60)
         os._exit(0)
     try:
-        lock._released.set()
-        os.close(lock._file.fileno())  # as the kernel does for a process that was killed
-        assert json.loads((tmp_path / ".running").read_text())["pid"] == os.getpid()
-        deadline = time.monotonic() + 30
-        while True:  # the child may not have run yet
-            try:
-                with output_locked(str(tmp_path)):
-                    break
-            except UserError:
-                assert time.monotonic() < deadline
+        deadline = time.monotonic() + 50
+        while not ready.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(UserError, match=f"process {holder}"), output_locked(str(tmp_path)):
+            pass
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+        with output_locked(str(tmp_path)):
+            assert json.loads((tmp_path / ".running").read_text())["pid"] == os.getpid()
     finally:
-        os.kill(worker, signal.SIGKILL)
-        os.waitpid(worker, 0)
+        os.killpg(holder, signal.SIGKILL)
 
 
 def test_the_lock_of_another_host_is_taken_over_without_signs_of_life(

@@ -110,9 +110,10 @@ class CheckpointFolder:
                 return path, read_checkpoint(path, parts)
             except BrokenCheckpoint as error:
                 logger.warning(f"{error}; falling back to the checkpoint before it")
+                errors.append(error)
         raise BrokenCheckpoint(
-            f"none of the {len(candidates) + len(errors)} checkpoints in {self.folder} can be "
-            "read; start again without --resume"
+            f"none of the {len(errors)} checkpoints in {self.folder} can be read (the last one: "
+            f"{errors[-1]}); start again without --resume"
         )
 
     def go_on(self, run: dict[str, Any] | None) -> None:

@@ -1,6 +1,7 @@
 """The command behind ``train_net.py``: what each process of a run does, and how a run starts."""
 
 import argparse
+import contextlib
 import multiprocessing
 
 from detectron2.config import CfgNode
@@ -48,8 +49,9 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
             _start_logging(cfg, args)
             evaluate(cfg, args.resume)
             return
-        with output_locked(cfg.OUTPUT_DIR):
+        with contextlib.ExitStack() as held:
             with records_kept() as kept:  # a run that is refused leaves the folder as it was
+                held.enter_context(output_locked(cfg.OUTPUT_DIR))
                 trainer = Trainer(cfg, started_with(cfg.OUTPUT_DIR) if args.resume else None)
                 trainer.models.note = args.note
                 trainer.resume_or_load(resume=args.resume)

@@ -29,6 +29,8 @@ def scale_schedule(cfg: CfgNode, world_size: int, scale_to: int | None = None) -
             f"SOLVER.REFERENCE_WORLD_SIZE {reference} processes"
         )
     cfg = DefaultTrainer.auto_scale_workers(cfg, scale_to or world_size)
+    if reference and scale_to not in (None, world_size):
+        logger.info(f"The schedule stays that of the {scale_to} processes of the run's start")
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % world_size:
         raise UserError(
