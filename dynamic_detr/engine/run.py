@@ -1,6 +1,7 @@
 """The command behind ``train_net.py``: what each process of a run does, and how a run starts."""
 
 import argparse
+import contextlib
 import multiprocessing
 
 from detectron2.config import CfgNode
@@ -9,10 +10,12 @@ from detectron2.utils import comm
 
 from .. import compat
 from .checkpoint import SafeCheckpointer
-from .console import LOGGERS, start_logging
+from .checkpoint_folder import started_with
+from .console import LOGGERS, log_model, records_kept, start_logging
 from .disk import logging_to
 from .exits import report_user_errors
 from .launch import launch
+from .output_lock import output_locked
 from .reading import require_finite
 from .setup import build_parser, load_config, process_count
 from .trainer import Trainer
@@ -23,6 +26,7 @@ PROGRAM = "train_net.py"
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
     """Evaluate the weights of ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint's."""
     model = Trainer.build_model(cfg)
+    log_model(model)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict_classes=True)
     weights = checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS
     checkpointer.load(weights)
@@ -41,15 +45,23 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     with report_user_errors(PROGRAM, args.debug, quiet=not comm.is_main_process()):
         if multiprocessing.parent_process() is not None:  # data sets are registered by process
             cfg = load_config(args)
-        with logging_to(cfg.OUTPUT_DIR, *LOGGERS):
-            start_logging(cfg, args)
         if args.eval_only:
+            _start_logging(cfg, args)
             evaluate(cfg, args.resume)
             return
-        trainer = Trainer(cfg)
-        trainer.models.note = args.note
-        trainer.resume_or_load(resume=args.resume)
-        trainer.train()
+        with contextlib.ExitStack() as held:
+            with records_kept() as kept:  # a run that is refused leaves the folder as it was
+                held.enter_context(output_locked(cfg.OUTPUT_DIR))
+                trainer = Trainer(cfg, started_with(cfg.OUTPUT_DIR) if args.resume else None)
+                trainer.models.note = args.note
+                trainer.resume_or_load(resume=args.resume)
+            _start_logging(cfg, args, kept)
+            trainer.train()
+
+
+def _start_logging(cfg: CfgNode, args: argparse.Namespace, kept: list | tuple = ()) -> None:
+    with logging_to(cfg.OUTPUT_DIR, *LOGGERS):
+        start_logging(cfg, args, kept)
 
 
 def main() -> None:
