@@ -586,6 +586,14 @@ _SOLVER_KEYS = (
         "How many of the periodic checkpoints stay on disk, the newest ones. At least two, so "
         "that there is one to fall back to.",
     ),
+    Key(
+        "SOLVER.HANG_SECONDS",
+        1800,
+        whole(0),
+        "A run ends where a process has made no progress for so long: no step, no image "
+        "evaluated. Longer than the longest of start, saving and COCO's scoring; 0 is for ever, "
+        "and for debuggers.",
+    ),
 )
 
 _CROP_BRANCH = "INPUT.CROP_BRANCH."

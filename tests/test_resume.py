@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 
+from dynamic_detr.engine.evaluation import BoxEvaluator
 from dynamic_detr.engine.exits import TrainingStopped
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
@@ -114,22 +115,39 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
     assert f"after {checkpoint['iteration'] + 1} of 5000" in line
 
 
-def test_signal_in_an_evaluation_saves_the_trained_weights(tmp_path, monkeypatch):
-    cfg = make_config(tmp_path, *EMA, "TEST.EVAL_PERIOD", 3)
-    trainer = Trainer(cfg)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signals_in_an_evaluation_save_the_trained_weights(tmp_path, monkeypatch, number):
+    """However many come: a launcher forwards what the whole group has got already."""
+    options = ["TEST.EVAL_PERIOD", 3, "DATASETS.TEST", ("tiny_train",)]
+    trainer = Trainer(make_config(tmp_path, *EMA, *options))
     trainer.resume_or_load(resume=False)
+    swap, images = trainer.ema._swap, []
 
-    def evaluate(cfg, model):
-        signal.raise_signal(signal.SIGINT)
+    def swap_and_signal() -> None:
+        swap()
+        if trainer.iter == 2 and not (trainer.stop and number == signal.SIGINT):
+            signal.raise_signal(number)  # a second Ctrl-C would end this process
 
-    monkeypatch.setattr(trainer, "test", evaluate)
+    def process(self, inputs, outputs) -> None:
+        images.append(inputs)
+
+    monkeypatch.setattr(trainer.ema, "_swap", swap_and_signal)
+    monkeypatch.setattr(BoxEvaluator, "process", process)
+    before = signal.getsignal(number)
     with pytest.raises(TrainingStopped) as stop:
         trainer.train()
-    assert stop.value.code == 130
+    assert stop.value.code == (130 if number == signal.SIGINT else 0)
+    assert f"stopped by {number.name} after 3 of 6 iterations; saved" in stop.value.message
+    assert not images and signal.getsignal(number) is before
     checkpoint = torch.load(trainer.checkpointer.get_checkpoint_file(), weights_only=True)
     assert checkpoint["iteration"] == 2
     for name, value in trainer.detector.state_dict().items():
         assert torch.equal(checkpoint["model_training"][name], value)
+    assert trainer.ema.updates == 3
+    assert any(
+        not torch.equal(checkpoint["model"][name], value)
+        for name, value in checkpoint["model_training"].items()
+    )
 
 
 def test_resuming_keeps_the_seed_of_the_run(tmp_path):

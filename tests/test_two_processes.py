@@ -71,27 +71,50 @@ def test_several_machines_need_an_address():
         launch(print, 1, on_gpu=False, num_machines=2)
 
 
-def test_torchrun_trains_and_both_processes_stop_at_sigterm(tmp_path):
-    """SIGTERM to one process: both agree on the iteration, one saves, both leave with 0."""
-    json_file, images = write_data(tmp_path / "data")
-    output = tmp_path / "output"
+def _torchrun(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    json_file, images = write_data(folder / "data")
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("--no-python", sys.executable, str(ROOT / "train_net.py")),
-        *("--config-file", str(write_config(tmp_path)), "--num-gpus", "0"),
+        *(*launcher, "--no-python", sys.executable, str(ROOT / "train_net.py")),
+        *("--config-file", str(write_config(folder)), "--num-gpus", "0"),
         *("--train-json", str(json_file), "--train-images", str(images)),
-        *("OUTPUT_DIR", str(output), "SOLVER.MAX_ITER", "5000"),
+        *("OUTPUT_DIR", str(folder / "output"), *options),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
     )
-    _wait_for(output / "last_checkpoint", process)
+
+
+def _signal_one(process: subprocess.Popen, number: signal.Signals) -> None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGTERM)
+    os.kill(int(children[-1]), number)
+
+
+def test_torchrun_trains_and_both_processes_stop_at_sigterm(tmp_path):
+    """SIGTERM to one process: both agree on the iteration, one saves, both leave with 0."""
+    output = tmp_path / "output"
+    process = _torchrun(tmp_path, "SOLVER.MAX_ITER", "5000")
+    _wait_for(output / "last_checkpoint", process)
+    _signal_one(process, signal.SIGTERM)
     errors = process.communicate(timeout=600)[1]
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    assert errors.count("stopped by") == 1
+    assert errors.count("stopped by SIGTERM") == 1
     saved = (output / "last_checkpoint").read_text()
     assert torch.load(output / saved, weights_only=True)["iteration"] >= 2
+
+
+@pytest.mark.long
+def test_torchrun_restarts_a_run_that_has_lost_a_process(tmp_path):
+    options = ("SOLVER.MAX_ITER", "300", "SOLVER.STEPS", "(250,)")
+    process = _torchrun(tmp_path, "--resume", *options, launcher=("--max-restarts", "1"))
+    _wait_for(tmp_path / "output" / "last_checkpoint", process)
+    _signal_one(process, signal.SIGKILL)
+    errors = process.communicate(timeout=600)[1]
+    assert process.returncode == 0 and "Traceback" not in errors, errors
+    lines = [line for line in errors.splitlines() if line.startswith("train_net.py: ")]
+    assert len(lines) == 1 and "process 1 on" in lines[0] and "ended without a word" in lines[0]
+    assert (
+        torch.load(tmp_path / "output" / "model_final.pth", weights_only=True)["iteration"] == 299
+    )

@@ -5,6 +5,7 @@ A training batch is a pure function of (seed, iteration): see ``batches.py`` for
 """
 
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,7 +35,7 @@ class WorkerDied(UserError, RuntimeError):
 
 def _one_by_one(loader: DataLoader) -> Iterator[list[dict]]:
     """The loader's batches; failed images and dead workers become errors of one line."""
-    iterator = iter(loader)
+    iterator = _started(loader)
     try:
         for items in iterator:
             yield Failure.check(items)
@@ -47,6 +48,21 @@ def _one_by_one(loader: DataLoader) -> Iterator[list[dict]]:
         ) from error
     finally:
         del iterator  # ends the workers now, although a traceback may keep this frame
+
+
+def _started(loader: DataLoader) -> Iterator[list]:
+    """The loader's iterator, without PyTorch's handler of dead workers.
+
+    That handler raises wherever the main thread is, be it amid an update of the weights; ``next``
+    finds a dead worker as well.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def _prepare_worker(worker_id: int) -> None:

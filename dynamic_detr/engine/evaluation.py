@@ -1,6 +1,11 @@
-"""COCO evaluation of a model, plain or with test-time augmentation."""
+"""COCO evaluation of a model, plain or with test-time augmentation.
+
+It can be interrupted between two images. Processes have different numbers of images, so none
+enters a collective operation before all have come to the end of theirs.
+"""
 
 import os
+from collections.abc import Iterable, Iterator
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -9,7 +14,42 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from .. import compat
 from ..errors import UserError
 from .disk import telling_of
+from .signals import stop_request
 from .threshold import best_threshold
+from .watch import current_watch
+
+
+class EvaluationInterrupted(Exception):
+    """A signal wants this process to stop, or the run has ended because of another one."""
+
+
+def _poll() -> None:
+    if stop_request or current_watch().ended:
+        raise EvaluationInterrupted
+
+
+class Interruptible:
+    """A loader of images for an evaluation that can be interrupted between two of them.
+
+    Args:
+        loader: has a length, as Detectron2 asks for.
+
+    Raises:
+        EvaluationInterrupted: while iterating.
+    """
+
+    def __init__(self, loader: Iterable[list[dict]]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        _poll()
+        for index, inputs in enumerate(self.loader):
+            current_watch().progress(f"evaluating its image {index}")
+            yield inputs
+            _poll()
 
 
 def build_evaluator(
@@ -50,7 +90,7 @@ class BoxEvaluator(COCOEvaluator):
 
 
 class _Telling(DatasetEvaluator):
-    """An evaluator that says in one line that it cannot write the detections.
+    """An evaluator that waits for all processes, and says in one line that it cannot write.
 
     Args:
         evaluator: writes them at the end of an evaluation.
@@ -63,5 +103,7 @@ class _Telling(DatasetEvaluator):
         self.reset, self.process = evaluator.reset, evaluator.process
 
     def evaluate(self) -> dict | None:
+        current_watch().meet(_poll)
+        current_watch().progress("gathering and scoring the detections")
         with telling_of(f"the detections in {self.folder}"):
             return self.evaluator.evaluate()

@@ -90,3 +90,33 @@ def likely_cause(cfg: CfgNode, model: nn.Module, batch: list[dict], iteration: i
         f"SOLVER.WARMUP_ITERS ({cfg.SOLVER.WARMUP_ITERS})"
         + (", and set SOLVER.CLIP_GRADIENTS.ENABLED True" if unclipped else "")
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of a GPU or of the machine is used up."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def what_fits(cfg: CfgNode, world_size: int, training: bool = True) -> str:
+    """Advice for a run that is out of memory.
+
+    Args:
+        cfg: the configuration of the run.
+        world_size: how many processes share each batch.
+        training: rather than evaluating, where a batch is one image.
+    """
+    if not training:
+        return f"lower INPUT.MAX_SIZE_TEST ({cfg.INPUT.MAX_SIZE_TEST})"
+    advice = []
+    share = cfg.SOLVER.IMS_PER_BATCH // world_size
+    if share > 1:
+        advice.append(f"set SOLVER.IMS_PER_BATCH {share // 2 * world_size}")
+    node = cfg.MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT
+    off = [name for name, is_on in node.items() if not is_on]
+    if off and cfg.MODEL.META_ARCHITECTURE in ("SetDetector", "DynamicDETR"):
+        keys = ", ".join(off)
+        advice.append(f"set {keys} of MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT True")
+    advice.append(f"lower INPUT.MAX_SIZE_TRAIN ({cfg.INPUT.MAX_SIZE_TRAIN})")
+    return ", or ".join(advice)

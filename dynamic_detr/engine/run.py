@@ -13,27 +13,42 @@ from .checkpoint import SafeCheckpointer
 from .checkpoint_folder import started_with
 from .console import LOGGERS, log_model, records_kept, start_logging
 from .disk import logging_to
-from .exits import report_user_errors
+from .evaluation import EvaluationInterrupted
+from .exits import TrainingStopped, report_user_errors
 from .launch import launch
 from .output_lock import output_locked
 from .reading import require_finite
 from .setup import build_parser, load_config, process_count
+from .signals import stop_request
 from .trainer import Trainer
+from .watch import current_watch
 
 PROGRAM = "train_net.py"
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
-    """Evaluate the weights of ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint's."""
+    """Evaluate the weights of ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint's.
+
+    Raises:
+        TrainingStopped: after a signal, on the first process that has it.
+    """
     model = Trainer.build_model(cfg)
     log_model(model)
     checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, strict_classes=True)
     weights = checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS
     checkpointer.load(weights)
     require_finite(model, weights)
-    results = Trainer.test(cfg, model)
-    if cfg.TEST.AUG.ENABLED:
-        results.update(Trainer.test_with_tta(cfg, model))
+    try:
+        with stop_request.listening():
+            results = Trainer.test(cfg, model)
+            if cfg.TEST.AUG.ENABLED:
+                results.update(Trainer.test_with_tta(cfg, model))
+    except EvaluationInterrupted:
+        code = 128 + (stop_request.signal or 0)
+        current_watch().fail(code)
+        raise TrainingStopped(
+            f"the evaluation was stopped by {stop_request.name}", code, agreed=False
+        ) from None
     if comm.is_main_process():
         verify_results(cfg, results)
     return results
@@ -42,9 +57,10 @@ def evaluate(cfg: CfgNode, resume: bool) -> dict:
 def run(args: argparse.Namespace, cfg: CfgNode) -> None:
     """What each process of the run does."""
     compat.ignore_known_warnings()
-    with report_user_errors(PROGRAM, args.debug, quiet=not comm.is_main_process()):
+    with report_user_errors(PROGRAM, args.debug):
         if multiprocessing.parent_process() is not None:  # data sets are registered by process
             cfg = load_config(args)
+        current_watch().hang_seconds = cfg.SOLVER.HANG_SECONDS
         if args.eval_only:
             _start_logging(cfg, args)
             evaluate(cfg, args.resume)

@@ -41,8 +41,9 @@ examples:
   change configuration keys:  add SOLVER.BASE_LR 0.0001 MODEL.DEVICE cpu ...
   a Detectron2 model-zoo configuration: --config-file COCO-Detection/retinanet_R_50_FPN_1x.yaml
 
-exit codes: 0 done, or saved and stopped by SIGTERM; 1 unforeseen error; 2 wrong arguments,
-configuration, data or weights; 3 training diverged; 130 saved and stopped by Ctrl-C
+exit codes: 0 done, or saved and stopped by SIGTERM or SIGUSR1; 1 unforeseen error; 2 wrong
+arguments, configuration, data or weights; 3 training diverged; 4 another process was lost or made
+no progress; 130 saved and stopped by Ctrl-C; 128 + n stopped by signal n with nothing to save
 """
 
 

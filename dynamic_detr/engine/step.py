@@ -7,6 +7,7 @@ the processes and one wait for the device in an iteration.
 import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .clipping import GradientClipper
 from .ema import ModelEMA
+from .watch import current_watch
 
 AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -97,6 +99,7 @@ class TrainStep(SimpleTrainer):
         self.stop_agreed = False  # by all processes
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
+        self._updated: torch.cuda.Event | None = None
 
     def run_step(self) -> None:
         """Train on the next batch.
@@ -104,16 +107,21 @@ class TrainStep(SimpleTrainer):
         Raises:
             NonFiniteStep: on every process at once; nothing was changed by this step.
         """
-        started = time.perf_counter()
-        self.batch = next(self._data_loader_iter)
-        data_time = time.perf_counter() - started
+        watch = current_watch()
+        with watch.state_is_whole():
+            watch.progress(f"loading the data of iteration {self.iter}", 3 * self.iter)
+            started = time.perf_counter()
+            self.batch = next(self._data_loader_iter)
+            data_time = time.perf_counter() - started
 
-        seed_step(self.seed, self.iter, comm.get_rank())
-        self.optimizer.zero_grad(set_to_none=True)
-        losses = self._forward(self.batch)
-        total = sum(losses.values())
-        norm = self._backward(total)
-        means, norm, self.stop_agreed = self._reduce(losses, total, norm, data_time)
+            watch.progress(f"computing the gradients of iteration {self.iter}", 3 * self.iter + 1)
+            seed_step(self.seed, self.iter, comm.get_rank())
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self._forward(self.batch)
+            total = sum(losses.values())
+            norm = self._backward(total)
+            means, norm, self.stop_agreed = self._reduce(losses, total, norm, data_time)
+        watch.progress(f"ending iteration {self.iter}", 3 * self.iter + 2)
         if math.isfinite(norm) and all(math.isfinite(value) for value in means.values()):
             self.optimizer.step()
             self.skipped = 0
@@ -126,6 +134,22 @@ class TrainStep(SimpleTrainer):
                 raise NonFiniteStep(means, self.skipped)
         if self.scaler is not None:
             self.scaler.update()
+        if self._device.type == "cuda":
+            self._updated = torch.cuda.Event()
+            self._updated.record()
+
+    @contextlib.contextmanager
+    def seen_from_another_thread(self) -> Iterator[None]:
+        """Within this context a thread reads the state after the last update from the device.
+
+        The main thread's stream may be waiting for ever for another process.
+        """
+        if self._updated is None:
+            yield
+            return
+        with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_event(self._updated)
+            yield
 
     def _forward(self, batch: list[dict]) -> dict[str, Tensor]:
         if self.dtype is None:

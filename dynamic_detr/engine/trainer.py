@@ -8,6 +8,7 @@ import weakref
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
@@ -16,7 +17,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from .. import compat
-from ..data.loader import EvalLoader, TrainLoader, build_test_loader, build_train_loader
+from ..data.loader import TrainLoader, build_test_loader, build_train_loader
 from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .class_names import data_class_names
@@ -24,19 +25,20 @@ from .clipping import build_clipper
 from .console import FirstLines, log_model
 from .disk import PatientWriter, reason, telling_of
 from .ema import ModelEMA
-from .evaluation import build_evaluator
-from .exits import EXIT_DIVERGED, EXIT_USER_ERROR, TrainingStopped
+from .evaluation import EvaluationInterrupted, Interruptible, build_evaluator
+from .exits import EXIT_DIVERGED, EXIT_UNFORESEEN, EXIT_USER_ERROR, TrainingStopped
 from .failed_step import FOLDER, FailedStep, save_failed_step
-from .guard import likely_cause, where
+from .guard import is_out_of_memory, likely_cause, what_fits, where
 from .metric_windows import check_windows, fill_windows, take_windows
 from .model_writer import ModelWriter
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
 from .schedule import describe_schedule, scale_schedule
 from .setup import build_detector
-from .signals import EvaluationInterrupted, StopRequest
+from .signals import stop_request
 from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
 from .tta import DetectorTTA
+from .watch import current_watch
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +64,9 @@ class Trainer(DefaultTrainer):
         self._writers: list[PatientWriter] = []  # of process 0
         self._train_loader: TrainLoader | None = None
         self._joins_others = False  # a new run where another one has checkpoints
-        self.stop = StopRequest()
+        self.stop = stop_request
+        self.watch = current_watch()
+        self._stopped = False
         # Processes must agree; also what a resumed run takes from its checkpoint.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
@@ -122,8 +126,8 @@ class Trainer(DefaultTrainer):
         return build_train_loader(cfg, start_iter, seed=max(cfg.SEED, 0) if seed is None else seed)
 
     @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> EvalLoader:
-        return build_test_loader(cfg, dataset_name)
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Interruptible:
+        return Interruptible(build_test_loader(cfg, dataset_name))
 
     def _batches(self):
         """What :meth:`train` built; the first iteration is not known before resuming."""
@@ -170,14 +174,11 @@ class Trainer(DefaultTrainer):
         if self._trainer.stop_agreed:
             self._save_and_stop()
         try:
-            with self.stop.evaluating():
-                if self.ema is None:
-                    return evaluate()
-                with self.ema.applied():
-                    return evaluate()
-        except EvaluationInterrupted:
-            self._save_and_stop()
-        except UserError as error:
+            if self.ema is None:
+                return evaluate()
+            with self.ema.applied():
+                return evaluate()
+        except Exception as error:
             self._stop_for(error)
 
     @classmethod
@@ -225,7 +226,7 @@ class Trainer(DefaultTrainer):
                 "goes on with this run"
             )
             self._save()  # from now on, not only from its first checkpoint on
-        with self.stop.listening():
+        with self.stop.listening(), self.watch.saving_with(self._save_from_outside):
             return super().train()
 
     def before_train(self) -> None:
@@ -243,28 +244,22 @@ class Trainer(DefaultTrainer):
             self._trainer.run_step()
         except NonFiniteStep as error:
             self._stop_diverged(error)
-        except RuntimeError as error:
-            # A signal to the whole process group also ends data workers and other processes.
-            if self.stop:
-                self._save_and_stop()
-            if isinstance(error, UserError):
-                self._stop_for(error)
-            raise
-        except UserError as error:
+        except Exception as error:
             self._stop_for(error)
         self.finished = self.iter
 
     def after_step(self) -> None:
         try:
             super().after_step()
-        except UserError as error:  # a checkpoint that could not be written
-            raise TrainingStopped(
-                f"error: {one_line(error)}; stopped after {self.finished + 1} iterations",
-                EXIT_USER_ERROR,
-                on_every_process=False,
-            ) from error
+        except Exception as error:  # a checkpoint that could not be written
+            self._stop_for(error, save=False)
         if self._trainer.stop_agreed and self.iter + 1 < self.max_iter:
             self._save_and_stop()
+
+    def after_train(self) -> None:
+        if self._stopped:
+            self._hooks = [h for h in self._hooks if not isinstance(h, hooks.EvalHook)]
+        super().after_train()
 
     def _save(self) -> str:
         """Save the state after the last finished iteration; the name of its file."""
@@ -273,23 +268,70 @@ class Trainer(DefaultTrainer):
             self.checkpointer.save(name, iteration=self.finished)
         return self.checkpointer.get_checkpoint_file()
 
-    def _save_and_stop(self) -> None:
-        path = self._save()
-        name = self.stop.signal.name if self.stop else "a signal to another process"
-        raise TrainingStopped(
-            f"stopped by {name} after {self.finished + 1} of {self.max_iter} iterations; saved "
-            f"{path}, --resume goes on from there",
+    def _saved(self) -> str:
+        """Save; how that went, to complete a message."""
+        try:
+            return f"saved {self._save()}, --resume goes on from there"
+        except Exception as error:  # whatever a disk or a device may raise
+            return f"the state could not be saved ({one_line(error)})"
+
+    def _save_from_outside(self) -> str:
+        """The same for the watch, in whose thread no collective operation may be used."""
+        if self.finished < 0:
+            return ""
+        with self._trainer.seen_from_another_thread():
+            return self._saved()
+
+    def _stop(
+        self, message: str, code: int, agreed: bool = True, cause: Exception | None = None
+    ) -> NoReturn:
+        self._stopped = True
+        raise TrainingStopped(message, code, agreed) from cause
+
+    def _stopped_by_signal(self) -> str:
+        done = f"{self.finished + 1} of {self.max_iter} iterations"
+        return f"stopped by {self.stop.name} after {done}"
+
+    def _save_and_stop(self) -> NoReturn:
+        """Stop for a signal, on all processes."""
+        self.stop.adopt(comm.all_gather(self.stop.signal))
+        try:
+            path = self._save()
+        except UserError as error:
+            self._stop_for(error, save=False)
+        self._stop(
+            f"{self._stopped_by_signal()}; saved {path}, --resume goes on from there",
             self.stop.exit_code,
         )
 
-    def _stop_for(self, error: UserError) -> None:
-        """Stop for an image that cannot be read, for instance; only one process may know of it."""
-        path = self._save()
-        raise TrainingStopped(
-            f"error: {one_line(error)}; stopped after {self.finished + 1} iterations, saved {path}",
-            EXIT_USER_ERROR,
-            on_every_process=False,
-        )
+    def _stop_for(self, error: Exception, save: bool = True) -> NoReturn:
+        """Stop for an error that this process has: the others are told, process 0 saves.
+
+        Raises:
+            TrainingStopped: on this process alone. An unforeseen error of a single process is
+                raised as it is.
+        """
+        self.watch.settle(error)
+        # A signal to the whole process group also ends data workers and other processes.
+        by_signal = self.stop and isinstance(error, RuntimeError)
+        if by_signal or isinstance(error, EvaluationInterrupted):
+            saved = self.watch.fail(self.stop.exit_code, save)
+            message = f"{self._stopped_by_signal()}; {saved}"
+            self._stop(message, self.stop.exit_code, agreed=False)
+        code = EXIT_USER_ERROR
+        if isinstance(error, UserError):
+            what = one_line(error)
+        elif is_out_of_memory(error):
+            advice = what_fits(self.cfg, self.watch.world_size, self.detector.training)
+            what = f"out of memory ({one_line(error)[:200]}); {advice}"
+        elif self.watch.world_size == 1:
+            raise error
+        else:
+            what, code = f"{type(error).__name__}: {one_line(error)[:300]}", EXIT_UNFORESEEN
+        saved = self.watch.fail(code, save)
+        where = f"process {self.watch.rank}: " if self.watch.world_size > 1 else ""
+        message = f"error: {where}{what}; stopped after {self.finished + 1} iterations"
+        self._stop(f"{message}, {saved}" if saved else message, code, agreed=False, cause=error)
 
     def _stop_diverged(self, error: NonFiniteStep) -> None:
         place = where(error.losses) or "the gradient"
@@ -297,7 +339,7 @@ class Trainer(DefaultTrainer):
         replay = self._keep_failed_step()
         path = self._save()
         skipped = f" for {error.skipped} steps in a row" if error.skipped > 1 else ""
-        raise TrainingStopped(
+        self._stop(
             f"training diverged at iteration {self.iter}: {place} is not finite{skipped}; likely "
             f"cause: {cause}; the weights from before it are in {path}{replay}",
             EXIT_DIVERGED,

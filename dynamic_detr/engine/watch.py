@@ -1,0 +1,339 @@
+"""Every process of a run watches over the others, so that the run ends as one.
+
+A thread beside the main one reads and writes a few keys of the run's store, twice a second:
+
+| key | value |
+| --- | --- |
+| ``cause`` | exit code of the run, which process has ended it, and because of which; written once |
+| ``saved`` | how the saving by process 0 went, after that |
+| ``beat/R`` | how far process R has come (``heartbeat.py``) |
+| ``meeting/N`` | how many processes have come to the N-th meeting |
+
+A process that cannot go on, or the first to see that another one is gone or hangs, writes the
+cause, waits for process 0 to save, and prints the one line of the run. All others leave silently
+with the same exit code. Process 0 saves in this thread: its main thread may wait for ever in a
+collective operation with the process that is gone. As no collective operation takes part in this,
+it works whichever one the processes are in.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from .heartbeat import Beat, Observer
+
+__all__ = ["EXIT_LOST", "Watch", "current_watch", "leave", "say", "watching"]
+
+EXIT_LOST = 4
+HANG_SECONDS = 1800.0  # until the configuration is known
+_TICK_SECONDS = 0.5
+_PATIENCE_SECONDS = 10  # for a cause that is on its way, and for the main thread of process 0
+_SAVE_SECONDS = 300
+
+
+def say(line: str) -> None:
+    """Print a line of the command to stderr."""
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
+
+
+def leave(code: int) -> None:
+    """End this process at once, with nothing but its output flushed.
+
+    An orderly exit would wait for threads of Gloo or NCCL, which wait for processes that are gone.
+    """
+    timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [code])  # nobody may take the output
+    timer.daemon = True
+    timer.start()
+    for child in multiprocessing.active_children():  # data workers
+        child.kill()
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _lost_connection(error: BaseException) -> bool:
+    """Whether an error only says that another process is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+class Watch:
+    """This process's part in a run.
+
+    Args:
+        rank: of this process.
+        world_size: how many there are.
+        store: of the run; None for a run of one process.
+        parent: pid of the process that has started this one and that it must not outlive.
+        peers: ranks on this machine whose end nobody else would report.
+    """
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        store: dist.Store | None = None,
+        parent: int | None = None,
+        peers: Iterable[int] = (),
+    ) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.hang_seconds = HANG_SECONDS
+        self.ended = False  # the run has, here or elsewhere
+        self._store = store
+        self._parent = parent
+        self._peers = dict.fromkeys(set(peers) - {rank})  # pid by rank, once known
+        self._beat = Beat(socket.gethostname(), os.getpid())  # changed by the main thread alone
+        self._tick = 0
+        self._observer = Observer()
+        self._meetings = 0
+        self._last_meeting = False
+        self._whole = threading.Lock()  # who holds it may change the state, or save it
+        self._save: Callable[[], str] | None = None
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    # Of the main thread
+
+    def progress(self, place: str, order: float | None = None) -> None:
+        """Tell that the process is alive and what it begins to do now.
+
+        Args:
+            place: in words, to complete "last seen ...".
+            order: see :class:`Beat`; as before when None.
+        """
+        order = self._beat.order if order is None else order
+        steps = self._beat.steps + 1
+        self._beat = replace(self._beat, steps=steps, order=order, place=place, waiting=False)
+
+    @contextlib.contextmanager
+    def saving_with(self, save: Callable[[], str]) -> Iterator[None]:
+        """Within this context process 0 saves when the run ends early.
+
+        Args:
+            save: saves without help of other processes, and says in words how that went.
+        """
+        self._save = save
+        self._whole.acquire()
+        try:
+            yield
+        finally:
+            self._save = None
+            self._whole.release()
+
+    @contextlib.contextmanager
+    def state_is_whole(self) -> Iterator[None]:
+        """Within this context nothing that is saved changes, so the other thread may save it."""
+        if self._save is None:
+            yield
+            return
+        self._whole.release()
+        try:
+            yield
+        finally:
+            self._whole.acquire()
+
+    def meet(self, poll: Callable[[], None] = lambda: None, last: bool = False) -> None:
+        """Wait until every process has come here.
+
+        Args:
+            poll: called now and then; may raise.
+            last: whether this process ends afterwards.
+        """
+        poll()
+        if self._store is None:
+            return
+        self._last_meeting = last
+        self._meetings += 1
+        key = f"meeting/{self._meetings}"
+        self._store.add(key, 1)
+        self._beat = replace(self._beat, waiting=True)
+        while self._store.add(key, 0) < self.world_size:
+            poll()
+            time.sleep(0.05)
+        self.progress(self._beat.place)
+
+    def fail(self, code: int, save: bool = True) -> str:
+        """End the run because of this process, whose place it is to print the line and leave.
+
+        Where another process has ended it already, this does not return: the process ends as that
+        one wants it.
+
+        Args:
+            code: exit code of all processes.
+            save: whether the state is to be saved.
+
+        Returns:
+            How the saving by process 0 went, in words; empty where there is nothing to save.
+        """
+        if not self._publish(code, self.rank):
+            self._give_way()
+        if self.rank:
+            return self._answer()
+        return self._save() if save and self._save else ""
+
+    def settle(self, error: BaseException) -> None:
+        """Give the cause of an error time to come where the error tells of another process.
+
+        Args:
+            error: that the main thread has met.
+        """
+        if self._store is not None and _lost_connection(error):
+            self._give_way(_PATIENCE_SECONDS)
+
+    def _give_way(self, seconds: float | None = None) -> None:
+        with self.state_is_whole():
+            threading.Event().wait(seconds)
+
+    # Of the other one
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopping.wait(_TICK_SECONDS):
+            try:
+                self._look()
+            except RuntimeError:  # of the store
+                self._end_orphaned()
+
+    def _look(self) -> None:
+        if self._parent is not None and os.getppid() != self._parent:
+            self._end_orphaned()
+        self._tick += 1
+        if self._store is not None:
+            self._store.set(f"beat/{self.rank}", self._own_beat().dump())
+            if self._store.check(["cause"]):
+                code, rank, _ = self._store.get("cause").decode().split()
+                if rank != str(self.rank):
+                    self._obey(int(code))
+        if self.ended or self._last_meeting:
+            return
+        for rank in self._gone():
+            self._report(rank, "has ended without a word")
+        if self.hang_seconds and self.rank < 2:
+            found = self._observer.problem(self._beats(), self.hang_seconds, time.monotonic())
+            if found is not None:
+                self._report(*found)
+
+    def _own_beat(self) -> Beat:
+        return replace(self._beat, tick=self._tick)
+
+    def _beats(self) -> dict[int, Beat | None]:
+        """What process 0 sees of all; process 1 watches over process 0's watching."""
+        if self.rank == 1:
+            beat = self._beat_of(0)
+            return {0: beat and replace(beat, waiting=True)}
+        others = {rank: self._beat_of(rank) for rank in range(1, self.world_size)}
+        return {0: self._own_beat(), **others}
+
+    def _beat_of(self, rank: int) -> Beat | None:
+        key = f"beat/{rank}"
+        return Beat.load(self._store.get(key)) if self._store.check([key]) else None
+
+    def _gone(self) -> Iterator[int]:
+        """Ranks on this machine whose process is no more."""
+        for rank, pid in self._peers.items():
+            if pid is None:
+                beat = self._beat_of(rank)
+                self._peers[rank] = beat and beat.pid
+                continue
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                yield rank
+            except PermissionError:
+                pass
+
+    def _publish(self, code: int, rank: int) -> bool:
+        """End the run because of process ``rank``; whether this process is the first to."""
+        if self._store is None:
+            return not self.ended
+        cause = f"{code} {self.rank} {rank}"
+        try:
+            return self._store.compare_set("cause", "", cause) == cause.encode()
+        except RuntimeError:  # the store is gone, which the other thread tells
+            return False
+
+    def _answer(self) -> str:
+        """What process 0 says of its saving."""
+        try:
+            self._store.wait(["saved"], timedelta(seconds=_SAVE_SECONDS))
+            return self._store.get("saved").decode()
+        except RuntimeError:
+            return ""
+
+    def _save_from_outside(self) -> str:
+        save = self._save
+        if self.rank or save is None:
+            return ""
+        if not self._whole.acquire(timeout=_PATIENCE_SECONDS):
+            return "nothing was saved, --resume goes on from the last checkpoint"
+        return save()  # the lock stays: nothing may change any more
+
+    def _obey(self, code: int) -> None:
+        self.ended = True
+        if self.rank == 0:
+            self._store.set("saved", self._save_from_outside())
+        leave(code)
+
+    def _report(self, rank: int, found: str) -> None:
+        if not self._publish(EXIT_LOST, rank):
+            return
+        self.ended = True
+        beat = self._beat if rank == self.rank else self._beat_of(rank) or Beat()
+        if self.rank == 0:
+            saved = self._save_from_outside()
+        else:
+            saved = self._answer() if rank else ""
+        self._end(f"process {rank} on {beat.host} {found}; last seen {beat.place}", saved)
+
+    def _end_orphaned(self) -> None:
+        """Every process sees for itself that the launcher, which has the store, is gone."""
+        self.ended = True
+        saved = self._save_from_outside()
+        if self.rank == 0:
+            self._end("the launcher of this run is gone", saved)
+        leave(EXIT_LOST)
+
+    def _end(self, what: str, saved: str) -> None:
+        saved = saved or "--resume goes on from the last checkpoint"
+        with contextlib.suppress(OSError, ValueError):
+            say(f"{what}; {saved}")
+        leave(EXIT_LOST)
+
+
+_current = Watch()
+
+
+def current_watch() -> Watch:
+    """The watch of this process; one that does nothing where none was started."""
+    return _current
+
+
+@contextlib.contextmanager
+def watching(*args, **options) -> Iterator[Watch]:
+    """Within this context a :class:`Watch` of these arguments is the current one."""
+    global _current
+    previous, _current = _current, Watch(*args, **options)
+    _current.start()
+    try:
+        yield _current
+    finally:
+        _current.stop()
+        _current = previous
