@@ -15,8 +15,11 @@ On a CPU the usual operators are timed on one image only.
 
 import argparse
 import json
+import os
 import platform
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
 
 import detectron2
 import torch

@@ -1,6 +1,7 @@
 """The command behind ``train_net.py``: what each process of a run does, and how a run starts."""
 
 import argparse
+import logging
 import multiprocessing
 
 from detectron2.config import CfgNode
@@ -8,6 +9,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from .. import compat
+from ..threads import choose_threads
 from .checkpoint import SafeCheckpointer
 from .console import LOGGERS, start_logging
 from .disk import logging_to
@@ -18,6 +20,8 @@ from .setup import build_parser, load_config, process_count
 from .trainer import Trainer
 
 PROGRAM = "train_net.py"
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
@@ -43,6 +47,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
             cfg = load_config(args)
         with logging_to(cfg.OUTPUT_DIR, *LOGGERS):
             start_logging(cfg, args)
+            if cfg.MODEL.DEVICE == "cpu":
+                logger.info(choose_threads(comm.get_local_size()))
         if args.eval_only:
             evaluate(cfg, args.resume)
             return
