@@ -22,6 +22,7 @@ from dynamic_detr.ops import (
     pyramid_roi_align,
 )
 
+from .products import dtypes_of
 from .timing import time_in_turns
 from .usual import (
     pool_levels,
@@ -94,6 +95,9 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
     timings = time_in_turns(calls, device, args.repeats, args.budget, name)
     ours, bound = timings["ours"], timings["bound"]
     usual = timings.get("usual")
+    ran_in = {}
+    if args.dtype != "float32":  # some have no other dtype, or sum in it
+        ran_in = {kind: dtypes_of(call) for kind, call in calls.items()}
     return {
         "operator": name,
         "milliseconds": 1e3 * ours.median,
@@ -103,6 +107,7 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
         "times_bound": ours.median / bound.median,
         "usual": case.usual[0] if case.usual else None,
         "faster_than_usual": usual.median / ours.median if usual else None,
+        "ran_in": ran_in,
     }
 
 

@@ -1,5 +1,5 @@
-"""The launches of each operator for an image of 800 × 1344: at the finest level (P2, 200 × 336), for
-RoIAlign and attention over all levels; and how much work each kernel has."""
+"""The launches of each operator for an image of 800 × 1344, at the finest level (P2, 200 × 336; for
+RoIAlign and attention over all levels), and how much work each kernel has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
