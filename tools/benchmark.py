@@ -7,6 +7,7 @@ python tools/benchmark.py --dtype bfloat16 --size 800x1344
 python tools/benchmark.py models --no-naive          # or operators, or profile
 python tools/benchmark.py models --config-file A.yaml --config-file B.yaml
 python tools/benchmark.py transformers               # DETR, Deformable DETR and Hugging Face's
+python tools/benchmark.py peers                      # operators of deformops and other packages
 python tools/benchmark.py --machine "A name"         # also into docs/benchmarks.md
 
 Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
@@ -30,6 +31,7 @@ from benchmarks.hugging_face import measure_hugging_face
 from benchmarks.models import measure_models, profile_model
 from benchmarks.operators import measure_operators
 from benchmarks.page import put_section
+from benchmarks.peers import measure_peers
 from tabulate import tabulate
 
 from dynamic_detr import compat
@@ -43,7 +45,7 @@ PAGE = PROJECT / "docs" / "benchmarks.md"
 OURS = PROJECT / "configs" / "COCO-Detection" / "dynamic_detr_R_50_1x.yaml"
 PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 
-MEASURED = ("operators", "models", "profile", "transformers")
+MEASURED = ("operators", "models", "profile", "transformers", "peers")
 VERSIONS = ("torch", "torchvision", "detectron2", "Python")
 SMALLEST = 64  # pixels, a pixel of the coarsest level
 
@@ -161,6 +163,25 @@ def transformers_table(rows: list[dict]) -> str:
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
 
+def peers_table(rows: list[dict]) -> str:
+    table = [
+        [row["name"], row["package"], row["error"], *[""] * 4]
+        if "error" in row
+        else [
+            row["name"],
+            row["package"],
+            with_spread(row["milliseconds"], row["spread"], 2),
+            ratio(row["ours_to_theirs"]),
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            "" if row["difference"] is None else f"{row['difference']:.0e}",
+            row["ran_in"],
+        ]
+        for row in rows
+    ]
+    headers = ["operator", "package", "ms", "ours / theirs", "peak, MB", "difference", "ran in"]
+    return tabulate(table, headers, "pipe", disable_numparse=True)
+
+
 def profile_table(name: str, rows: list[dict]) -> str:
     table = [[row["operation"], f"{100 * row['share']:.1f} %", row["calls"]] for row in rows]
     return tabulate(table, [name, "share", "calls"], "pipe", disable_numparse=True)
@@ -236,6 +257,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "transformers":  # not part of "all": it wants another package
             result["transformers"] = measure_hugging_face(args, device)
             show(transformers_table(result["transformers"]))
+        if args.what == "peers":
+            result["peers"] = measure_peers(args, device)
+            show(peers_table(result["peers"]))
         if args.machine:
             title = f"{args.machine}: {args.dtype}"
             PAGE.write_text(put_section(PAGE.read_text(), title, "\n\n".join(parts)))

@@ -32,7 +32,13 @@ from .usual import (
     usual_ms_deform_attn,
 )
 
-__all__ = ["measure_operators"]
+__all__ = [
+    "attention_case",
+    "attention_shapes",
+    "deform_conv_case",
+    "measure_operators",
+    "timed_call",
+]
 
 CHANNELS = 256
 STRIDES = (4, 8, 16, 32, 64)
@@ -72,12 +78,12 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
     dtype = getattr(torch, args.dtype)
     rows = []
     for build in (
-        _deform_conv,
+        deform_conv_case,
         _grouped_deform_conv,
         _fuse_levels,
         _roi_align,
         _dynamic_conv,
-        _attention,
+        attention_case,
         _matching,
     ):
         case = build(args.size, dtype, device)
@@ -87,10 +93,10 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
 
 
 def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> dict:
-    calls = {"ours": _call(case.ours, case.tensors, backward)}
-    calls["bound"] = _call(*case.bound[1:], backward)
+    calls = {"ours": timed_call(case.ours, case.tensors, backward)}
+    calls["bound"] = timed_call(*case.bound[1:], backward)
     if case.usual:
-        calls["usual"] = _call(case.usual[1], case.tensors, backward)
+        calls["usual"] = timed_call(case.usual[1], case.tensors, backward)
     name = f"{case.name}, " + ("forward + backward" if backward else "forward")
     timings = time_in_turns(calls, device, args.repeats, args.budget, name)
     ours, bound = timings["ours"], timings["bound"]
@@ -111,7 +117,10 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
     }
 
 
-def _call(function: Function, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object]:
+def timed_call(
+    function: Function, tensors: tuple[Tensor, ...], backward: bool
+) -> Callable[[], object]:
+    """A function without arguments: forward, or with `backward` all gradients as well."""
     if not backward:
 
         def forward() -> Tensor | list[Tensor]:
@@ -141,7 +150,9 @@ def _copy(elements: int, dtype: torch.dtype, device: str) -> tuple[Function, tup
     return lambda numbers: numbers * 2, (torch.ones(elements, dtype=dtype, device=device),)
 
 
-def _deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str, groups: int = 1) -> Case:
+def deform_conv_case(
+    size: tuple[int, int], dtype: torch.dtype, device: str, groups: int = 1
+) -> Case:
     height, width = size[0] // STRIDES[0], size[1] // STRIDES[0]
     weight = 0.02 * torch.randn(CHANNELS, CHANNELS // groups, 3, 3, dtype=dtype, device=device)
     tensors = (
@@ -173,7 +184,7 @@ def _deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str, groups:
 
 def _grouped_deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     """As res3 of a ResNeXt-101 32x8d, at half of the resolution."""
-    return _deform_conv((size[0] // 2, size[1] // 2), dtype, device, groups=32)
+    return deform_conv_case((size[0] // 2, size[1] // 2), dtype, device, groups=32)
 
 
 def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
@@ -246,8 +257,12 @@ def _dynamic_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Cas
     )
 
 
-def _attention(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    shapes = [(size[0] // s, size[1] // s) for s in STRIDES[1:]]
+def attention_shapes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(size[0] // stride, size[1] // stride) for stride in STRIDES[1:]]
+
+
+def attention_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    shapes = attention_shapes(size)
     rows = sum(height * width for height, width in shapes)
     value = torch.randn(1, rows, HEADS, CHANNELS // HEADS, dtype=dtype, device=device)
     locations = torch.rand(1, rows, HEADS, len(shapes), POINTS, 2, device=device)
