@@ -62,7 +62,7 @@ def run(folder: Path, device: str | None) -> int:
             print("no GPU here: running on the CPU, which may round otherwise")
             device = "cpu"
     if device == "cpu":
-        print(choose_threads())
+        print(choose_threads(step.processes))  # the order of sums depends on their number
     found = False
     for rank, batch in batches.items():
         files = ", ".join(str(record.get("file_name", "an image")) for record in batch)
