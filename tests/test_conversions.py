@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import nn
 from torchvision.models import resnet50
 
@@ -20,7 +20,6 @@ import convert_weights  # noqa: E402
 from conversions import rename, select_coco_classes  # noqa: E402
 from conversions.resnet import resnet_rules  # noqa: E402
 
-from dynamic_detr.backbones import make_resnet  # noqa: E402
 from dynamic_detr.errors import UserError  # noqa: E402
 
 THINGS = [c for c in COCO_CATEGORIES if c["isthing"]]
@@ -63,7 +62,7 @@ def test_safetensors_are_read(tmp_path):
 def test_what_is_no_file_of_weights_is_one_line(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"epoch": 3}, tmp_path / "epoch.pth")
-    for name, reason in (("none.pth", "cannot be read"), ("text.pth", "cannot be read")):
+    for name, reason in (("none.pth", "does not exist; name"), ("text.pth", "cannot be read")):
         with pytest.raises(UserError, match=reason):
             convert_weights.read_weights(tmp_path / name)
     with pytest.raises(UserError, match="holds no weights by name"):
@@ -123,11 +122,17 @@ def shallow(model: nn.Module) -> nn.Module:
     return model
 
 
+def detectron2_resnet50() -> ResNet:
+    stem = BasicStem(norm="FrozenBN")
+    stages = ResNet.make_default_stages(50, norm="FrozenBN")
+    return ResNet(stem, stages, out_features=["res5"])
+
+
 def test_a_resnet_of_torchvision_is_detectron2s():
     theirs = shallow(resnet50()).eval()
     torch.nn.init.normal_(theirs.bn1.running_mean)
     weights = {f"body.{k}": v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
-    ours = make_resnet(50, norm="FrozenBN")
+    ours = detectron2_resnet50()
     for name, stage in zip(ours.stage_names, ours.stages, strict=True):
         assert isinstance(stage[0], BottleneckBlock)
         setattr(ours, name, stage[:2])
@@ -145,7 +150,7 @@ def test_a_resnet_of_torchvision_is_detectron2s():
 def test_a_resnet_of_hugging_face_is_detectron2s():
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ResNetModel(transformers.ResNetConfig(depths=[2, 1, 1, 1])).eval()
-    ours = make_resnet(50, norm="FrozenBN")
+    ours = detectron2_resnet50()
     names = ours.state_dict()
     renamed = rename(theirs.state_dict(), resnet_rules("", ""))
     assert renamed.keys() < names.keys()

@@ -76,6 +76,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name the published file of weights") from error
     except Exception as error:  # torch, pickle and zip each have their own errors
         raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
     if isinstance(data, dict):
