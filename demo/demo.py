@@ -123,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_detector(args: argparse.Namespace) -> Detector:
-    """Build the detector and print the threshold and its origin, and on a CPU the number of threads.
+    """Build the detector; print the threshold and its origin, and on a CPU the number of threads.
 
     Raises:
         UserError: the detector cannot be built, or does not support the arguments.
