@@ -14,6 +14,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+
 import numpy as np
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ from dynamic_detr.inference.detector import require_stages
 from dynamic_detr.inference.listing import Listing, list_pictures, use_category_ids
 from dynamic_detr.inference.pictures import file_picture
 from dynamic_detr.inference.results_file import ResultsFile
+from dynamic_detr.threads import choose_threads
 from dynamic_detr.visualization.draw import new_canvas
 from dynamic_detr.visualization.files import output_paths
 from dynamic_detr.visualization.video import VideoReader, VideoWriter, open_camera
@@ -120,7 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load_detector(args: argparse.Namespace) -> Detector:
-    """Build the detector and print the threshold and its origin.
+    """Build the detector; print the threshold and its origin, and on a CPU the number of threads.
 
     Raises:
         UserError: the detector cannot be built, or does not support the arguments.
@@ -142,6 +145,8 @@ def load_detector(args: argparse.Namespace) -> Detector:
     elif detector.info is None or detector.info.threshold is None:
         source = "the default, as the weights have none; see --confidence-threshold"
     tell(f"score threshold: {detector.threshold:.3g}, {source}")
+    if detector.cfg.MODEL.DEVICE == "cpu":
+        tell(choose_threads())
     return detector
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import logging
 import multiprocessing
 
 from detectron2.config import CfgNode
@@ -9,6 +10,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from .. import compat
+from ..threads import choose_threads
 from .checkpoint import SafeCheckpointer
 from .checkpoint_folder import started_with
 from .console import LOGGERS, log_model, records_kept, start_logging
@@ -24,6 +26,8 @@ from .trainer import Trainer
 from .watch import current_watch
 
 PROGRAM = "train_net.py"
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(cfg: CfgNode, resume: bool) -> dict:
@@ -78,6 +82,8 @@ def run(args: argparse.Namespace, cfg: CfgNode) -> None:
 def _start_logging(cfg: CfgNode, args: argparse.Namespace, kept: list | tuple = ()) -> None:
     with logging_to(cfg.OUTPUT_DIR, *LOGGERS):
         start_logging(cfg, args, kept)
+    if cfg.MODEL.DEVICE == "cpu":
+        logger.info(choose_threads(comm.get_local_size()))
 
 
 def main() -> None:
