@@ -130,10 +130,12 @@ def _name(detectors: dict, name: str) -> str:
 
 
 def _column(values: Sequence[float | None], digits: int, high: bool = True) -> list[str]:
-    """Cells of numbers, the best one in bold; empty where there is none."""
+    """Cells of numbers, the best one in bold unless it ties; empty where there is none."""
     texts = ["" if value is None else f"{value:.{digits}f}" for value in values]
     known = [float(text) for text in texts if text]
-    best = (max if high else min)(known) if len(known) > 1 else None
+    best = (max if high else min)(known, default=None)
+    if len(known) < 2 or known.count(best) > 1:
+        return texts
     return [
         f'<span class="best">{text}</span>' if text and float(text) == best else text
         for text in texts

@@ -125,7 +125,8 @@ class Plan:
                 )
         plan.seeds = max(plan.seeds, args.seeds or 1)
         plan.note = plan.note if args.note is None else args.note
-        plan.commands += [command] if command not in plan.commands else []
+        if command not in plan.commands and not args.page_only:
+            plan.commands.append(command)
         return plan
 
     def compose(self) -> None:
@@ -159,12 +160,12 @@ class Plan:
         for split in ("TRAIN", "TEST"):
             if not cfg.DATASETS[split]:
                 raise UserError(f"DATASETS.{split} is empty; name a data set, or give JSON files")
-            for name in cfg.DATASETS[split]:
-                if name not in DatasetCatalog.list():
-                    raise UserError(
-                        f"DATASETS.{split} names {name}, which is not registered; --train-json and "
-                        "--val-json take COCO files"
-                    )
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            if name not in DatasetCatalog.list():
+                raise UserError(
+                    f"DATASETS names {name}, which is not registered; --train-json and --val-json "
+                    "take COCO files"
+                )
 
     def composed(self, register: bool = False) -> dict[str, CfgNode]:
         """The configurations that `compose` has written, by name, with the device of the runs.

@@ -143,8 +143,12 @@ def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode,
     Raises:
         UserError: the configuration does not exist or cannot work.
     """
-    cfg = read_config(find_config(config_file), [])
-    recipe_rate, recipe_batch = cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH
+    path = find_config(config_file)
+    recipe = read_config(path, []).SOLVER
+    # `first` has the weights that this key names, for those that can share them.
+    pairs = zip(keys[::2], keys[1::2], strict=True)
+    keys = [word for pair in pairs if pair[0] != "MODEL.WEIGHTS" for word in pair]
+    cfg = read_config(path, keys)
     own_format = cfg.INPUT.FORMAT
     for node in _NODES:
         cfg[node] = first[node].clone()
@@ -162,17 +166,16 @@ def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode,
         cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     optimizer = cfg.SOLVER.OPTIMIZER
     batch = cfg.SOLVER.IMS_PER_BATCH
-    cfg.SOLVER.BASE_LR = scaled_rate(recipe_rate, recipe_batch, batch, optimizer)
-    pairs = zip(keys[::2], keys[1::2], strict=True)
-    cfg.merge_from_list([word for pair in pairs if pair[0] != "MODEL.WEIGHTS" for word in pair])
+    cfg.SOLVER.BASE_LR = scaled_rate(recipe.BASE_LR, recipe.IMS_PER_BATCH, batch, optimizer)
+    cfg.merge_from_list(keys)
     power = "" if optimizer == "SGD" else " ^ 1/2"
     given = "SOLVER.BASE_LR" in keys[::2]
-    rule = "given" if given else f"x ({batch} / {recipe_batch}){power}"
+    rule = "given" if given else f"x ({batch} / {recipe.IMS_PER_BATCH}){power}"
     clip = cfg.SOLVER.CLIP_GRADIENTS
     return cfg, Terms(
         optimizer=cfg.SOLVER.OPTIMIZER,
-        recipe_rate=recipe_rate,
-        recipe_batch=recipe_batch,
+        recipe_rate=recipe.BASE_LR,
+        recipe_batch=recipe.IMS_PER_BATCH,
         rate=cfg.SOLVER.BASE_LR,
         rule=rule,
         clip=f"{clip.CLIP_TYPE} {clip.CLIP_VALUE:g}" if clip.ENABLED else "off",
