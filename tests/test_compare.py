@@ -67,14 +67,17 @@ def test_another_backbone_keeps_its_own_start(tmp_path):
 
 def test_multiple_for_pretrained_weights_is_not_for_random_ones(tmp_path):
     config = str(PROJECT / "configs" / "DETR" / "detr_R_50.yaml")
-    for weights, multiple in (("", 1.0), ("R-50.pkl", 0.1)):
+    pretrained = tmp_path / "R-50.pth"
+    torch.save({"model": {"res2.0.conv1.weight": torch.ones(1)}}, pretrained)
+    for weights, multiple in (("", 1.0), (str(pretrained), 0.1)):
         first = read_first(config, ["MODEL.WEIGHTS", weights], 10, 1, tmp_path)
+        assert weights == first.MODEL.WEIGHTS  # of a backbone as they are
         assert multiple == compose(config, first, [])[0].SOLVER.BACKBONE_MULTIPLIER
 
 
 def test_only_the_backbone_of_a_trained_detector_is_shared(tmp_path):
     keys = ["MODEL.WEIGHTS", "quickstart"]
-    first = read_first(PRETRAIN, keys, 10, 1, tmp_path)
+    first = read_first(PRETRAIN, keys, 10, 1, tmp_path / "out")
     cfg, terms = compose(PRETRAIN, first, keys)
     assert terms.start == "shared: backbone_of_quickstart.pth"
     weights = torch.load(cfg.MODEL.WEIGHTS)["model"]

@@ -21,7 +21,7 @@ from dynamic_detr.errors import UserError, tell
 __all__ = ["Run", "train_all"]
 
 TRAIN_NET = Path(__file__).resolve().parents[2] / "train_net.py"
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 GRACE_SECONDS = 120  # to save, after a signal
 _TAIL = 10_000  # bytes that hold a line
 _ITERATION = re.compile(rb'"iteration": (\d+)')
@@ -136,7 +136,12 @@ def _train(run: Run, flags: Sequence[str], deadline: float | None, title: str) -
         *("SEED", str(run.seed), "OUTPUT_DIR", run.folder),
     ]
     with open(run.folder / "console.txt", "w") as console:
-        process = subprocess.Popen(list(map(str, command)), stdout=console, stderr=console)
+        process = subprocess.Popen(
+            list(map(str, command)),
+            stdout=console,
+            stderr=console,
+            start_new_session=True,  # Ctrl-C is for this process, which tells the run once
+        )
         with _ended(process), tqdm(total=run.iterations, desc=title, disable=None) as bar:
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
                 if deadline and time.monotonic() > deadline:

@@ -24,7 +24,6 @@ from torch import nn
 
 from dynamic_detr.config import class_count, set_class_count
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.model_file import is_model_file, require_model
 from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError
 
@@ -110,23 +109,25 @@ def read_first(
     cfg.TEST.EVAL_PERIOD = -(-length // evaluations)
     cfg.TEST.EXPECTED_RESULTS, cfg.TEST.AUG.ENABLED = [], False
     solver.CHECKPOINT_PERIOD = min(solver.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-    if is_model_file(cfg.MODEL.WEIGHTS):
-        cfg.MODEL.WEIGHTS = _backbone_alone(require_model(cfg.MODEL.WEIGHTS), folder)
+    if cfg.MODEL.WEIGHTS:
+        cfg.MODEL.WEIGHTS = _start(cfg.MODEL.WEIGHTS, folder)
     return cfg
 
 
-def _backbone_alone(model_file: str, folder: Path) -> str:
-    """Writes the bottom-up network of a trained detector, which is all that others can start from.
+def _start(weights: str, folder: Path) -> str:
+    """Weights that all can start from: of a trained detector, a file of its backbone's.
 
     Raises:
-        UserError: the file is damaged, or has none.
+        UserError: they cannot be read, or are a detector's without such a backbone.
     """
-    weights = SafeCheckpointer(nn.Module()).read(model_file)["model"]
+    model = SafeCheckpointer(nn.Module()).read(weights)["model"]
+    if not any(name.startswith("backbone.") for name in model):
+        return weights
     prefix = "backbone.bottom_up."
-    shared = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+    shared = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
     if not shared:
-        raise UserError(f"{model_file} has no {prefix}*: there is no backbone that can be shared")
-    path = folder / f"backbone_of_{Path(model_file).stem}.pth"
+        raise UserError(f"{weights} has no {prefix}*: there is no backbone that can be shared")
+    path = folder / f"backbone_of_{Path(weights).stem}.pth"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": shared, "matching_heuristics": True}, path)
     return str(path)
