@@ -119,7 +119,7 @@ def result_table(results: dict) -> str:
 
 
 def boxes_of(plan: Plan, annotations: dict) -> dict[str, Callable[[dict], list[dict]]]:
-    """For each row of the page's pictures, what is drawn in one of them."""
+    """The rows of the page's pictures: for each, the boxes that are drawn in a picture."""
     rows = {"annotated": partial(truth_boxes, annotations)}
     for run in plan.runs():
         if run.name not in rows and run.final():
@@ -131,7 +131,7 @@ def boxes_of(plan: Plan, annotations: dict) -> dict[str, Callable[[dict], list[d
 
 
 def stored(folder: Path) -> tuple[dict[str, dict], str]:
-    """What an earlier command has measured, and on which machine."""
+    """Speed and costs that an earlier command has measured, and its machine."""
     path = folder / "results.json"
     if not path.is_file():
         return {}, ""

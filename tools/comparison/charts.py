@@ -68,7 +68,7 @@ def ap_chart(detectors: dict[str, dict]) -> str:
 
 
 def error_chart(detectors: dict[str, dict]) -> str:
-    """What each kind of error costs each detector in AP50, as stacked bars in SVG.
+    """The AP50 that each kind of error costs each detector, as stacked bars in SVG.
 
     Args:
         detectors: of `results.json`, those with "errors".

@@ -1,4 +1,4 @@
-"""What is wrong with a detector's boxes, in the categories of TIDE (Bolya et al., ECCV 2020).
+"""Kinds of errors among detections, in the categories of TIDE (Bolya et al., ECCV 2020).
 
 A detection is matched with an object of its class, best scores first, as COCO does it at an IoU of
 0.5. One that stays without an object is an error; the first line that fits names its kind:
@@ -12,9 +12,9 @@ A detection is matched with an object of its class, best scores first, as COCO d
 | both | the rest: an object of another class, at an IoU of 0.1 to 0.5 |
 | missed | an object that is neither matched nor meant by an error of class or location |
 
-How much a kind costs is the AP50 that is gained where all errors of that kind are mended, and of
-that kind alone: class and box are corrected (or the detection taken away where that makes it a
-duplicate), duplicate, background and both are taken away, missed objects are no longer asked for.
+A kind costs the AP50 that is gained where all errors of that kind, and of no other, are mended:
+class and box are corrected (the detection is removed where that makes it a duplicate); duplicate,
+background and both are removed; missed objects are removed from the annotations.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ MAX_DETECTIONS = 100  # of an image, as COCO counts them
 
 @dataclass(frozen=True)
 class Found:
-    """What became of the detections and objects of a data set.
+    """The kind of each detection, and the objects that were found and missed.
 
     Args:
         kinds: of each detection: "correct", "ignored" (on a crowd region), or one of `KINDS`.
@@ -53,7 +53,7 @@ class Found:
 
 
 def classify(truth: dict, results: list[dict]) -> Found:
-    """Says of every detection whether it is right, and what is wrong with it.
+    """Gives every detection its kind.
 
     Args:
         truth: annotations in COCO's format.
@@ -127,7 +127,7 @@ def _iou(boxes: np.ndarray, annotations: list[dict]) -> np.ndarray:
 
 
 def error_table(truth: dict, results: list[dict], threshold: float) -> dict[str, dict[str, float]]:
-    """For each kind of error "ap50", what mending it gains, and "count", how many there are.
+    """For each kind of error "ap50", the gain of mending it, and "count", the number of errors.
 
     Args:
         truth: annotations in COCO's format.

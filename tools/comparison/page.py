@@ -84,7 +84,7 @@ def write_page(results: dict, truth: dict, folder: Path, boxes: dict[str, Callab
     ]
     if with_errors:
         parts += [
-            "<h2>What the errors are</h2>",
+            "<h2>Errors by kind</h2>",
             error_chart(with_errors),
             _error_table(with_errors),
             "<dl>" + "".join(f"<dt>{k}</dt><dd>{_DEFINITIONS[k]}</dd>" for k in KINDS) + "</dl>",

@@ -62,7 +62,7 @@ def truth_boxes(truth: dict, record: dict) -> list[dict]:
 
 
 def wrong_or_right(truth: dict, results: list[dict], threshold: float) -> list[dict]:
-    """The detections that count, for `panel`, with what is wrong with each."""
+    """The detections above a threshold, for `panel`, each with its kind of error."""
     names = {c["id"]: c["name"] for c in truth["categories"]}
     kept = [result for result in results if result["score"] >= threshold]
     boxes = []

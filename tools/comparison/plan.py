@@ -1,7 +1,7 @@
-"""What a comparison consists of, kept in its folder, so that the next command with the same folder
-goes on, adds a detector or a seed, or draws the page again.
+"""The plan of a comparison, kept in its folder, so that the next command with the same folder goes
+on, adds a detector or a seed, or draws the page again.
 
-    DIR/comparison.json        what was asked for
+    DIR/comparison.json        the plan
     DIR/NAME/config.yaml       a detector's configuration on equal terms
     DIR/NAME/seed_1/           OUTPUT_DIR of its run
     DIR/results.json, DIR/index.html
@@ -31,7 +31,7 @@ _FIXED = ("data", "iterations", "evaluations", "keys", "devices")  # once a run 
 
 @dataclass
 class Plan:
-    """What was asked for.
+    """The detectors of a comparison and everything that their runs depend on.
 
     Args:
         folder: of the comparison.

@@ -152,7 +152,7 @@ def _errors(annotations: dict, finished: Sequence[Run]) -> dict[str, dict[str, f
 
 
 def threshold(run: Run) -> float:
-    """Of the best F1; above all scores where nothing was found."""
+    """Score of the best F1; above all scores where nothing was found."""
     threshold = run.final().threshold
     return 1.01 if threshold is None else threshold
 

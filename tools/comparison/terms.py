@@ -1,4 +1,4 @@
-"""Equal terms: what all detectors of a comparison share, and what stays each one's own.
+"""Equal terms: settings that all detectors of a comparison share, and those that stay their own.
 
 The first configuration, with the command line's keys, gives
 
@@ -52,7 +52,7 @@ LONGEST_WARMUP = 0.1  # of a run
 
 @dataclass(frozen=True)
 class Terms:
-    """What was derived for one detector.
+    """The terms of one detector.
 
     Args:
         optimizer: "SGD" or "ADAMW".
