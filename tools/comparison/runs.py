@@ -55,7 +55,7 @@ class Run:
         return self.folder / "model_final.safetensors"
 
     def final(self) -> ModelInfo | None:
-        """What the finished run's model says of itself; None before its end."""
+        """The header of the finished run's model; None before its end."""
         try:
             info = read_header(str(self.model)) if self.model.is_file() else None
         except UserError:
