@@ -51,7 +51,7 @@ def test_terms_are_those_of_the_first(tmp_path):
     assert ("SGD", pytest.approx(0.005)) == (solver.OPTIMIZER, solver.BASE_LR)
     assert not solver.CLIP_GRADIENTS.ENABLED and solver.WEIGHT_DECAY_NORM == 0
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 6
-    assert terms.start == "shared: random" and terms.rule == "x (4 / 16)"
+    assert terms.start == "shared: random" and terms.rule == "0.02 x 4/16"
     # What the first one's weights were trained with goes along with them.
     assert cfg.MODEL.RESNETS.NORM == "BN" and cfg.MODEL.PIXEL_STD == first.MODEL.PIXEL_STD
     assert cfg.MODEL.BACKBONE.FREEZE_AT == 0 and cfg.INPUT.FORMAT == "RGB"
@@ -263,7 +263,7 @@ def test_comparison_from_runs_to_page(tiny, capsys):
     assert len(page.headings) == 8 and "failed" not in page.classes
     assert page.classes.count("picture") == 3 * 6  # annotated and two detectors, six pictures
     assert all(link.startswith(("#", "data:image/jpeg;base64,")) for link in page.links)
-    assert "a &lt;quiet&gt; machine" in text and text.count("/ 4)") == 1
+    assert "a &lt;quiet&gt; machine" in text and text.count("0.001 x 2/4") == 1
 
     model = Path("out/tiny/seed_1/model_final.safetensors")
     written = model.stat().st_mtime_ns

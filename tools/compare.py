@@ -89,16 +89,14 @@ def terms_table(plan: Plan) -> str:
         [
             name,
             terms.optimizer,
-            f"{terms.recipe_rate:g} at {terms.recipe_batch}",
-            f"{terms.rate:.3g}",
-            terms.rule,
+            f"{terms.rate:.3g} = {terms.rule}",
             terms.clip,
             terms.start,
         ]
         for name in plan.configs
         for terms in [plan.terms_of(name)]
     ]
-    headers = ["detector", "optimiser", "recipe's rate", "rate", "rule", "clipping", "backbone"]
+    headers = ["detector", "optimiser", "rate", "clipping", "backbone"]
     return tabulate(rows, headers, "pipe", disable_numparse=True)
 
 

@@ -19,6 +19,8 @@ table { border-collapse: collapse; margin: 0.8em 0; font-variant-numeric: tabula
 th, td { padding: 0.25em 0.8em; text-align: right; border-bottom: 1px solid #eee; }
 th { font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, .text td, .text th { text-align: left; }
+td:first-child { white-space: nowrap; }
+code { font-size: 0.85em; overflow-wrap: anywhere; }
 .best { font-weight: 700; }
 .spread { color: #777; font-size: 0.85em; }
 .key { margin-right: 1em; white-space: nowrap; }
@@ -108,7 +110,7 @@ def write_page(results: dict, truth: dict, folder: Path, boxes: dict[str, Callab
         _terms_table(detectors),
         "<h2>How it was made</h2>",
         "<pre>" + "\n".join(map(escape, results["commands"])) + "</pre>",
-        f"<p>{escape(results['machine'])}. {escape(results['note'])}</p>",
+        *(f"<p>{escape(text)}</p>" for text in (results["machine"], results["note"]) if text),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -252,9 +254,10 @@ def _terms_table(detectors: dict) -> str:
     rows = []
     for name, detector in detectors.items():
         terms = detector["terms"]
-        rate = f"{terms['recipe_rate']:g} at {terms['recipe_batch']} images"
-        cells = [terms["optimizer"], rate, f"{terms['rate']:.3g}", terms["rule"], terms["clip"]]
+        recipe = f"{terms['recipe_rate']:g}, batch {terms['recipe_batch']}"
+        rate = f"{terms['rate']:.3g} = {terms['rule']}"
+        cells = [terms["optimizer"], recipe, rate, terms["clip"]]
         config = f"<code>{escape(detector['config'])}</code>"
         rows.append([_name(detectors, name), *map(escape, [*cells, terms["start"]]), config])
-    headers = ["each one's own", "optimiser", "recipe's rate", "rate here", "rule", "clipping"]
+    headers = ["each one's own", "optimiser", "rate of the recipe", "rate here", "clipping"]
     return _table([*headers, "backbone's start", "configuration"], rows, "text")

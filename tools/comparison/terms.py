@@ -169,9 +169,10 @@ def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode,
     batch = cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.BASE_LR = scaled_rate(recipe.BASE_LR, recipe.IMS_PER_BATCH, batch, optimizer)
     cfg.merge_from_list(keys)
-    power = "" if optimizer == "SGD" else " ^ 1/2"
-    given = "SOLVER.BASE_LR" in keys[::2]
-    rule = "given" if given else f"x ({batch} / {recipe.IMS_PER_BATCH}){power}"
+    ratio = f"{batch}/{recipe.IMS_PER_BATCH}"
+    rule = f"{recipe.BASE_LR:g} x {ratio if optimizer == 'SGD' else f'sqrt({ratio})'}"
+    if "SOLVER.BASE_LR" in keys[::2]:
+        rule = "as given"
     clip = cfg.SOLVER.CLIP_GRADIENTS
     return cfg, Terms(
         optimizer=cfg.SOLVER.OPTIMIZER,
