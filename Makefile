@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-all test-lowest lint format pretrain venv clean
+.PHONY: help quickstart test test-all test-lowest gpu-check lint format pretrain venv clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,10 @@ test-lowest: ## the test suite at the lowest supported versions, in .venv-lowest
 	$(LOWEST)/bin/python -c 'import detectron2' 2>/dev/null || \
 	    $(LOWEST)/bin/python -m pip --disable-pip-version-check install --quiet ./packaging/detectron2
 	$(LOWEST)/bin/python -m pytest
+
+# Where there is no .venv, PYTHON is one with PyTorch, Detectron2 and the tests' packages.
+gpu-check: ## tests, benchmark and a profile on a GPU, in ten minutes; results in output/gpu_check
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tools.gpu_check $(ARGS)
 
 lint: $(READY) ## formatting and lint alone
 	$(BIN)/ruff check .

@@ -5,6 +5,10 @@ Every flag of Detectron2's ``tools/train_net.py`` works here; ``--help`` shows a
 command itself is ``dynamic_detr/engine/run.py``.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+
 from dynamic_detr.engine.run import main
 
 if __name__ == "__main__":

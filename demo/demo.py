@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Look at what a detector finds in pictures, a video, or before a camera.
+"""Draw the detections in pictures, a video or a camera stream.
 
-A model file of this project is all that it takes; every flag of Detectron2's demo works too, with
-Dynamic DETR and with Detectron2's own detectors.
+Takes a model file of this project, or a configuration and weights. All flags of Detectron2's demo
+work, also with Detectron2's own detectors.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
 
 import numpy as np
 from tqdm import tqdm
@@ -26,6 +28,7 @@ from dynamic_detr.inference.detector import require_stages
 from dynamic_detr.inference.listing import Listing, list_pictures, use_category_ids
 from dynamic_detr.inference.pictures import file_picture
 from dynamic_detr.inference.results_file import ResultsFile
+from dynamic_detr.threads import choose_threads
 from dynamic_detr.visualization.draw import new_canvas
 from dynamic_detr.visualization.files import output_paths
 from dynamic_detr.visualization.video import VideoReader, VideoWriter, open_camera
@@ -39,19 +42,19 @@ EPILOG = """
 examples:
   demo.py --model output/model_best.safetensors --input photos/ more/*.png --output drawn/
   demo.py --model quickstart --input scene.jpg --output drawn/ --stages
-  demo.py ... --classes person,car      these classes alone
+  demo.py ... --classes person,car
   demo.py ... --video-input clip.mp4 --output clip_drawn.mp4
   demo.py ... --input val.json --images val/ --json results.json
   demo.py --config-file configs/COCO-Detection/dynamic_detr_R_50_1x.yaml \\
           --input photos/ --output drawn/ --opts MODEL.WEIGHTS model_final.pth MODEL.DEVICE cpu
 
-exit codes: 0 done; 1 something was broken and skipped; 2 wrong arguments, configuration or
+exit codes: 0 success; 1 unreadable input was skipped; 2 wrong arguments, configuration or
 weights; 130 stopped by Ctrl-C
 """
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, and those of this project."""
+    """Build the parser: the arguments of Detectron2's demo and those of this project."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description=__doc__,
@@ -64,72 +67,72 @@ def build_parser() -> argparse.ArgumentParser:
         dest="config_file",
         default="",
         metavar="FILE",
-        help="a model file, or the name of a shipped one; or a configuration, whose weights "
-        "--opts names",
+        help="a model file, the name of a shipped model, or a configuration (with its weights in "
+        "--opts)",
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input",
         nargs="+",
         metavar="IMAGE",
-        help="pictures, folders of them, patterns such as 'folder/*.jpg', or annotations in "
-        "COCO's format, whose images are taken",
+        help="pictures, folders, patterns such as 'folder/*.jpg', or annotations in COCO format, "
+        "for their images",
     )
     source.add_argument("--video-input", metavar="FILE", help="a video")
     source.add_argument("--webcam", action="store_true", help="the first camera")
     parser.add_argument(
-        "--images", metavar="DIR", help="folder of the images of annotations given as --input"
+        "--images", metavar="DIR", help="folder of the images, if --input is annotations"
     )
     parser.add_argument(
         "--output",
         metavar="PATH",
-        help="folder or file to write to; without it a window is opened",
+        help="folder or file of the drawings; default: show them in a window",
     )
     parser.add_argument(
         "--confidence-threshold",
         type=float,
         metavar="SCORE",
-        help="lowest score that is shown (default: the model's own, else 0.5)",
+        help="lowest score to draw (default: the model's own, else 0.5)",
     )
     parser.add_argument(
-        "--classes", metavar="A,B", help="names of the classes that are shown (default: all)"
+        "--classes", metavar="A,B", help="names of the classes to draw (default: all)"
     )
     parser.add_argument(
         "--stages",
         action="store_true",
-        help="show the boxes of every decoder stage side by side (DynamicDETR)",
+        help="draw the boxes of every decoder stage side by side (DynamicDETR)",
     )
     parser.add_argument(
         "--json",
         metavar="FILE",
-        help="also write the detections of --input as COCO results, of all scores",
+        help="write the detections of --input, of all scores, as COCO results",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on after a stop: leave out the pictures of --input that are done",
+        help="continue an interrupted run: skip the finished pictures of --input",
     )
     parser.add_argument(
         "--opts",
         nargs=argparse.REMAINDER,
         default=[],
         metavar="KEY VALUE",
-        help="configuration keys to change, such as MODEL.WEIGHTS model.pth",
+        help="configuration keys and values, such as MODEL.WEIGHTS model.pth",
     )
     return parser
 
 
 def load_detector(args: argparse.Namespace) -> Detector:
-    """The detector that the arguments describe; prints the threshold and where it is from.
+    """Build the detector; print the threshold and its origin, and on a CPU the number of threads.
 
     Raises:
-        UserError: it cannot be built, or cannot do what is asked.
+        UserError: the detector cannot be built, or does not support the arguments.
     """
     cfg = read_config(find_config(args.config_file or model_among(args.opts)), args.opts)
     if args.stages:
         require_stages(cfg.MODEL.META_ARCHITECTURE)
     if args.confidence_threshold is not None:
-        # Detectron2's own detectors drop what is below their threshold before they merge boxes.
+        # Detectron2's own detectors apply their threshold before non-maximum suppression.
         for node in (cfg.MODEL.RETINANET, cfg.MODEL.ROI_HEADS):
             node.SCORE_THRESH_TEST = min(node.SCORE_THRESH_TEST, args.confidence_threshold)
     detector = Detector.from_config(cfg, threshold=args.confidence_threshold)
@@ -138,28 +141,30 @@ def load_detector(args: argparse.Namespace) -> Detector:
         detector.class_indices(args.classes)
     source = "of the best F1 in the model's evaluation"
     if args.confidence_threshold is not None:
-        source = "as asked for"
+        source = "from --confidence-threshold"
     elif detector.info is None or detector.info.threshold is None:
-        source = "as the weights name none; see --confidence-threshold"
-    tell(f"threshold of scores: {detector.threshold:.3g}, {source}")
+        source = "the default, as the weights have none; see --confidence-threshold"
+    tell(f"score threshold: {detector.threshold:.3g}, {source}")
+    if detector.cfg.MODEL.DEVICE == "cpu":
+        tell(choose_threads())
     return detector
 
 
 def chosen(found: Detections, args: argparse.Namespace) -> Detections:
-    """The detections of the classes that are asked for."""
+    """Return the detections of the classes of `--classes`."""
     return found if args.classes is None else found.where(classes=args.classes)
 
 
 def open_results(
     args: argparse.Namespace, detector: Detector, listing: Listing
 ) -> ResultsFile | None:
-    """The file of `--json`, if there is one; the detector takes over the ids of annotations."""
+    """Open the file of `--json`, if any; the detector gets the category ids of annotations."""
     if not args.json:
         return None
     if listing.category_ids is not None:
         shared = use_category_ids(detector, listing.category_ids)
         if len(shared) < len(detector.class_names):
-            tell(f"classes that the annotations have: {len(shared)}, the others are left out")
+            tell(f"{len(shared)} classes are in the annotations; the others are left out")
             args.classes = [name for name in shared if name in (args.classes or shared)]
     weights = locate_model(detector.cfg.MODEL.WEIGHTS)
     stamp = os.stat(weights) if os.path.isfile(weights) else None
@@ -168,7 +173,7 @@ def open_results(
 
 
 def run_images(args: argparse.Namespace) -> int:
-    """Draws every picture that can be read; the exit code."""
+    """Draw all readable pictures; return the exit code."""
     listing = list_pictures(args.input, args.images)
     images = listing.paths
     targets = output_paths(images, args.output) if args.output else [None] * len(images)
@@ -183,7 +188,7 @@ def run_images(args: argparse.Namespace) -> int:
     ids = dict(zip(images, listing.image_ids or [None] * len(images), strict=True))
     todo = {p: t for p, t in zip(images, targets, strict=True) if not is_done(p, t)}
     if args.resume:
-        tell(f"done already: {len(images) - len(todo)} of {len(images)} pictures")
+        tell(f"already done: {len(images) - len(todo)} of {len(images)} pictures")
     skipped, drawn, count, best = 0, 0, 0, 0.0
 
     def skip(picture, error: UserError) -> None:
@@ -218,7 +223,7 @@ def run_images(args: argparse.Namespace) -> int:
 def frame_drawer(
     args: argparse.Namespace, detector: Detector
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """How a frame becomes a drawing of it; colours stay with an object from frame to frame."""
+    """Return a function that draws a frame; an object keeps its colour across frames."""
     if args.stages:
         return lambda frame: detector(frame).draw(stages=True)
     from detectron2.utils.video_visualizer import VideoVisualizer
@@ -230,7 +235,7 @@ def frame_drawer(
 
 
 def video_target(source: str, output: str) -> Path:
-    """Where the drawn video goes: the file `output`, or into the folder `output`."""
+    """Return the path of the drawn video: the file `output`, or a file in the folder `output`."""
     target = Path(os.path.expanduser(output))
     if os.path.isdir(target) or not target.suffix:
         target /= f"{Path(source).stem}.mp4"
@@ -240,7 +245,7 @@ def video_target(source: str, output: str) -> Path:
 
 
 def run_video(args: argparse.Namespace) -> int:
-    """Draws a video frame by frame into another, or into a window; the exit code."""
+    """Draw a video into another video or a window; return the exit code."""
     reader = VideoReader.open_file(args.video_input)
     target = video_target(args.video_input, args.output) if args.output else None
     window = None if target else Window(TITLE)
@@ -272,9 +277,9 @@ def run_video(args: argparse.Namespace) -> int:
 
 
 def run_webcam(args: argparse.Namespace) -> int:
-    """Shows what the camera sees until Esc or q is pressed; the exit code."""
+    """Draw the camera stream in a window until Esc or q is pressed; return the exit code."""
     if args.output:
-        raise UserError("--webcam is shown in a window; leave --output out")
+        raise UserError("--webcam opens a window; leave --output out")
     window = Window(TITLE)
     reader = open_camera()
     draw = frame_drawer(args, load_detector(args))
@@ -285,7 +290,7 @@ def run_webcam(args: argparse.Namespace) -> int:
 
 
 class _Notes(logging.Handler):
-    """Warnings as one line each that leave the progress bar whole."""
+    """Log handler that writes one line per record and keeps the progress bar intact."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(f"{PROGRAM}: note: {one_line(record.getMessage())}", file=sys.stderr)
@@ -293,7 +298,7 @@ class _Notes(logging.Handler):
 
 @contextlib.contextmanager
 def notes() -> Iterator[None]:
-    """Show the project's notes, and not what libraries tell their callers' programmers."""
+    """Show warnings of the log, and hide Python warnings of the libraries."""
     handler = _Notes(logging.WARNING)
     logging.getLogger().addHandler(handler)
     try:
@@ -305,16 +310,16 @@ def notes() -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo.
+    """Run the demo.
 
     Args:
-        argv: the command line without the program's name; `sys.argv` when None.
+        argv: command-line arguments; None for those of the process.
 
     Returns:
-        0, or 1 if something was broken and skipped.
+        0, or 1 if unreadable input was skipped.
 
     Raises:
-        SystemExit: with 2 and one line for what a user can mend.
+        SystemExit: with code 2 and one line, if arguments, configuration or weights are wrong.
     """
     args = build_parser().parse_args(argv)
     with report_user_errors(PROGRAM), notes():
@@ -325,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("json", "resume", "images"):
             if getattr(args, name) and not args.input:
                 raise UserError(f"--{name} goes with --input")
-        new_canvas(np.zeros((1, 1, 3), np.uint8))  # whether drawing is possible at all
+        new_canvas(np.zeros((1, 1, 3), np.uint8))  # fails if packages are missing
         if args.webcam:
             return run_webcam(args)
         return run_video(args) if args.video_input else run_images(args)

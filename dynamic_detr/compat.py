@@ -8,6 +8,8 @@ import importlib.machinery
 import importlib.util
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import detectron2
@@ -136,17 +138,19 @@ def batch_images(images: list[Tensor], backbone: nn.Module) -> ImageList:
     return ImageList.from_tensors(images, backbone.size_divisibility, **options)
 
 
-def build_writers(output_dir: str, max_iter: int) -> list:
-    """Writers of metrics: terminal, ``metrics.json``, and TensorBoard where it is installed.
+def writer_makers(output_dir: str, max_iter: int) -> list[Callable]:
+    """Makers of the writers of metrics: terminal, ``metrics.json``, and TensorBoard where it is
+    installed. A writer makes its file when it is made.
 
     Detectron2's ``default_writers`` fails without TensorBoard.
     """
     from detectron2.utils.events import CommonMetricPrinter, JSONWriter, TensorboardXWriter
 
-    writers = [CommonMetricPrinter(max_iter), JSONWriter(str(Path(output_dir) / "metrics.json"))]
+    metrics = str(Path(output_dir) / "metrics.json")
+    makers = [partial(CommonMetricPrinter, max_iter), partial(JSONWriter, metrics)]
     if importlib.util.find_spec("tensorboard") is not None:
-        writers.append(TensorboardXWriter(output_dir))
-    return writers
+        makers.append(partial(TensorboardXWriter, output_dir))
+    return makers
 
 
 def report_rate(hooks: list, base_lr: float) -> None:

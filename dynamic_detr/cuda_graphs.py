@@ -1,7 +1,10 @@
-"""The whole network as one launch: CUDA graphs, captured once for each size of input.
+"""CUDA graphs of the whole network, one per input size.
 
-At batch 1 a GPU is faster than the host can launch hundreds of small kernels. A graph launches
-them all at once, on buffers of its own: inputs are copied in, predictions are copied out.
+With small batches, launching the kernels takes longer than running them. A graph launches all of
+them at once. It has static buffers: inputs are copied in, predictions are copied out.
+
+`torch.cuda.make_graphed_callables` needs tensors as outputs, and its capture fails if another
+thread allocates memory.
 """
 
 import threading
@@ -17,19 +20,19 @@ from .structures import Prediction
 
 __all__ = ["CapturedNetwork", "GraphCache", "capture_network"]
 
-WARM_UP_RUNS = 3  # in which libraries choose algorithms, and kernels are compiled
+WARM_UP_RUNS = 3  # libraries select algorithms, and kernels are compiled
 
 Network = Callable[[Tensor, Tensor], list[Prediction]]
 
 
 @dataclass
 class CapturedNetwork:
-    """A graph and the buffers that it reads and writes.
+    """CUDA graph with its static buffers.
 
     Args:
-        graph: of one run of the network.
-        inputs: the buffers that it reads.
-        outputs: predictions in the buffers that it writes.
+        graph: graph of one run of the network.
+        inputs: static input buffers.
+        outputs: predictions in static output buffers.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -37,7 +40,7 @@ class CapturedNetwork:
     outputs: list[Prediction]
 
     def __call__(self, *inputs: Tensor) -> list[Prediction]:
-        """What the network says of these inputs, in memory of its own."""
+        """Return the predictions of the network for these inputs, as copies."""
         for buffer, tensor in zip(self.inputs, inputs, strict=True):
             buffer.copy_(tensor)
         self.graph.replay()
@@ -48,22 +51,22 @@ class CapturedNetwork:
 
 
 def capture_network(network: Network, inputs: tuple[Tensor, ...], pool: object) -> CapturedNetwork:
-    """Runs the network a few times, then records one run without executing it.
+    """Warm the network up and capture one run.
 
     Args:
-        network: must not ask the host for a value of the device.
-        inputs: examples on a CUDA device, which are copied.
-        pool: handle of the memory that the graph shares with others that never run at its side.
+        network: must not synchronise the host with the device.
+        inputs: example tensors on a CUDA device; they are copied.
+        pool: handle of the memory pool, shared by graphs that never run concurrently.
     """
     device = inputs[0].device
     autocast = torch.autocast(
         "cuda",
         dtype=torch.get_autocast_dtype("cuda"),
         enabled=torch.is_autocast_enabled("cuda"),
-        # weights that were cast before the capture would be gone when the graph runs
+        # a graph must not read cached casts of the weights, which are freed after the capture
         cache_enabled=False,
     )
-    # buffers made in inference mode could not be written to outside of it
+    # tensors made in inference mode cannot be written outside of it
     with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device), autocast:
         buffers = tuple(tensor.clone() for tensor in inputs)
         aside = torch.cuda.Stream()
@@ -73,28 +76,27 @@ def capture_network(network: Network, inputs: tuple[Tensor, ...], pool: object) 
                 network(*buffers)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        # other threads, such as those that pin batches, may go on allocating meanwhile
+        # other threads, such as those that pin batches, may allocate during the capture
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             outputs = network(*buffers)
     return CapturedNetwork(graph, buffers, outputs)
 
 
 class GraphCache:
-    """A network that runs as a CUDA graph wherever it can, with the same results.
+    """Least-recently-used cache of CUDA graphs of a network.
 
-    There is one graph for each shape of inputs, dtype under autocast and choice of deterministic
-    algorithms; those that were used last are kept. They share their memory, so that together they
-    need little more than the largest. Graphs read the weights where they lie: a change in place
-    is seen; if a weight is found to have moved or to be another, all graphs are captured anew. Who
-    replaces a module calls `clear`.
+    The key is the shape, stride and dtype of the inputs, the autocast dtype and the choice of
+    deterministic algorithms. All graphs share one memory pool, so together they need little more
+    memory than the largest. A graph reads weights by address: changes in place take effect, and a
+    weight that moved invalidates all graphs. Call `clear` after replacing a module.
 
-    On the CPU, with gradients, and within a capture of the caller's own the network runs as it is;
-    and, with one warning, from the first capture on that fails.
+    The network runs without graphs on the CPU, with gradients enabled, and during another capture.
+    If a capture fails, it runs without graphs from then on, after one warning.
 
     Args:
         network: `(images, image_sizes) -> list[Prediction]`.
-        module: whose parameters and buffers the network reads besides its inputs.
-        size: the number of graphs that are kept, at least 1.
+        module: module with all parameters and buffers that the network reads.
+        size: largest number of graphs, at least 1.
     """
 
     def __init__(self, network: Network, module: nn.Module, size: int) -> None:
@@ -106,7 +108,7 @@ class GraphCache:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all graphs, which frees their memory."""
+        """Delete all graphs and free their memory."""
         with self._lock:
             self._clear()
 
@@ -117,7 +119,7 @@ class GraphCache:
         self._finished = None
 
     def __call__(self, *inputs: Tensor) -> list[Prediction]:
-        """Arguments and result as those of the network."""
+        """Call the network; arguments and result are the network's."""
         if self._failed or not self._can_capture(inputs):
             return self.network(*inputs)
         with self._lock:
@@ -146,7 +148,7 @@ class GraphCache:
         )
 
     def _find(self, inputs: tuple[Tensor, ...]) -> CapturedNetwork | None:
-        """The graph for these inputs, captured now if there is none; None if that fails."""
+        """Return the graph for these inputs, captured if needed; None if the capture fails."""
         if any(_address(tensors, name) != address for tensors, name, address in self._weights):
             self._clear()
         key = self._key(inputs)
@@ -158,7 +160,7 @@ class GraphCache:
             self._pool = self._new_pool()
         try:
             self._graphs[key] = self._capture(inputs)
-        except torch.OutOfMemoryError:  # this size is too large; others may not be
+        except torch.OutOfMemoryError:  # smaller inputs may still fit
             self._clear()
             return None
         except RuntimeError as error:
@@ -170,7 +172,7 @@ class GraphCache:
                 stacklevel=4,
             )
             return None
-        # after the capture, which has waited for every run of what is given up here
+        # after the capture, which synchronised with all runs of the evicted graph
         if len(self._graphs) > self.size:
             self._graphs.popitem(last=False)
         return self._graphs[key]
@@ -182,7 +184,7 @@ class GraphCache:
         return capture_network(self.network, inputs, self._pool)
 
     def _run(self, captured: CapturedNetwork, inputs: tuple[Tensor, ...]) -> list[Prediction]:
-        """Runs after whatever ran before in the same memory, be it on another stream."""
+        """Run after the previous graph, which has the same memory, even on another stream."""
         stream = torch.cuda.current_stream(inputs[0].device)
         if self._finished is None:
             self._finished = torch.cuda.Event()
@@ -194,10 +196,10 @@ class GraphCache:
 
 
 def _addresses(module: nn.Module) -> list[tuple[dict[str, Tensor | None], str, int]]:
-    """Where each parameter and buffer lies: the dictionary that holds it, its name, its address.
+    """Return the dictionary, name and address of each parameter and buffer.
 
-    They are looked up there before every run: to walk through all modules would take longer than
-    to launch the graph.
+    Looking them up in the dictionaries before each run is faster than iterating over all modules,
+    which takes longer than launching the graph.
     """
     return [
         (tensors, name, _address(tensors, name))

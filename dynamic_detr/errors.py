@@ -1,4 +1,4 @@
-"""What every room says to a person whose input was wrong."""
+"""Errors caused by wrong input, and their texts."""
 
 import difflib
 import os
@@ -9,22 +9,22 @@ __all__ = ["UserError", "did_you_mean", "one_line", "tell"]
 
 
 class UserError(Exception):
-    """What was wrong, where, and what to do: one line, for a person who runs a command."""
+    """Error caused by input, with a one-line message: what was wrong, where, and what to do."""
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an exception on one line; its class name where it has none."""
+    """Return the message of an exception on one line, or its class name if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """``" (did you mean X?)"`` for the known name nearest to ``name``, or an empty string."""
+    """Return " (did you mean X?)" with the most similar known name, or an empty string."""
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
 def tell(text: str) -> None:
-    """Print to standard output; where nobody takes it (a full disk, a closed pipe), go on."""
+    """Print to standard output; discard all output after a failure (full disk, closed pipe)."""
     try:
         print(text, flush=True)
     except OSError as error:

@@ -1,12 +1,11 @@
-"""Pickles from outside, read without running what they ask for.
+"""Safe loading of pickles.
 
-A pickle may name any function and have it called, so ``pickle.load`` of a stranger's weights runs
-the stranger's code. Detectron2's model zoo and its proposal files are pickles all the same: arrays,
-strings, numbers, None and plain containers, which is what is admitted here. Everything else is
-refused by name.
+``pickle.load`` calls any function that the file names. The model zoo and the proposal files of
+Detectron2 are pickles that need only arrays, strings, numbers, None and plain containers; every
+other class or function is refused.
 
-Not even NumPy's own functions are called as the file says: a data type's saved state can declare
-an array of raw bytes to be one of Python objects.
+NumPy's own reconstruction functions are replaced, because the saved state of a data type can
+declare raw bytes to be an array of Python objects.
 """
 
 import contextlib
@@ -24,16 +23,16 @@ from .errors import UserError
 
 __all__ = ["RefusedPickle", "load_plain_pickle", "plain_pickles"]
 
-_KINDS = "biufcSU"  # of NumPy's data types: truth values, numbers and strings
-_LATIN1 = "latin1"  # Python 2's bytes come as strings of this encoding
+_KINDS = "biufcSU"  # NumPy dtype kinds: booleans, numbers and strings
+_LATIN1 = "latin1"  # encoding of the byte strings of Python 2
 
 
 class RefusedPickle(UserError):
-    """A pickle asks for more than arrays, strings, numbers and plain containers."""
+    """A pickle needs more than arrays, strings, numbers and plain containers."""
 
 
 class _DataType:
-    """A NumPy data type as a pickle describes it."""
+    """Stand-in for `numpy.dtype` that rejects object types."""
 
     def __init__(self, name: str, align: bool = False, copy: bool = False) -> None:
         self.dtype = np.dtype(str(name))
@@ -45,7 +44,7 @@ class _DataType:
 
 
 class _Array(np.ndarray):
-    """An array whose saved state is checked before NumPy takes it over."""
+    """Array that checks its saved state before NumPy restores it."""
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, described, is_fortran, data = state
@@ -84,7 +83,7 @@ def _box_mode(number: int) -> BoxMode:
     return BoxMode(int(number))
 
 
-def _no_bytes() -> bytes:  # how older protocols write b""
+def _no_bytes() -> bytes:  # older protocols call bytes() for b""
     return b""
 
 
@@ -129,31 +128,31 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def load_plain_pickle(file: BinaryIO, encoding: str = _LATIN1) -> Any:
-    """What a pickle holds, if that is plain.
+    """Return the object of a pickle that holds plain data only.
 
     Args:
-        file: opened for reading bytes.
-        encoding: of Python 2's strings.
+        file: binary file, open for reading.
+        encoding: encoding of the strings of Python 2.
 
     Raises:
-        RefusedPickle: it asks for anything else; nothing of that has run.
-        Exception: it is no whole pickle (as ``pickle.load``).
+        RefusedPickle: the pickle needs another class or function; it is not called.
+        Exception: the pickle is damaged, as with ``pickle.load``.
     """
     try:
         return _PlainUnpickler(file, encoding=encoding).load()
     except RefusedPickle as error:
         raise RefusedPickle(
-            f"{getattr(file, 'name', 'the pickle')} asks for {error}, which was refused: a pickle "
+            f"{getattr(file, 'name', 'the pickle')} names {error}, which is refused: a pickle "
             "from outside may hold arrays, strings, numbers and plain containers only"
         ) from None
 
 
 @contextlib.contextmanager
 def plain_pickles(module: ModuleType) -> Iterator[None]:
-    """Let a module of Detectron2 that calls ``pickle.load`` read plain pickles only.
+    """Replace ``pickle.load`` of a Detectron2 module by `load_plain_pickle` inside the context.
 
     Args:
-        module: has ``pickle`` among its names.
+        module: module that imports ``pickle``.
     """
     original = module.pickle
     module.pickle = SimpleNamespace(load=load_plain_pickle)

@@ -1,8 +1,8 @@
-"""Configuration files, read without running code.
+"""Safe loading of YAML configuration files.
 
-Detectron2 lets a file call any function (``!!python/object/apply:...``), and one of its own, that
-of RetinaNet, calls ``eval`` to write its anchors as a formula. Of all such calls arithmetic on
-numbers and lists is what is admitted here.
+Detectron2 loads YAML tags that call any function (``!!python/object/apply:...``), and its RetinaNet
+config uses one, ``eval``, to compute the anchor sizes. Only arithmetic on numbers and lists is
+allowed here.
 """
 
 import ast
@@ -22,7 +22,7 @@ _ARITHMETIC = (
 
 
 def _evaluate(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    """The value of a formula such as ``[x * 2**(1 / 3) for x in [32, 64]]``."""
+    """Return the value of a formula such as ``[x * 2**(1 / 3) for x in [32, 64]]``."""
     (formula,) = loader.construct_sequence(node)
     tree = ast.parse(formula, mode="eval")
     for part in ast.walk(tree):
@@ -34,16 +34,15 @@ def _evaluate(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
     return eval(compile(tree, "<configuration>", "eval"), {"__builtins__": {}})
 
 
-def _tuple(loader: yaml.SafeLoader, node: yaml.Node) -> tuple:
-    return tuple(loader.construct_sequence(node))
-
-
 @contextlib.contextmanager
 def plain_yaml() -> Iterator[None]:
-    """Within this context ``yaml.safe_load`` also reads tuples and arithmetic."""
+    """Make ``yaml.safe_load`` accept tuples and arithmetic inside the context."""
     original = yaml.SafeLoader.yaml_constructors
-    own = {f"{_TAG}object/apply:eval": _evaluate, f"{_TAG}tuple": _tuple}
-    yaml.SafeLoader.yaml_constructors = {**original, **own}
+    yaml.SafeLoader.yaml_constructors = {
+        **original,
+        f"{_TAG}object/apply:eval": _evaluate,
+        f"{_TAG}tuple": yaml.FullLoader.construct_python_tuple,
+    }
     try:
         yield
     finally:

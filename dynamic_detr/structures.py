@@ -1,44 +1,45 @@
-"""What flows between the rooms of the detector: `Pyramid` in, `Prediction` out.
+"""Data structures of the detector: encoders and decoders read a `Pyramid`; decoders return
+`Prediction`s.
 
-Shape letters, used in the comments of every file: B images, L levels, Q queries, C channels,
-K classes, S stages, R the side of the pooled region.
+Shape letters of all files: B images, L levels, Q queries, C channels, K classes, S stages, R side
+of a pooled region.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert
 
 __all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh"]
 
 
 @dataclass(frozen=True)
 class Pyramid:
-    """Feature maps of one batch at several strides, and the true size of every image.
+    """Feature maps of one batch at several strides, and the unpadded size of every image.
 
-    Images of a batch are padded at the right and the bottom to a common size, so that a level may
-    hold positions that belong to no image. The true size of a level is ceil(image size / stride).
+    Images of a batch are padded at the right and at the bottom to a common size. The unpadded, or
+    true, size of a level is ceil(image size / stride); positions beyond it are padding.
 
     Args:
         features: (B, C, H, W) for each level, fine to coarse, in channels-last memory.
-        strides: the stride of each level in pixels of the image.
-        image_sizes: (B, 2) integers, true (height, width) of each image in pixels, on the device
-            of the features; None where nothing is known of padding: every map is then true as a
-            whole.
+        strides: stride of each level in pixels of the image.
+        image_sizes: (B, 2) integers, unpadded (height, width) of each image in pixels, on the
+            device of the features; None for images without padding.
 
     Raises:
-        ValueError: levels, strides and sizes do not fit together.
+        ValueError: the shapes of levels, strides and sizes do not match.
     """
 
     features: tuple[Tensor, ...]
     strides: tuple[int, ...]
     image_sizes: Tensor | None = None
-    # What was computed once: of the sizes, shared with the same pyramid with other features; and
-    # of the features. (torch.compile cannot trace the lock in Python 3.11's cached_property.)
-    _of_sizes: dict = field(init=False, repr=False, compare=False, default_factory=dict)
-    _of_features: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    # Results that depend on the sizes alone are shared by `with_features`. torch.compile cannot
+    # trace the lock of functools.cached_property in Python 3.11.
+    _sizes_cache: dict = field(init=False, repr=False, compare=False, default_factory=dict)
+    _features_cache: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "features", tuple(self.features))
@@ -71,16 +72,27 @@ class Pyramid:
 
     @property
     def channels(self) -> int:
+        """Return the number of channels, C."""
         return self.features[0].shape[1]
 
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """Return the padded (H, W) of each level."""
+        return [tuple(feature.shape[-2:]) for feature in self.features]
+
+    @property
+    def areas(self) -> list[int]:
+        """Return the number of positions of each level, H · W."""
+        return [height * width for height, width in self.shapes]
+
     def sizes(self, level: int) -> Tensor:
-        """True (height, width) of a level for each image: (B, 2) integers, at least 1."""
+        """Return the true (height, width) of a level: (B, 2) integers, at least 1."""
         return (self.image_sizes + self.strides[level] - 1).div(
             self.strides[level], rounding_mode="floor"
         )
 
     def valid_mask(self, level: int) -> Tensor:
-        """True where a position of the level belongs to the image: (B, 1, H, W) bool."""
+        """Return the mask of the positions that are not padding: (B, 1, H, W) bool."""
 
         def mask() -> Tensor:
             feature, sizes = self.features[level], self.sizes(level)
@@ -89,12 +101,12 @@ class Pyramid:
             columns = torch.arange(width, device=feature.device) < sizes[:, 1:]  # (B, W)
             return (rows[:, :, None] & columns[:, None, :])[:, None]
 
-        return self._kept(self._of_sizes, ("valid_mask", level), mask)
+        return self.cached(("valid_mask", level), mask)
 
     def is_unpadded(self, level: int) -> bool:
-        """True only if the level provably has no padding; never synchronises.
+        """Return True only if the level provably has no padding; never synchronises.
 
-        False for sizes on a GPU, and in compiled code, which serves images of any true size.
+        False for sizes on a GPU and in compiled code, which runs on images of any true size.
         """
         if self.image_sizes.device.type != "cpu" or torch.compiler.is_compiling():
             return False
@@ -103,29 +115,36 @@ class Pyramid:
             padded = torch.tensor(self.features[level].shape[-2:])
             return bool((self.sizes(level) >= padded).all())
 
-        return self._kept(self._of_sizes, ("is_unpadded", level), unpadded)
+        return self.cached(("is_unpadded", level), unpadded)
 
-    @staticmethod
-    def _kept(cache: dict, key: object, compute: Callable[[], Any]) -> Any:
-        if key not in cache:
-            cache[key] = compute()
-        return cache[key]
+    def cached(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return `compute()`, computed once for all pyramids that share the sizes.
 
-    def with_features(self, features: list[Tensor] | tuple[Tensor, ...]) -> "Pyramid":
-        """The same pyramid with other features of the same spatial sizes."""
+        Args:
+            key: names the result.
+            compute: depends on strides, shapes and `image_sizes` alone, not on the features.
+        """
+        if key not in self._sizes_cache:
+            self._sizes_cache[key] = compute()
+        return self._sizes_cache[key]
+
+    def with_features(self, features: Sequence[Tensor]) -> "Pyramid":
+        """Return the pyramid with other features of the same spatial sizes."""
         pyramid = replace(self, features=tuple(features))
-        object.__setattr__(pyramid, "_of_sizes", self._of_sizes)
+        object.__setattr__(pyramid, "_sizes_cache", self._sizes_cache)
         return pyramid
 
     def select(self, levels: Sequence[int]) -> "Pyramid":
-        """Some of the levels, given by their indices."""
+        """Return the pyramid of the levels with the given indices."""
         features = [self.features[level] for level in levels]
         return Pyramid(features, [self.strides[level] for level in levels], self.image_sizes)
 
     def masked(self) -> "Pyramid":
-        """The same pyramid with zeros beyond the true sizes."""
+        """Return the pyramid with zeros in the padding."""
         if all(self.is_unpadded(level) for level in range(len(self))):
             return self
+        if "table" in self._features_cache:  # one operation for all levels
+            return self.with_table(torch.where(self.valid_table()[..., None], self.table(), 0))
         return self.with_features(
             [
                 feature
@@ -135,49 +154,39 @@ class Pyramid:
             ]
         )
 
-    @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(H, W) of each level, padding included."""
-        return [tuple(feature.shape[-2:]) for feature in self.features]
-
     def table(self) -> Tensor:
-        """All levels as one table of positions, fine to coarse, row by row: (B, ΣHW, C).
-
-        It is built once; later calls return the same tensor.
-        """
-        return self._kept(
-            self._of_features,
-            "table",
-            lambda: torch.cat([f.permute(0, 2, 3, 1).flatten(1, 2) for f in self.features], dim=1),
-        )
+        """Return the flattened levels, concatenated fine to coarse: (B, ΣHW, C); built once."""
+        if "table" not in self._features_cache:
+            levels = [feature.permute(0, 2, 3, 1).flatten(1, 2) for feature in self.features]
+            self._features_cache["table"] = torch.cat(levels, dim=1)
+        return self._features_cache["table"]
 
     def with_table(self, table: Tensor) -> "Pyramid":
-        """The same pyramid with the rows (B, ΣHW, C) of another table as features."""
-        parts = table.split([height * width for height, width in self.shapes], dim=1)
+        """Return the pyramid with the features of a table (B, ΣHW, C)."""
+        parts = table.split(self.areas, dim=1)
         pyramid = self.with_features(
             [
                 part.unflatten(1, shape).permute(0, 3, 1, 2)
                 for part, shape in zip(parts, self.shapes, strict=True)
             ]
         )
-        pyramid._of_features["table"] = table
+        pyramid._features_cache["table"] = table
         return pyramid
 
     def valid_table(self) -> Tensor:
-        """True where a row of the table belongs to the image: (B, ΣHW) bool."""
-        return self._kept(
-            self._of_sizes,
-            "valid_table",
-            lambda: torch.cat(
-                [self.valid_mask(level).flatten(1) for level in range(len(self))], dim=1
-            ),
-        )
+        """Return the mask of the rows of the table that are not padding: (B, ΣHW) bool."""
+
+        def mask() -> Tensor:
+            levels = [self.valid_mask(level).flatten(1) for level in range(len(self))]
+            return torch.cat(levels, dim=1)
+
+        return self.cached("valid_table", mask)
 
     def level_centers(self) -> list[Tensor]:
-        """Centres of the positions of each level, row by row: (B, H·W, 2) float32 x, y.
+        """Return the centres of the positions of each level: (B, H · W, 2) float32 x, y.
 
-        They are normalised by the level's own true size in cells: (1, 1) is the lower right corner
-        of its last true cell, and positions of the padding lie beyond.
+        They are normalised by the true size of the level in cells: (1, 1) is the lower right corner
+        of the last true cell, and centres of the padding are beyond 1.
         """
 
         def centers() -> list[Tensor]:
@@ -190,43 +199,40 @@ class Pyramid:
                 levels.append(grid.flatten(0, 1) / self.sizes(level).flip(-1)[:, None])
             return levels
 
-        return self._kept(self._of_sizes, "centers", centers)
+        return self.cached("level_centers", centers)
 
     def centers(self) -> Tensor:
-        """`level_centers` in the rows of the table: (B, ΣHW, 2)."""
-        return self._kept(
-            self._of_sizes, "table_centers", lambda: torch.cat(self.level_centers(), dim=1)
-        )
+        """Return `level_centers` in the rows of the table: (B, ΣHW, 2)."""
+        return self.cached("centers", lambda: torch.cat(self.level_centers(), dim=1))
 
     def valid_ratios(self) -> Tensor:
-        """True by padded size of each level: (B, L, 2) float64, of x and y.
+        """Return the true size divided by the padded size of each level: (B, L, 2) float64 x, y.
 
-        A location that is normalised by the true size of a level, times these, is normalised by
-        the size of its padded map.
+        The product of a valid ratio and a location normalised by the true size is normalised by the
+        padded size.
         """
 
         def ratios() -> Tensor:
             levels = []
             for level, (height, width) in enumerate(self.shapes):
                 true_height, true_width = self.sizes(level).unbind(dim=1)
-                # a level may be smaller than its image's size says: it has no more true cells
+                # a level may be smaller than ceil(image size / stride)
                 ratio_x = true_width.clamp(max=width).double() / width
                 ratio_y = true_height.clamp(max=height).double() / height
                 levels.append(torch.stack([ratio_x, ratio_y], dim=1))
             return torch.stack(levels, dim=1)
 
-        return self._kept(self._of_sizes, "valid_ratios", ratios)
+        return self.cached("valid_ratios", ratios)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What one decoder stage says of a batch.
+    """Predictions of one decoder stage for a batch.
 
     Args:
-        pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, whose last entry is
-            "no object".
-        pred_boxes: (B, Q, 4) as cx, cy, w, h, normalised by the size of the unpadded image.
-        is_proposal: whether these are the proposals of a two-stage decoder.
+        pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, with "no object" last.
+        pred_boxes: (B, Q, 4) cx, cy, w, h, normalised by the size of the unpadded image.
+        is_proposal: True for the proposals of a two-stage decoder.
     """
 
     pred_logits: Tensor
@@ -235,12 +241,10 @@ class Prediction:
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) from centre and size to corners."""
-    center, size = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([center - 0.5 * size, center + 0.5 * size], dim=-1)
+    """Convert boxes (..., 4) from centre and size to corners."""
+    return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) from corners to centre and size."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([0.5 * (low + high), high - low], dim=-1)
+    """Convert boxes (..., 4) from corners to centre and size."""
+    return box_convert(boxes, "xyxy", "cxcywh")

@@ -11,6 +11,8 @@ import os
 import random
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+
 import numpy as np
 import pytest
 import torch

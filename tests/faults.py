@@ -66,7 +66,7 @@ SITES = {  # where a fault strikes: where it is found
     "save": (torch, "save"),
     "image": (BoxEvaluator, "process"),
     "scoring": (BoxEvaluator, "evaluate"),
-    "resume": (SafeCheckpointer, "load"),
+    "start": (SafeCheckpointer, "load_for_all"),
 }
 
 

@@ -1,16 +1,36 @@
-"""Names and shapes of the weights that other projects publish, written down as patterns."""
+"""Names and shapes of the published weights of other projects."""
 
 import torch
-from torch import Tensor
-from torchvision.models import resnet50
+import torchvision
+from torch import Tensor, nn
 
 Shapes = dict[str, tuple[int, ...]]
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
 def weights_of(shapes: Shapes, device: str = "meta") -> dict[str, Tensor]:
-    """Tensors without content, or random ones."""
+    """Return random tensors, or tensors without data on the device "meta"."""
     return {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+
+
+def redraw(model: nn.Module) -> nn.Module:
+    """Draw all parameters and norm statistics at random, so that no two are equal."""
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            is_norm = "norm" in name.lower() or "bn" in name
+            if name.endswith("running_var") or (tensor.dim() == 1 and is_norm):
+                tensor.uniform_(0.5, 1.5)
+            elif tensor.dim() > 1:
+                tensor.normal_(std=tensor[0].numel() ** -0.5)
+            elif tensor.is_floating_point():
+                tensor.normal_(std=0.5)
+    return model
+
+
+def assert_close(found: Tensor, wanted: Tensor, name: str, floor: float = 0.0) -> None:
+    """Compare to 1e-4 of the largest entry, or of the floor."""
+    scale = max(wanted.abs().max().item(), floor)
+    assert (found - wanted).abs().max().item() <= 1e-4 * scale, name
 
 
 def layer(name: str, *shape: int, bias: bool = True) -> Shapes:
@@ -19,7 +39,7 @@ def layer(name: str, *shape: int, bias: bool = True) -> Shapes:
 
 
 def norm(name: str, channels: int) -> Shapes:
-    """Frozen batch norm."""
+    """Return the shapes of a frozen batch norm."""
     return {f"{name}.{n}": (channels,) for n in ("weight", "bias", "running_mean", "running_var")}
 
 
@@ -141,9 +161,9 @@ def dyhead_retinanet() -> Shapes:
     return shapes
 
 
-def torchvision_resnet50(prefix: str) -> Shapes:
+def torchvision_resnet(prefix: str, depth: int = 50) -> Shapes:
     with torch.device("meta"):
-        weights = resnet50().state_dict()
+        weights = torchvision.models.get_model(f"resnet{depth}").state_dict()
     return {
         f"{prefix}{name}": tuple(weight.shape)
         for name, weight in weights.items()
@@ -151,14 +171,54 @@ def torchvision_resnet50(prefix: str) -> Shapes:
     }
 
 
+def self_attention(name: str) -> Shapes:
+    return {
+        f"{name}.in_proj_weight": (768, 256),
+        f"{name}.in_proj_bias": (768,),
+        **layer(f"{name}.out_proj", 256, 256),
+    }
+
+
+def detr(depth: int = 50, queries: int = 100, rows: int = 92) -> Shapes:
+    """Return the weights of DETR, with `rows` rows in the class head."""
+    shapes = torchvision_resnet("backbone.0.body.", depth)
+    shapes |= layer("input_proj", 256, 2048, 1, 1) | layer("class_embed", rows, 256)
+    shapes |= {"query_embed.weight": (queries, 256), **layer("transformer.decoder.norm", 256)}
+    for number in range(6):
+        for part, attentions in (
+            ("encoder", ["self_attn"]),
+            ("decoder", ["self_attn", "multihead_attn"]),
+        ):
+            name = f"transformer.{part}.layers.{number}"
+            shapes |= layer(f"{name}.linear1", 2048, 256) | layer(f"{name}.linear2", 256, 2048)
+            shapes |= layer(f"{name}.norm{len(attentions) + 1}", 256)
+            for index, kind in enumerate(attentions):
+                shapes |= self_attention(f"{name}.{kind}") | layer(f"{name}.norm{index + 1}", 256)
+    for index, out in enumerate((256, 256, 4)):
+        shapes |= layer(f"bbox_embed.layers.{index}", out, 256)
+    return shapes
+
+
+def smca() -> Shapes:
+    """Return the weights of single-scale SMCA, as far as the names are known."""
+    shapes = detr(queries=300, rows=91)
+    for number in range(6):
+        name = f"transformer.decoder.layers.{number}"
+        shapes |= layer(f"{name}.norm4", 256)
+        shapes |= layer(f"{name}.point2", 16, 256) | layer(f"{name}.point3", 16, 256)
+    for index, out in enumerate((256, 256, 2)):
+        shapes |= layer(f"transformer.decoder.layers.0.point1.layers.{index}", out, 256)
+    return shapes
+
+
 def deformable_detr(variant: str, levels: int = 4) -> Shapes:
-    """The released code's, with ResNet-50 and 91 rows of classes.
+    """Return the weights of Deformable DETR with ResNet-50 and 91 rows in the class heads.
 
     Args:
         variant: "base", "refine" or "two_stage".
         levels: 4, or 1 for the single-scale system.
     """
-    shapes = torchvision_resnet50("backbone.0.body.")
+    shapes = torchvision_resnet("backbone.0.body.")
     for index, channels in enumerate((512, 1024, 2048, 2048) if levels > 1 else (2048,)):
         kernel = 3 if index == 3 else 1
         shapes |= layer(f"input_proj.{index}.0", 256, channels, kernel, kernel)
@@ -175,9 +235,7 @@ def deformable_detr(variant: str, levels: int = 4) -> Shapes:
             shapes |= layer(f"{name}linear1", 1024, 256) | layer(f"{name}linear2", 256, 1024)
             for index in (1, 2, 3) if part == "decoder" else (1, 2):
                 shapes |= layer(f"{name}norm{index}", 256)
-        shapes[f"{name}self_attn.in_proj_weight"] = (768, 256)
-        shapes[f"{name}self_attn.in_proj_bias"] = (768,)
-        shapes |= layer(f"{name}self_attn.out_proj", 256, 256)
+        shapes |= self_attention(f"{name}self_attn")
     if variant == "two_stage":
         shapes |= layer(f"{transformer}enc_output", 256, 256)
         shapes |= layer(f"{transformer}enc_output_norm", 256)

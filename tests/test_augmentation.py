@@ -33,7 +33,7 @@ def cfg() -> CfgNode:
 
 
 def draw(mapper: DatasetMapper, seed: int) -> list[T.Transform]:
-    """What one image of HEIGHT × WIDTH goes through, without flips and what changes nothing."""
+    """Return the transforms of an image of HEIGHT × WIDTH, without flips and identities."""
     with seeded(seed, 0):
         found = mapper.augmentations(T.AugInput(np.zeros((HEIGHT, WIDTH, 3), np.uint8))).transforms
     wanted = (T.ResizeTransform, T.CropTransform)
@@ -62,7 +62,7 @@ def test_half_of_the_images_are_cropped(cfg):
 
 
 def test_boxes_follow_the_crop(cfg, tmp_path: Path):
-    """The pixels of the image say where they came from."""
+    """The pixel values encode their positions."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     pixels = np.stack([x * 255 / WIDTH, y * 255 / HEIGHT, np.zeros_like(x)], axis=-1)
     Image.fromarray(pixels.round().astype(np.uint8)).save(tmp_path / "ramp.png")
@@ -83,7 +83,7 @@ def test_boxes_follow_the_crop(cfg, tmp_path: Path):
         inside = image[:2, y0:y1, x0:x1].flatten(1)
         found_low = inside.min(dim=1).values.numpy() * [WIDTH / 255, HEIGHT / 255]
         found_high = inside.max(dim=1).values.numpy() * [WIDTH / 255, HEIGHT / 255]
-        # what a box shows is what it showed before, to two pixels; or less at an edge of the crop
+        # the content of a box is the same up to two pixels, or cut off at an edge of the crop
         at_edge = np.array([min(x0, image.shape[2] - x1), min(y0, image.shape[1] - y1)]) == 0
         assert np.all((found_low > low - 6) & (found_high < high + 6))
         assert np.all((abs(found_low - low) < 6) | at_edge)

@@ -13,13 +13,17 @@ from detectron2.modeling import build_backbone
 from detectron2.modeling.backbone import resnet as detectron2_resnet
 from torch import Tensor, nn
 
-from dynamic_detr.backbones import DeformBottleneckBlock, DeformConv2d, make_resnet
+from dynamic_detr.backbones import DeformBottleneckBlock, DeformConv2d
 
-BLOCK = {"bottleneck_channels": 16, "norm": "FrozenBN"}
+BLOCK = {"in_channels": 32, "out_channels": 32, "bottleneck_channels": 16, "norm": "FrozenBN"}
+
+
+def deform_block(deform: dict, **options) -> DeformBottleneckBlock:
+    return DeformBottleneckBlock(detectron2_resnet.BottleneckBlock(**options), **deform)
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Gives every parameter and statistic a value of its own; offsets of about a pixel."""
+    """Set all parameters and statistics to random values, with offsets of about a pixel."""
     with torch.no_grad():
         for name, value in itertools.chain(module.named_parameters(), module.named_buffers()):
             if name.endswith("num_batches_tracked"):
@@ -35,7 +39,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def torchvision_block(block: DeformBottleneckBlock, x: Tensor) -> Tensor:
-    """The block written out, with torchvision's deformable convolution in the middle."""
+    """Compute the block with torchvision's deformable convolution."""
     conv = block.conv2
     out = block.conv1(x).relu()
     predicted = block.conv2_offset(out)
@@ -65,8 +69,10 @@ def torchvision_block(block: DeformBottleneckBlock, x: Tensor) -> Tensor:
     ids=str,
 )
 def test_block_equals_torchvision(modulated: bool, options: dict) -> None:
-    options = {"in_channels": 32, "out_channels": 32, **BLOCK, **options}
-    block = randomise(DeformBottleneckBlock(**options, deform_modulated=modulated)).double()
+    options = {**BLOCK, **options}
+    deform = {"deform_modulated": modulated}
+    deform["deform_num_groups"] = options.pop("deform_num_groups", 1)
+    block = randomise(deform_block(deform, **options)).double()
     inputs = torch.randn(2, options["in_channels"], 9, 11, dtype=torch.float64)
     results = []
     for forward in (block, lambda x: torchvision_block(block, x)):
@@ -104,7 +110,7 @@ def test_block_has_detectron2_names_and_starts_plain(modulated: bool, norm: str)
         "norm": norm,
     }
     deform = {"deform_modulated": modulated, "deform_num_groups": 2}
-    ours = DeformBottleneckBlock(**options, **deform)
+    ours = deform_block(deform, **options)
     theirs = detectron2_resnet.DeformBottleneckBlock(**options, **deform)
     assert shapes(ours) == shapes(theirs)
     plain = detectron2_resnet.BottleneckBlock(**options)
@@ -121,7 +127,7 @@ def test_block_has_detectron2_names_and_starts_plain(modulated: bool, norm: str)
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_block_under_autocast(dtype: torch.dtype) -> None:
-    block = randomise(DeformBottleneckBlock(32, 32, **BLOCK, deform_modulated=True))
+    block = randomise(deform_block({"deform_modulated": True}, **BLOCK))
     x = torch.randn(2, 32, 8, 8)
     exact = block(x)
     with torch.autocast("cpu", dtype=dtype):
@@ -188,7 +194,7 @@ def test_without_deformation_equals_detectron2(resnets: dict) -> None:
     ids=str,
 )
 def test_deformable_names_equal_detectron2(resnets: dict) -> None:
-    """Names, shapes and strides of the full-size networks; no memory is filled for them."""
+    """Names, shapes and strides of the full-size networks, on the meta device."""
     cfg = config(DEFORM_ON_PER_STAGE=[False, True, True, True], **resnets)
     with torch.device("meta"):
         ours = build(cfg, "build_resnet_deform_backbone")
@@ -220,8 +226,9 @@ def test_fpn_levels_and_gradients() -> None:
 
 
 def test_freezing_reaches_deformable_stages() -> None:
-    options = {"res2_out_channels": 32, "width_per_group": 8, "norm": "BN"}
-    network = make_resnet(50, freeze_at=3, deform_on_per_stage=[True] * 4, **options)
+    cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[True] * 4, NORM="BN")
+    cfg.MODEL.BACKBONE.FREEZE_AT = 3
+    network = build(cfg, "build_resnet_deform_backbone")
     for name, parameter in network.named_parameters():
         assert parameter.requires_grad == name.startswith(("res4", "res5")), name
     assert isinstance(network.res3[0].conv2.norm, FrozenBatchNorm2d)
@@ -229,7 +236,7 @@ def test_freezing_reaches_deformable_stages() -> None:
 
 
 def test_deformable_checkpoint_of_detectron2_loads(tmp_path) -> None:
-    """A file in Detectron2's names, of its own class, loads whole into the FPN backbone."""
+    """A checkpoint of Detectron2's deformable ResNet loads into the FPN backbone."""
     cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[False, True, True, True], DEFORM_MODULATED=True)
     theirs = randomise(build(cfg, "build_resnet_backbone"))
     path = tmp_path / "dcn.pth"
@@ -244,11 +251,10 @@ def test_deformable_checkpoint_of_detectron2_loads(tmp_path) -> None:
 
 
 def test_caffe2_names_of_imagenet_weights_match() -> None:
-    """ImageNet weights have no offsets: these stay at zero, everything else is found."""
-    network = make_resnet(
-        50, deform_on_per_stage=[False, True, True, True], res2_out_channels=32, width_per_group=8
-    )
-    source = randomise(make_resnet(50, res2_out_channels=32, width_per_group=8)).state_dict()
+    """ImageNet weights match all parameters except the offsets, which stay at zero."""
+    cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[False, True, True, True])
+    network = build(cfg, "build_resnet_deform_backbone")
+    source = randomise(build(config(**SMALL), "build_resnet_backbone")).state_dict()
     caffe2 = {}
     for name, value in source.items():
         if name.endswith(("running_mean", "running_var")):

@@ -1,4 +1,4 @@
-"""Own COCO-format files: every kind of problem is found, repaired or explained in one line."""
+"""Annotations in COCO format: all problems are found, and repaired or reported in one line."""
 
 import argparse
 import copy
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "b.png")
     Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
-    # Says that it has 400 million pixels, which is all that anybody reads of it.
+    # The header declares 400 million pixels; the rest is not read.
     with Image.new("1", (1, 1)) as image:
         image.save(tmp_path / "large.png")
     large = bytearray((tmp_path / "large.png").read_bytes())
@@ -221,7 +221,7 @@ def test_problem_is_found(folder, kind, data):
         assert not report.data.get("annotations")
         return
     assert report.repaired == (severity is Severity.REPAIRED)
-    # What was repaired is right: a second look finds nothing to repair any more.
+    # A second check finds nothing to repair.
     again = _check(folder, report.data)
     assert not again.error() and not again.repaired
     assert len(report.data["annotations"]) >= 1
@@ -252,7 +252,7 @@ def test_repairs_do_the_obvious(folder):
     assert repaired(_set("annotations", 1, iscrowd="no"))[1]["iscrowd"] == 0
     assert repaired(_set("annotations", 0, ignore=1))[0]["iscrowd"] == 1
     assert [a["id"] for a in repaired(_set("annotations", 1, id=1))] == [1, 2, 3]
-    # The boxes of an image that is left out go with it, uncounted.
+    # The boxes of an image that is left out are left out too, and not counted.
     report = _check(folder, _set("images", 0, file_name="no.png"))
     assert [i["id"] for i in report.data["images"]] == [9]
     assert report.counts["annotation of an unknown image"] == 0
@@ -323,7 +323,7 @@ def test_configuration_points_at_the_files(folder, cfg, capsys):
     assert [a["category_id"] for a in first["annotations"]] == [0, 1]
     assert [a["iscrowd"] for a in first["annotations"]] == [0, 1]
     assert second["annotations"][0]["bbox_mode"] == BoxMode.XYWH_ABS
-    # Nothing had to be repaired, so the files themselves are read.
+    # No repairs, so the original files are read.
     assert MetadataCatalog.get("own_val").json_file == str(folder / "val.json")
     assert not Path(cfg.OUTPUT_DIR).exists()
 
@@ -339,7 +339,7 @@ def test_later_files_replace_earlier_ones(folder, cfg):
 
 
 def _perfect_ap(name: str, output: Path) -> float:
-    """AP of detections that are the annotations themselves."""
+    """Return the AP of detections that equal the annotations."""
     evaluator = coco_evaluator(name, str(output))
     evaluator.reset()
     for record in DatasetCatalog.get(name):

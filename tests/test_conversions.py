@@ -1,4 +1,4 @@
-"""Published weights of other projects: how files are read, names replaced and rows selected."""
+"""Conversion of published weights: reading files, renaming, and selecting class rows."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import nn
 from torchvision.models import resnet50
 
@@ -20,14 +20,13 @@ import convert_weights  # noqa: E402
 from conversions import rename, select_coco_classes  # noqa: E402
 from conversions.resnet import resnet_rules  # noqa: E402
 
-from dynamic_detr.backbones import make_resnet  # noqa: E402
 from dynamic_detr.errors import UserError  # noqa: E402
 
 THINGS = [c for c in COCO_CATEGORIES if c["isthing"]]
 
 
 class Harmful:
-    """Runs a command where it is unpickled."""
+    """Object that runs a command when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,7 +36,7 @@ class Harmful:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_files_are_read_without_running_what_they_hold(zipped, tmp_path):
+def test_reading_runs_no_pickled_code(zipped, tmp_path):
     path, touched = tmp_path / "weights.pth", tmp_path / "touched"
     args = argparse.Namespace(lr=1e-4, output=pathlib.PosixPath("out"), steps=[1, 2])
     data = {"model": {"module.a": torch.ones(2), "step": 3}, "args": args, "x": Harmful(touched)}
@@ -60,17 +59,17 @@ def test_safetensors_are_read(tmp_path):
     assert convert_weights.read_weights(tmp_path / "model.safetensors")["a"].tolist() == [1, 1]
 
 
-def test_what_is_no_file_of_weights_is_one_line(tmp_path):
+def test_files_without_weights_raise_one_line(tmp_path):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"epoch": 3}, tmp_path / "epoch.pth")
-    for name, reason in (("none.pth", "cannot be read"), ("text.pth", "cannot be read")):
+    for name, reason in (("none.pth", "does not exist; name"), ("text.pth", "cannot be read")):
         with pytest.raises(UserError, match=reason):
             convert_weights.read_weights(tmp_path / name)
     with pytest.raises(UserError, match="holds no weights by name"):
         convert_weights.read_weights(tmp_path / "epoch.pth")
 
 
-def test_names_that_no_rule_knows_and_clashes_are_refused():
+def test_unknown_and_duplicate_names_raise():
     rules = [(r"drop\..*", None), (r"(\w)\.[12]", r"new.\1")]
     one, two = torch.ones(1), torch.zeros(1)
     assert list(rename({"a.1": one, "drop.x": two, "a.2": one}, rules)) == ["new.a"]
@@ -81,8 +80,8 @@ def test_names_that_no_rule_knows_and_clashes_are_refused():
 
 
 @pytest.mark.parametrize("no_object", [0, 1])
-def test_class_rows_carry_their_own_id(no_object):
-    """The silent error: boxes right and classes wrong."""
+def test_class_rows_are_selected_by_coco_id(no_object):
+    """A wrong selection would give right boxes with wrong classes."""
     ids = torch.arange(91 + no_object)
     weight = ids[:, None].float().expand(-1, 4)
     model = {"w": torch.zeros(80 + no_object, 4), "b": torch.zeros(80 + no_object)}
@@ -96,7 +95,7 @@ def test_class_rows_carry_their_own_id(no_object):
     assert torch.equal(select_coco_classes(ids), fitted["b"].long())
 
 
-def test_rows_of_own_classes_stay():
+def test_rows_of_custom_classes_are_kept():
     rows = {"b": torch.arange(91)}
     assert convert_weights.fit(rows, rows, num_classes=91)["b"].tolist() == list(range(91))
 
@@ -110,24 +109,30 @@ def test_rows_of_own_classes_stay():
         ({"a": (2,), "b": (4,)}, r"b is \(4,\) in the file, but \(3,\) in the model"),
     ],
 )
-def test_every_weight_is_accounted_for(weights, reason):
+def test_weights_that_do_not_fit_raise(weights, reason):
     model = {"a": torch.zeros(2), "b": torch.zeros(3)}
     with pytest.raises(UserError, match=reason):
         convert_weights.fit({k: torch.zeros(s) for k, s in weights.items()}, model, 80)
 
 
 def shallow(model: nn.Module) -> nn.Module:
-    """With two blocks in each stage."""
+    """Keep two blocks of each stage."""
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         del stage[2:]
     return model
 
 
-def test_a_resnet_of_torchvision_is_detectron2s():
+def detectron2_resnet50() -> ResNet:
+    stem = BasicStem(norm="FrozenBN")
+    stages = ResNet.make_default_stages(50, norm="FrozenBN")
+    return ResNet(stem, stages, out_features=["res5"])
+
+
+def test_torchvision_resnet_equals_detectron2():
     theirs = shallow(resnet50()).eval()
     torch.nn.init.normal_(theirs.bn1.running_mean)
     weights = {f"body.{k}": v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
-    ours = make_resnet(50, norm="FrozenBN")
+    ours = detectron2_resnet50()
     for name, stage in zip(ours.stage_names, ours.stages, strict=True):
         assert isinstance(stage[0], BottleneckBlock)
         setattr(ours, name, stage[:2])
@@ -142,10 +147,10 @@ def test_a_resnet_of_torchvision_is_detectron2s():
         torch.testing.assert_close(ours.eval()(image)["res5"], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_resnet_of_hugging_face_is_detectron2s():
+def test_hugging_face_resnet_equals_detectron2():
     transformers = pytest.importorskip("transformers")
     theirs = transformers.ResNetModel(transformers.ResNetConfig(depths=[2, 1, 1, 1])).eval()
-    ours = make_resnet(50, norm="FrozenBN")
+    ours = detectron2_resnet50()
     names = ours.state_dict()
     renamed = rename(theirs.state_dict(), resnet_rules("", ""))
     assert renamed.keys() < names.keys()

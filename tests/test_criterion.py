@@ -1,4 +1,4 @@
-"""The set loss against values worked out by hand, and on boxes that are no boxes."""
+"""Set loss: values by hand, gradients, several processes, and boxes that are not valid."""
 
 import math
 
@@ -11,10 +11,10 @@ from helpers import set_costs, set_criterion, small_config
 from reference.matching import cheapest_pairs, cost_matrix, focal, giou, l1
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from dynamic_detr import Prediction
 from dynamic_detr.losses import SetCriterion, generalized_iou
-from dynamic_detr.structures import box_cxcywh_to_xyxy
 
 Target = tuple[Tensor, Tensor]
 
@@ -23,7 +23,7 @@ def target(labels=(), boxes=()) -> Target:
     return torch.tensor(labels, dtype=torch.int64), torch.tensor(boxes).float().reshape(-1, 4)
 
 
-# One image, two queries; the object is the second query's box moved by half of its width.
+# One image, two queries; the object is the box of the second query, moved by half its width.
 OBJECT = [0.4, 0.5, 0.2, 0.2]
 BOXES = [[0.9, 0.9, 0.1, 0.1], [0.5, 0.5, 0.2, 0.2]]
 
@@ -38,8 +38,7 @@ def values(losses: dict[str, Tensor]) -> dict[str, float]:
 
 class TestByHand:
     def test_focal(self):
-        """All logits 0, so every p is ½: one positive and three negatives of two classes; GIoU of
-        boxes that overlap by half is 1/3."""
+        """All probabilities are ½: one positive and three negatives; the GIoU is 1/3."""
         losses = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
         positive, negative = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
         assert values(losses) == pytest.approx(
@@ -51,13 +50,12 @@ class TestByHand:
         )
 
     def test_l1_of_corners(self):
-        """A box moved by 0.1 moves two of its corners' four coordinates."""
+        """Moving a box by 0.1 moves two of the four coordinates of its corners."""
         losses = set_criterion(l1_format="xyxy")([simple_prediction()], [target([1], [OBJECT])])
         assert losses["loss_l1"].item() == pytest.approx(5 * 0.2)
 
     def test_softmax(self):
-        """Uniform over three entries: each costs log 3, "no object" a tenth of it, divided by the
-        sum of the weights."""
+        """Each query has the cross-entropy log 3; the weight of "no object" is 0.1."""
         losses = set_criterion(class_head="softmax")(
             [simple_prediction(3)], [target([1], [OBJECT])]
         )
@@ -82,8 +80,8 @@ class TestByHand:
 
 
 @pytest.mark.parametrize("l1_format", ["cxcywh", "xyxy"])
-def test_is_the_loop(l1_format):
-    """Three images, one of them empty, one with more objects than queries; two stages."""
+def test_equals_the_reference(l1_format):
+    """Two stages and three images, one empty, one with more objects than queries."""
     counts, queries, classes = [2, 0, 5], 4, 3
 
     def boxes(*shape):
@@ -115,20 +113,20 @@ def test_is_the_loop(l1_format):
             assert losses[f"loss_{name}{suffix}"].item() == pytest.approx(value, rel=1e-5)
 
 
-def test_every_stage_pays():
+def test_losses_of_every_stage():
     predictions = [simple_prediction() for _ in range(3)]
     losses = set_criterion()(predictions, [target([1], [OBJECT])])
     names = [
-        f"loss_{what}{stage}" for stage in ("_0", "_1", "") for what in ("class", "l1", "giou")
+        f"loss_{kind}{stage}" for stage in ("_0", "_1", "") for kind in ("class", "l1", "giou")
     ]
     assert sorted(losses) == sorted(names)
-    assert len({round(loss.item(), 6) for loss in losses.values()}) == 3  # equal stages, equal pay
+    assert len({round(loss.item(), 6) for loss in losses.values()}) == 3
 
 
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_batches_without_any_object(class_head, batch):
-    """They still teach that there is nothing; boxes are in the graph but pull nowhere."""
+    """The class loss is positive; the gradient of the boxes is zero."""
     logits = torch.randn(batch, 4, 2 + (class_head == "softmax"), requires_grad=True)
     boxes = torch.rand(batch, 4, 4, requires_grad=True)
     losses = set_criterion(class_head=class_head)([Prediction(logits, boxes)], [target()] * batch)
@@ -153,8 +151,7 @@ def test_empty_images_count_in_the_class_loss_only():
 class TestSeveralProcesses:
     @pytest.fixture
     def two_processes(self, monkeypatch):
-        """A world of two: what the other process adds to the sums of objects and of class
-        weights is given by the test."""
+        """Simulate two processes; the test sets the sums of the other one."""
         additions = []
 
         def all_reduce(sums: Tensor) -> None:
@@ -165,12 +162,12 @@ class TestSeveralProcesses:
         return additions
 
     @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-    def test_mean_of_the_processes_is_the_loss_of_the_whole_batch(self, two_processes, class_head):
-        """DistributedDataParallel averages: so must the losses, whatever each process holds."""
+    def test_mean_over_processes_is_the_loss_of_the_whole_batch(self, two_processes, class_head):
+        """DistributedDataParallel averages the gradients."""
         classes = 2 + (class_head == "softmax")
         logits, boxes = torch.randn(2, 3, classes), torch.rand(2, 3, 4) * 0.4 + 0.1
         targets = [target([0, 1], [OBJECT, BOXES[0]]), target()]
-        # by which the class loss is divided, of each process: objects, or weights of all entries
+        # divisor of the class loss on each process: objects, or sum of the class weights
         totals = [2.0, 0.0] if class_head == "focal" else [2 * 1 + 0.1, 3 * 0.1]
         loss = set_criterion(class_head=class_head)
 
@@ -189,7 +186,7 @@ class TestSeveralProcesses:
             assert mean == pytest.approx(value.item(), rel=1e-5), name
 
     def test_fewer_objects_than_processes(self, two_processes):
-        """One object among two processes divides by ½ each, not by 1."""
+        """With one object on two processes, the divisor is ½."""
         two_processes[:] = [(0.0, 0.0)]
         losses = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
         assert losses["loss_l1"].item() == pytest.approx(2 * 5 * 0.1)
@@ -200,32 +197,25 @@ class TestSeveralProcesses:
         assert losses["loss_l1"] == 0
         assert losses["loss_class"].isfinite()
 
-    def test_every_process_joins_in_the_sums(self, two_processes):
-        """Also one whose images are empty: else the others would wait for it."""
+    def test_every_process_joins_the_reduction(self, two_processes):
+        """A process whose images are empty joins too."""
         two_processes[:] = [(0.0, 0.0)]
         stages = [simple_prediction(3), simple_prediction(3)]
         set_criterion(class_head="softmax")(stages, [target()])
-        assert not two_processes  # once for all stages
+        assert not two_processes  # one reduction for all stages
 
 
 class TestBadBoxes:
     @pytest.mark.parametrize("query", [0, 1], ids=["unmatched", "matched"])
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-    def test_what_is_not_finite_makes_the_loss_not_finite(self, query, bad, class_head):
+    def test_boxes_that_are_not_finite(self, query, bad, class_head):
         prediction = simple_prediction(2 + (class_head == "softmax"))
         prediction.pred_boxes[0, query] = bad
         losses = set_criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
         assert not sum(losses.values()).isfinite()
 
-    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-    def test_logits_that_are_nan(self, class_head):
-        prediction = simple_prediction(2 + (class_head == "softmax"))
-        prediction.pred_logits[0, 0, 0] = torch.nan
-        losses = set_criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
-        assert not losses["loss_class"].isfinite()
-
-    def test_all_queries_broken(self):
+    def test_all_predictions_are_nan(self):
         prediction = simple_prediction()
         prediction.pred_boxes.fill_(torch.nan)
         prediction.pred_logits.fill_(torch.nan)
@@ -245,7 +235,7 @@ class TestBadBoxes:
         ids=str,
     )
     @pytest.mark.parametrize("size", [0.2, 1 / 1333])
-    def test_strange_boxes_give_finite_losses_and_gradients(self, box, size):
+    def test_degenerate_boxes_give_finite_losses_and_gradients(self, box, size):
         boxes = torch.tensor([[box, box]], requires_grad=True)
         logits = torch.zeros(1, 2, 2, requires_grad=True)
         losses = set_criterion()(
@@ -258,11 +248,11 @@ class TestBadBoxes:
 
 
 class TestGradients:
-    """Against the loss written down stage by stage, with fvcore's focal loss."""
+    """Gradients against a loss written stage by stage, with fvcore's focal loss."""
 
     @staticmethod
     def plain(class_head: str, predictions, targets, matches) -> Tensor:
-        """The sum of all losses; `matches`: for each stage, for each image, queries and objects."""
+        """Return the sum of all losses; `matches` are (queries, objects) by stage and image."""
         objects = max(sum(len(labels) for labels, _ in targets), 1)
         total = 0.0
         for prediction, pairs in zip(predictions, matches, strict=True):
@@ -272,7 +262,8 @@ class TestGradients:
                 labels, wanted = targets[image]
                 classes[image, queries] = labels[found]
                 box, wanted = boxes[image, queries], wanted[found]
-                overlap = generalized_iou(box_cxcywh_to_xyxy(box), box_cxcywh_to_xyxy(wanted))
+                corners = (box_convert(b, "cxcywh", "xyxy") for b in (box, wanted))
+                overlap = generalized_iou(*corners)
                 total += 5 * (box - wanted).abs().sum() / objects
                 total += 2 * (1 - overlap).sum() / objects
             if class_head == "softmax":
@@ -282,13 +273,13 @@ class TestGradients:
                 )
                 total += 2 * costs / max(weight[classes].sum().item(), 1)
             else:
-                yes = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].float()
-                total += 2 * sigmoid_focal_loss(logits, yes, 0.25, 2, "sum") / objects
+                one_hot = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].float()
+                total += 2 * sigmoid_focal_loss(logits, one_hot, 0.25, 2, "sum") / objects
         return total
 
     @pytest.mark.parametrize("class_head", ["focal", "softmax"])
     @pytest.mark.parametrize("counts", [[2, 0, 6], [1], [0, 0]], ids=str)
-    def test_are_those_of_the_plain_loss(self, class_head, counts):
+    def test_equal_the_plain_loss(self, class_head, counts):
         stages, queries, classes = 3, 4, 5
         shape = (stages, len(counts), queries)
         logits = (torch.randn(*shape, classes + (class_head == "softmax")) * 3).requires_grad_()
@@ -319,21 +310,21 @@ class TestGradients:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-def test_any_logit_that_is_not_finite_makes_the_class_loss_not_finite(bad, class_head):
+def test_logits_that_are_not_finite(bad, class_head):
     prediction = simple_prediction(2 + (class_head == "softmax"))
     prediction.pred_logits[0, 0, 0] = bad
     losses = set_criterion(class_head=class_head)([prediction], [target([1], [OBJECT])])
     assert not losses["loss_class"].isfinite()
 
 
-def test_half_precision_predictions_are_paid_in_float32():
+def test_half_precision_predictions_give_float32_losses():
     prediction = Prediction(torch.zeros(1, 2, 2).bfloat16(), torch.tensor([BOXES]).bfloat16())
     losses = set_criterion()([prediction], [target([1], [OBJECT])])
     assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
-def test_proposals_are_one_class_and_stages_may_differ_in_queries():
-    """Each group as if it were alone: proposals with all objects of class 0."""
+def test_groups_of_stages_are_independent():
+    """The target class of proposals is 0; stages may have different numbers of queries."""
 
     def boxes(*shape: int) -> Tensor:
         return torch.cat([torch.rand(*shape, 2), torch.rand(*shape, 2) * 0.4 + 0.05], dim=-1)
@@ -390,7 +381,7 @@ def test_config_reaches_the_criterion():
         ({"giou_weight": -2}, r"LOSS\.GIOU_WEIGHT is -2; it must be a number >= 0"),
     ],
 )
-def test_bad_options_are_one_line(options, message):
+def test_wrong_options_raise_one_line(options, message):
     with pytest.raises(ValueError, match=message) as caught:
         set_costs(**options)
     assert "\n" not in str(caught.value)

@@ -33,7 +33,7 @@ class FakeGraph:
 
 
 class FakeCache(GraphCache):
-    """Counts the captures; `error` is raised by the next one."""
+    """Cache that counts captures; the next one raises `error`."""
 
     error: Exception | None = None
 
@@ -61,7 +61,7 @@ class FakeCache(GraphCache):
 
 
 class Network(nn.Module):
-    """Scales what it is given; counts its runs."""
+    """Module that scales its input and counts its runs."""
 
     def __init__(self) -> None:
         super().__init__()

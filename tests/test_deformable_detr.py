@@ -1,4 +1,4 @@
-"""Deformable DETR against Hugging Face's, and what holds for its transformer on any pyramid."""
+"""Deformable DETR: equality with Hugging Face's class, invariants and published weights."""
 
 import math
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from helpers import (
     batch_pyramid,
@@ -18,15 +18,16 @@ from helpers import (
     shake,
     training_input,
 )
+from published import assert_close, redraw
 from published import deformable_detr as published_shapes
-from torch import Tensor, nn
+from reference.matching import giou
+from torch import nn
 
-from dynamic_detr import Prediction, Pyramid, add_dynamic_detr_config
-from dynamic_detr.config import check_config
+from dynamic_detr import Prediction, Pyramid
 from dynamic_detr.decoders import DeformableDecoder
 from dynamic_detr.encoders import DeformableEncoder
 from dynamic_detr.engine.optimizer import build_optimizer
-from dynamic_detr.structures import box_cxcywh_to_xyxy
+from dynamic_detr.engine.setup import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "Deformable-DETR"
@@ -56,31 +57,14 @@ VARIANTS = {
 
 
 def load(name: str, *options: object) -> CfgNode:
-    cfg = get_cfg()
-    add_dynamic_detr_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / name))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(list(options))
-    check_config(cfg)
-    return cfg
-
-
-def redraw(model: nn.Module) -> nn.Module:
-    """Gives every parameter and every statistic of a norm a value of its own."""
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if name.endswith("running_var") or (tensor.dim() == 1 and "norm" in name.lower()):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.dim() > 1:
-                tensor.normal_(std=tensor[0].numel() ** -0.5)
-            else:
-                tensor.normal_(std=0.5)
-    return model
+    return read_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu", *options])
 
 
 def hugging_face(variant: str) -> nn.Module:
-    """Their model of the sizes of NARROW, without dropout; all of it is trained, and heads that
-    refine are not tied."""
+    """Build Hugging Face's model with the sizes of NARROW, without dropout and frozen weights.
+
+    Heads that refine are not tied.
+    """
     transformers = pytest.importorskip("transformers")
     resnet = transformers.ResNetConfig(
         embedding_size=8,
@@ -117,14 +101,9 @@ def hugging_face(variant: str) -> nn.Module:
     return redraw(model).requires_grad_(True)
 
 
-def assert_close(found: Tensor, wanted: Tensor, name: str) -> None:
-    """To 1e-4 of the largest entry."""
-    assert (found - wanted).abs().max() <= 1e-4 * wanted.abs().max(), name
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_hugging_face(variant):
-    """Logits, boxes, losses and gradients with the same weights; and the names of the weights."""
+    """Logits, boxes, losses, gradients and converted names are equal."""
     theirs = hugging_face(variant).train()
     name = "deformable_detr_R_50" + (f"_{variant}" if variant != "base" else "")
     ours = build_model(load(f"{name}.yaml", *NARROW)).train()
@@ -162,7 +141,7 @@ def test_equals_hugging_face(variant):
         wanted_loss = expected.loss_dict["_".join([theirs_name, *stage])]
         assert_close(loss / weight, wanted_loss, name)
         total = total + weight * wanted_loss
-    if variant == "two_stage":  # their loss on proposals is none
+    if variant == "two_stage":  # Hugging Face has no loss on proposals
         weight = torch.randn_like(boxes)
         total = total + (boxes * weight).mean() + expected.enc_outputs_class.square().mean()
         losses["boxes"] = (proposals.pred_boxes * weight).mean()
@@ -173,11 +152,11 @@ def test_equals_hugging_face(variant):
     wanted_gradients = {name: p.grad for name, p in theirs.named_parameters()}
     wanted_gradients = conversion.convert_huggingface(wanted_gradients)
     assert wanted_gradients.keys() >= gradients.keys()
-    for name, gradient in gradients.items():  # of frozen norms we do not have parameters
+    for name, gradient in gradients.items():  # frozen norms have no parameters here
         assert_close(gradient, wanted_gradients[name], name)
 
 
-# --- on any pyramid
+# --- any pyramid
 
 
 def encoder(**options: object) -> DeformableEncoder:
@@ -196,7 +175,7 @@ def decoder(variant: str = "base", **options: object) -> DeformableDecoder:
 def pyramid_of(
     sizes: list, padded: tuple, garbage: float = 0.0, strides: tuple = STRIDES, dtype=torch.float64
 ) -> Pyramid:
-    """The same features of each size, whatever the others."""
+    """Build a pyramid whose features of an image depend on its size only."""
     images = []
     for size in sizes:
         torch.manual_seed(sum(size))
@@ -205,7 +184,7 @@ def pyramid_of(
 
 
 def assert_same(found: list[Prediction], wanted: list[Prediction], image: int) -> None:
-    """Of one image of a batch, and of the same one alone. Proposals: of its true positions."""
+    """Compare one image of a batch with the same image alone; ignore proposals of the padding."""
     for batch, single in zip(found, wanted, strict=True):
         logits, boxes = batch.pred_logits[image], batch.pred_boxes[image]
         if batch.is_proposal:
@@ -218,7 +197,7 @@ def assert_same(found: list[Prediction], wanted: list[Prediction], image: int) -
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
 @torch.no_grad()
 def test_proposals_of_a_batch_are_those_of_its_images(class_head):
-    """Also where an image has fewer positions than there are queries."""
+    """One image has fewer positions than there are queries."""
     second = decoder("two_stage", num_queries=20, class_head=class_head)
     model = shake(nn.Sequential(encoder(), second).double(), 0.2).eval()
     together = model(pyramid_of(SIZES, (128, 192), garbage=float("inf")))
@@ -227,7 +206,7 @@ def test_proposals_of_a_batch_are_those_of_its_images(class_head):
     assert pyramid_of([SIZES[2]], SIZES[2]).valid_table().sum() < 20
 
 
-def test_losses_do_not_depend_on_the_padding_either():
+def test_losses_do_not_depend_on_the_padding():
     model = shake(nn.Sequential(encoder(), decoder("two_stage")).double(), 0.2)
     size, results = (50, 70), []
     boxes = torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.9]])
@@ -242,7 +221,7 @@ def test_losses_do_not_depend_on_the_padding_either():
 
 @torch.no_grad()
 def test_own_level_is_each_level_alone():
-    """With MULTI_SCALE False the levels share weights, but no features."""
+    """Without multi_scale the levels share weights, but not features."""
     model = shake(encoder(multi_scale=False).double())
     pyramid = pyramid_of([(100, 136), (64, 120)], (128, 192))
     together = model(pyramid)
@@ -260,8 +239,7 @@ def test_own_level_is_each_level_alone():
 
 
 def test_loss_on_proposals_by_hand():
-    """Positions are trained to tell objects, as class 0, from everything else: a focal loss over
-    all true positions and classes; L1 and GIoU of the matched ones."""
+    """Focal loss of all true positions with class 0 for objects; L1 and GIoU of matched ones."""
     model = shake(decoder("two_stage", num_levels=2, num_queries=3), 0.3)
     model.eval()
     pyramid = pyramid_of([(40, 24)], (64, 64), strides=(16, 32), dtype=torch.float32).masked()
@@ -278,8 +256,9 @@ def test_loss_on_proposals_by_hand():
     positive = -0.25 * (1 - probability) ** 2 * probability.log()
     negative = -0.75 * probability**2 * (1 - probability).log()
     l1 = (found[:, None] - boxes).abs().sum(-1)
-    giou = torch.tensor([[_giou(a, b) for b in boxes.double()] for a in found.detach()]).double()
-    cost = 2 * (positive - negative)[:, :1] + 5 * l1 + 2 * (1 - giou)
+    overlaps = [[giou(a, b) for b in boxes.double().tolist()] for a in found.tolist()]
+    overlaps = torch.tensor(overlaps).double()
+    cost = 2 * (positive - negative)[:, :1] + 5 * l1 + 2 * (1 - overlaps)
     pairs = [(i, j) for i in range(len(cost)) for j in range(len(cost)) if i != j]
     first, second = min(pairs, key=lambda pair: cost[pair[0], 0] + cost[pair[1], 1])
     matched, objects = [first, second], [0, 1]
@@ -287,7 +266,7 @@ def test_loss_on_proposals_by_hand():
     wanted = {
         "class": 2 * class_loss / 2,
         "l1": 5 * l1[matched, objects].sum() / 2,
-        "giou": 2 * (1 - giou[matched, objects]).sum() / 2,
+        "giou": 2 * (1 - overlaps[matched, objects]).sum() / 2,
     }
     for kind, value in wanted.items():
         found = losses[f"loss_{kind}_proposals"].double()
@@ -296,17 +275,9 @@ def test_loss_on_proposals_by_hand():
     assert model.queries.class_head.weight.grad[1:].any()  # other classes are negatives
 
 
-def _giou(a: Tensor, b: Tensor) -> float:
-    (ax, ay, ar, ab), (bx, by, br, bb) = box_cxcywh_to_xyxy(a), box_cxcywh_to_xyxy(b)
-    inter = max(0, min(ar, br) - max(ax, bx)) * max(0, min(ab, bb) - max(ay, by))
-    union = (ar - ax) * (ab - ay) + (br - bx) * (bb - by) - inter
-    hull = (max(ar, br) - min(ax, bx)) * (max(ab, bb) - min(ay, by))
-    return float(inter / union - (hull - union) / hull)
-
-
 @torch.no_grad()
-def test_anchors_and_choice_of_proposals():
-    """With heads that say nothing, a position proposes its anchor; the best scores come first."""
+def test_anchors_and_selection_of_proposals():
+    """With zero box heads, the proposals are the anchors; they are sorted by score."""
     proposer = decoder("two_stage", num_queries=4, num_levels=3).queries
     proposer.class_head.weight.normal_()
     pyramid = pyramid_of([(64, 130)], (64, 192), strides=(32, 64, 128), dtype=torch.float32)
@@ -333,7 +304,7 @@ def test_anchors_and_choice_of_proposals():
 
 
 @torch.no_grad()
-def test_anchors_that_leave_the_image_see_nothing_but_may_be_chosen():
+def test_anchors_near_the_border_ignore_the_features():
     proposer = shake(decoder("two_stage", num_levels=2, num_queries=200).queries)
     size = (16, 1200)  # the outermost centres are less than 0.01 from the edge
     pyramid = pyramid_of([size], size, strides=(8, 16), dtype=torch.float32)
@@ -361,7 +332,7 @@ def everything(**options: object) -> Iterator[nn.Module]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_activations_that_are_computed_again_change_nothing(variant):
+def test_activation_checkpointing_changes_nothing(variant):
     gradients = []
     for again in (False, True):
         torch.manual_seed(0)
@@ -374,7 +345,7 @@ def test_activations_that_are_computed_again_change_nothing(variant):
     torch.testing.assert_close(*gradients)
 
 
-def test_no_objects_train_too():
+def test_images_without_objects_give_gradients():
     model = nn.Sequential(encoder(), decoder("two_stage"))
     pyramid = pyramid_of([(64, 100)], (128, 128), dtype=torch.float32)
     nothing = (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
@@ -439,21 +410,21 @@ def test_stages_pass_boxes_without_gradient():
         (decoder, {"class_head": "sigmoid"}, "CLASS_HEAD is 'sigmoid'"),
     ],
 )
-def test_what_does_not_fit_is_one_line(make, options, reason):
+def test_wrong_options_raise_one_line(make, options, reason):
     with pytest.raises(ValueError, match=reason) as error:
         make(**options)
     assert "\n" not in str(error.value)
 
 
-def test_a_pyramid_of_other_levels_is_refused():
+def test_wrong_number_of_levels_raises():
     pyramid = pyramid_of([(64, 64)], (64, 64), strides=STRIDES[:2], dtype=torch.float32)
     for model in everything():
         with pytest.raises(ValueError, match="the pyramid has 2 levels; wants 4"):
             model(pyramid)
 
 
-def test_offsets_and_reference_points_learn_slower():
-    """As does the pretrained part of the backbone; everything decays."""
+def test_learning_rates_and_weight_decay():
+    """Offsets, reference points and the pretrained backbone have a tenth of the learning rate."""
     cfg = load("deformable_detr_R_50.yaml", *NARROW)
     model = build_model(cfg)
     groups = build_optimizer(cfg, model).param_groups
@@ -475,7 +446,7 @@ def test_offsets_and_reference_points_learn_slower():
     ],
 )
 def test_parameters(name, millions):
-    """40 M for the first in the paper; its variants have what their heads add, here as there."""
+    """The paper states 40 M for the first one; the others add their heads."""
     cfg = load(f"deformable_detr_{name}.yaml")
     total = sum(p.numel() for p in build_model(cfg).parameters())
     assert total / 1e6 == pytest.approx(millions, abs=0.005)
@@ -496,7 +467,7 @@ def test_schedules():
 
 @pytest.mark.parametrize("variant", [*VARIANTS, "single_scale"])
 def test_published_names(variant):
-    """Every weight of a published file finds its place, and every place its weight."""
+    """The converted names and shapes of a published file are those of the model."""
     levels = 1 if variant == "single_scale" else 4
     shapes = published_shapes("base" if levels == 1 else variant, levels)
     config = {"base": "R_50", "single_scale": "single_scale_R_50"}.get(variant, f"R_50_{variant}")
@@ -507,8 +478,8 @@ def test_published_names(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_published_names_lead_where_hugging_faces_do(variant):
-    """To the same places, norm by norm: the equality above then holds for both."""
+def test_both_conversions_agree(variant):
+    """Hugging Face's weights under the published names convert to the same weights."""
     theirs = {
         name: weight
         for name, weight in hugging_face(variant).state_dict().items()
@@ -540,6 +511,6 @@ def test_published_names_lead_where_hugging_faces_do(variant):
     found, wanted = conversion.convert(renamed), conversion.convert_huggingface(theirs)
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in found)
-    # files need not hold heads twice
+    # a file may hold the heads once
     once = {name: weight for name, weight in theirs.items() if ".decoder.bbox_embed" not in name}
     assert conversion.convert_huggingface(once).keys() == wanted.keys()

@@ -67,7 +67,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def error_of(argv: list[str], capsys) -> str:
-    """The one line with which the command refuses to work."""
+    """Return the error message, which must be one line."""
     with pytest.raises(SystemExit) as stop:
         demo.main(argv)
     assert stop.value.code == 2
@@ -126,7 +126,7 @@ def test_a_loop_of_links_leaves_the_other_pictures_alone(detector, pictures, tmp
 
 
 def test_stages_of_every_photograph(detector, demo_images, tmp_path):
-    """Every photograph gives one row of two stages, as wide as the panels are."""
+    """Every photograph gives one row with the panels of two stages."""
     out = tmp_path / "out"
     argv = [*detector, "--stages", "--input", str(demo_images[0].parent), "--output", str(out)]
     assert demo.main([*argv, *LOW]) == 0
@@ -144,9 +144,10 @@ def test_the_command_itself(detector, pictures, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""
-    assert run.stdout.startswith(
-        "threshold of scores: 0.001, as asked for\npictures: 1, objects: 8"
-    )
+    threshold, *threads, last = run.stdout.splitlines()
+    assert threshold == "score threshold: 0.001, from --confidence-threshold"
+    assert threads == ([] if torch.cuda.is_available() else ["threads: 1 (OMP_NUM_THREADS)"])
+    assert last.startswith("pictures: 1, objects: 8")
     assert Image.open(tmp_path / "one.jpg").width == 2 * 384 + 3 * 8
 
 
@@ -228,7 +229,7 @@ def test_detectron2_detectors_are_drawn(pictures, tmp_path, capsys):
     assert demo.main(argv) == 0
     assert Image.open(tmp_path / "a.png").size == (9 * 60, 9 * 40)
     notes = capsys.readouterr().err
-    assert "knows nothing yet" in notes
+    assert "is not trained" in notes
     assert ("no GPU here: running on the CPU" in notes) is not torch.cuda.is_available()
 
 
@@ -254,7 +255,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 class Recorder(torch.nn.Module):
-    """Finds nothing and keeps what it was shown."""
+    """Model that finds nothing and keeps its inputs."""
 
     def forward(self, inputs):
         self.shown = inputs[0]
@@ -341,7 +342,7 @@ def test_videos_that_cannot_be_written_are_told(tmp_path):
 
 
 class FakeScreen:
-    """OpenCV's windows, without a screen: keys are pressed as listed."""
+    """Replace OpenCV's windows; the keys of a list are pressed."""
 
     WINDOW_NORMAL = 0
 

@@ -1,4 +1,4 @@
-"""DETR against Hugging Face's and a small reference, and its published weights."""
+"""DETR: equality with Hugging Face's class and a small reference, and published weights."""
 
 import sys
 from pathlib import Path
@@ -6,17 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
-from helpers import batch_pyramid, random_levels, shake, training_input
+from helpers import (
+    batch_pyramid,
+    model_without_memory,
+    random_levels,
+    shake,
+    training_input,
+)
+from published import assert_close, redraw, weights_of
+from published import detr as published_shapes
 from reference.detr import DETR
 from torch import Tensor, nn
 
-from dynamic_detr import Prediction, Pyramid, add_dynamic_detr_config
-from dynamic_detr.config import check_config
+from dynamic_detr import Prediction, Pyramid
 from dynamic_detr.decoders import TransformerDecoder
 from dynamic_detr.encoders import TransformerEncoder
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
+from dynamic_detr.engine.setup import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "DETR"
@@ -26,7 +34,6 @@ import convert_weights  # noqa: E402
 from conversions import detr as conversion  # noqa: E402
 
 CLASSES, QUERIES, CHANNELS = 5, 12, 32
-DROPOUTS = ["MODEL.TRANSFORMER_ENCODER.DROPOUT", 0.0, "MODEL.TRANSFORMER_DECODER.DROPOUT", 0.0]
 NARROW = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 16),
     *("MODEL.RESNETS.WIDTH_PER_GROUP", 4, "MODEL.LEVELS.OUT_CHANNELS", CHANNELS),
@@ -35,42 +42,16 @@ NARROW = [
     *("MODEL.TRANSFORMER_ENCODER.NUM_LAYERS", 2, "MODEL.TRANSFORMER_ENCODER.FFN_DIM", 48),
     *("MODEL.TRANSFORMER_DECODER.NUM_LAYERS", 3, "MODEL.TRANSFORMER_DECODER.FFN_DIM", 40),
     *("MODEL.TRANSFORMER_DECODER.NUM_QUERIES", QUERIES, "MODEL.DYNAMIC_ENCODER.NUM_GROUPS", 8),
-    *DROPOUTS,
+    *("MODEL.TRANSFORMER_ENCODER.DROPOUT", 0.0, "MODEL.TRANSFORMER_DECODER.DROPOUT", 0.0),
 ]
 
 
 def load(name: str, *options: object) -> CfgNode:
-    cfg = get_cfg()
-    add_dynamic_detr_config(cfg)
-    cfg.merge_from_file(str(CONFIGS / name))
-    cfg.MODEL.DEVICE = "cpu"
-    cfg.merge_from_list(list(options))
-    check_config(cfg)
-    return cfg
-
-
-def redraw(model: nn.Module) -> nn.Module:
-    """Gives every parameter and every statistic of a norm a value of its own."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    with torch.no_grad():
-        for name, tensor in tensors:
-            if not tensor.is_floating_point():
-                continue
-            if (
-                name.endswith("running_var")
-                or tensor.dim() == 1
-                and ("norm" in name or "bn" in name)
-            ):
-                tensor.uniform_(0.5, 1.5)
-            elif tensor.dim() > 1:
-                tensor.normal_(std=tensor[0].numel() ** -0.5)
-            else:
-                tensor.normal_(std=0.2)
-    return model
+    return read_config(str(CONFIGS / name), ["MODEL.DEVICE", "cpu", *options])
 
 
 def hugging_face() -> nn.Module:
-    """Their model of the sizes of NARROW, without dropout; all of it is trained."""
+    """Build Hugging Face's model with the sizes of NARROW, without dropout and frozen weights."""
     transformers = pytest.importorskip("transformers")
     resnet = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[16, 32, 64, 128], out_features=["stage4"]
@@ -93,7 +74,7 @@ def hugging_face() -> nn.Module:
 
 
 def their_predictions(model: nn.Module, images: Tensor) -> list[dict[str, Tensor]]:
-    """What each decoder layer says: hooks, as their path to it norms twice."""
+    """Return the predictions of each layer; hooks are needed because the class norms them twice."""
     states = []
     hooks = [
         layer.register_forward_hook(lambda _module, _inputs, output: states.append(output))
@@ -113,7 +94,7 @@ def their_predictions(model: nn.Module, images: Tensor) -> list[dict[str, Tensor
 
 
 def their_losses(predictions: list[dict[str, Tensor]], targets: list) -> dict[str, Tensor]:
-    """Unweighted, with the names of ours."""
+    """Return Hugging Face's unweighted losses under our names."""
     module = pytest.importorskip("transformers.loss.loss_for_object_detection")
     criterion = module.ImageLoss(
         module.HungarianMatcher(1, 5, 2), CLASSES, 0.1, ["labels", "boxes"]
@@ -128,14 +109,8 @@ def their_losses(predictions: list[dict[str, Tensor]], targets: list) -> dict[st
     }
 
 
-def assert_close(found: Tensor, wanted: Tensor, name: str, floor: float = 0.0) -> None:
-    """To 1e-4 of the largest entry, or of the floor."""
-    scale = max(wanted.abs().max().item(), floor)
-    assert (found - wanted).abs().max().item() <= 1e-4 * scale, name
-
-
 def test_equals_hugging_face():
-    """Logits, boxes, losses and gradients with the same weights; and the names of the weights."""
+    """Logits, boxes, losses, gradients and converted names are equal."""
     theirs = hugging_face().train()
     ours = build_model(load("detr_R_50.yaml", *NARROW)).train()
     ours.load_state_dict(conversion.convert_huggingface(theirs.state_dict()))
@@ -166,7 +141,7 @@ def test_equals_hugging_face():
         {name: p.grad for name, p in theirs.named_parameters()}
     )
     assert gradients.keys() == wanted_gradients.keys()
-    # the content of the first self-attention is zero: its gradients are what rounding leaves
+    # the content of the first self-attention is zero: its gradients are rounding errors
     first = "decoder.layers.0.self_attention.attention.in_proj_weight"
     assert gradients[first].abs().max() < 1e-6 > wanted_gradients[first].abs().max()
     for name, gradient in gradients.items():
@@ -178,7 +153,7 @@ SIZES = [(100, 136), (64, 190)]
 
 
 def transformer(**options: object) -> nn.Sequential:
-    """A small encoder and decoder in one, the same every time."""
+    """Build a small encoder and decoder with reproducible weights."""
     torch.manual_seed(0)
     small = {"num_layers": 2, "num_heads": 4, "ffn_dim": 24, "dropout": 0.0}
     small |= {"checkpoint_layers": False} | options
@@ -198,7 +173,7 @@ def outputs(predictions: list[Prediction]) -> list[Tensor]:
     return [tensor for p in predictions for tensor in (p.pred_logits, p.pred_boxes)]
 
 
-def test_the_decoder_reads_the_levels_that_it_is_told():
+def test_decoder_reads_the_selected_levels():
     whole, part = transformer()[1], transformer()[1]
     part.levels = (2, 0)
     pyramid = small_pyramid()
@@ -248,21 +223,20 @@ def parameters_without_gradient(cfg: CfgNode) -> list[str]:
         "detr_R_50_dynamic_encoder_C5.yaml",
     ],
 )
-def test_configured_detectors_train_all_that_they_have(name):
+def test_every_parameter_of_the_configs_gets_a_gradient(name):
     options = [*NARROW, "MODEL.RESNETS.NORM", "GN", "MODEL.RESNETS.STEM_OUT_CHANNELS", 32]
     options += ["MODEL.RESNETS.RES2_OUT_CHANNELS", 128, "MODEL.RESNETS.WIDTH_PER_GROUP", 32]
     cfg = load(name, *options)
     assert parameters_without_gradient(cfg) == []
 
 
-# Millions, published for R-50 (also with DC5) and R-101; frozen ones count.
+# Published parameters in millions, frozen ones included.
 @pytest.mark.parametrize(
     ("name", "published"),
     [("detr_R_50.yaml", 41), ("detr_DC5_plus_R_50.yaml", 41), ("detr_DC5_R_101.yaml", 60)],
 )
 def test_parameters(name, published):
-    with torch.device("meta"):
-        model = build_model(load(name, "MODEL.DEVICE", "meta"))
+    model = model_without_memory(CONFIGS / name)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published, rel=0.02)
 
 
@@ -285,76 +259,21 @@ def test_schedule(name, epochs):
         (["MODEL.TRANSFORMER_DECODER.IN_FEATURES", ["p4"]], r"names \['p4'\]; .* has \['p5'\]"),
     ],
 )
-def test_what_does_not_fit_is_one_line(options, reason):
+def test_wrong_options_raise_one_line(options, reason):
     with pytest.raises(ValueError, match=reason) as error:
         build_model(load("detr_R_50.yaml", *NARROW, *options))
     assert "\n" not in str(error.value)
 
 
-def published(depth: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a published checkpoint: 92 rows of classes, ResNet-50."""
-    shapes = {"query_embed.weight": (100, 256)}
-
-    def linear(name: str, out: int, inputs: int, *kernel: int) -> None:
-        shapes.update({f"{name}.weight": (out, inputs, *kernel), f"{name}.bias": (out,)})
-
-    def norm(name: str, channels: int, kinds: tuple[str, ...] = ("weight", "bias")) -> None:
-        shapes.update({f"{name}.{kind}": (channels,) for kind in kinds})
-
-    def convolution(name: str, bn: str, out: int, inputs: int, kernel: int) -> None:
-        shapes[f"backbone.0.body.{name}.weight"] = (out, inputs, kernel, kernel)
-        kinds = ("weight", "bias", "running_mean", "running_var")
-        norm(f"backbone.0.body.{bn}", out, kinds)
-
-    def attention(name: str) -> None:
-        shapes.update({f"{name}.in_proj_weight": (768, 256), f"{name}.in_proj_bias": (768,)})
-        linear(f"{name}.out_proj", 256, 256)
-
-    for part, attentions, norms in (
-        ("encoder", ["self_attn"], 2),
-        ("decoder", ["self_attn", "multihead_attn"], 3),
-    ):
-        for layer in range(6):
-            name = f"transformer.{part}.layers.{layer}"
-            for kind in attentions:
-                attention(f"{name}.{kind}")
-            linear(f"{name}.linear1", 2048, 256)
-            linear(f"{name}.linear2", 256, 2048)
-            for index in range(norms):
-                norm(f"{name}.norm{index + 1}", 256)
-    norm("transformer.decoder.norm", 256)
-    linear("class_embed", 92, 256)
-    for layer, out in enumerate((256, 256, 4)):
-        linear(f"bbox_embed.layers.{layer}", out, 256)
-    linear("input_proj", 256, 2048, 1, 1)
-    convolution("conv1", "bn1", 64, 3, 7)
-    inputs = 64
-    for stage, blocks in enumerate(depth):
-        width = 64 * 2**stage
-        for block in range(blocks):
-            name = f"layer{stage + 1}.{block}"
-            convolution(f"{name}.conv1", f"{name}.bn1", width, inputs, 1)
-            convolution(f"{name}.conv2", f"{name}.bn2", width, width, 3)
-            convolution(f"{name}.conv3", f"{name}.bn3", 4 * width, width, 1)
-            if not block:
-                name = f"{name}.downsample"
-                convolution(f"{name}.0", f"{name}.1", 4 * width, inputs, 1)
-            inputs = 4 * width
-    return shapes
-
-
-@pytest.mark.parametrize(
-    ("name", "depth"), [("detr_R_50.yaml", (3, 4, 6, 3)), ("detr_DC5_R_101.yaml", (3, 4, 23, 3))]
-)
-def test_every_published_weight_finds_its_place(name, depth):
-    shapes = published(depth)
+@pytest.mark.parametrize(("name", "depth"), [("detr_R_50.yaml", 50), ("detr_DC5_R_101.yaml", 101)])
+def test_published_weights_fit_the_model(name, depth):
+    shapes = published_shapes(depth)
     frozen = ("bn", "downsample.1", "body.conv1", "body.layer1")
     trained = {n: s for n, s in shapes.items() if not any(part in n for part in frozen)}
-    if depth[2] == 6:  # as its training log has it
+    if depth == 50:  # the number in the published training log
         assert sum(torch.Size(shape).numel() for shape in trained.values()) == 41_302_368
-    with torch.device("meta"):
-        weights = conversion.convert({name: torch.empty(shape) for name, shape in shapes.items()})
-        model = build_model(load(name, "MODEL.DEVICE", "meta")).state_dict()
+    weights = conversion.convert(weights_of(shapes))
+    model = model_without_memory(CONFIGS / name).state_dict()
     assert len(weights) == len(shapes)
     fitted = convert_weights.fit(weights, model, num_classes=80)
     assert fitted.keys() == model.keys()
@@ -365,8 +284,8 @@ def write_config(path: Path, *options: object) -> str:
     return str(path)
 
 
-def test_published_weights_say_what_they_said(tmp_path):
-    """A file of the published names, with rows by COCO id, and our model of what it becomes."""
+def test_converted_weights_give_the_same_predictions(tmp_path):
+    """A file with the published names and class rows by COCO id is converted and loaded."""
     theirs = redraw(DETR(92, CHANNELS, 40, QUERIES, layers=2, width=4)).eval()
     torch.save({"model": theirs.state_dict(), "epoch": 3}, tmp_path / "published.pth")
     layers = ["MODEL.TRANSFORMER_DECODER.NUM_LAYERS", 2, "MODEL.TRANSFORMER_ENCODER.FFN_DIM", 40]
@@ -386,8 +305,8 @@ def test_published_weights_say_what_they_said(tmp_path):
     assert_close(found.pred_logits[0][:, list(rows)], logits[:, list(rows.values())], "logits")
 
 
-@pytest.mark.parametrize("older", [False, True], ids=["as it is", "older names"])
-def test_names_of_hugging_face(older, tmp_path):
+@pytest.mark.parametrize("older", [False, True], ids=["newest", "older"])
+def test_hugging_face_names_of_all_releases(older, tmp_path):
     theirs = hugging_face()
     weights = theirs.state_dict()
     if older:
@@ -407,7 +326,7 @@ def test_names_of_hugging_face(older, tmp_path):
     assert all(torch.equal(ours[name], wanted[name]) for name in ours)
 
 
-def test_training_starts_from_a_resnet_of_torchvision(tmp_path):
+def test_torchvision_resnet_initialises_the_backbone(tmp_path):
     theirs = redraw(torchvision.models.resnet50(width_per_group=4))
     torch.save(theirs.state_dict(), tmp_path / "resnet.pth")
     convert_weights.convert_file("torchvision", tmp_path / "resnet.pth", tmp_path / "R-50.pth")

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,8 @@ def test_a_full_disk_while_logging_and_counting(tmp_path, monkeypatch, capsys):
 
 
 def test_metrics_come_once_there_is_room_again(tmp_path, monkeypatch, capsys):
-    writer = PatientWriter(JSONWriter(str(tmp_path / "metrics.json")))
+    writer = PatientWriter(partial(JSONWriter, str(tmp_path / "metrics.json")))
+    writer.open()
     with EventStorage() as storage:
         for fsync in (os.fsync, _fail, _fail, os.fsync):
             monkeypatch.setattr(os, "fsync", fsync)

@@ -1,5 +1,4 @@
-"""Dynamic Head in Detectron2's backbones: its published arithmetic and names, and what Detectron2
-and the optimiser see of it."""
+"""DyHead in a Detectron2 backbone: arithmetic and names of the released code, and integration."""
 
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ def config(name: str, *options: object) -> CfgNode:
 
 
 def small(name: str, *options: object) -> CfgNode:
-    """A ResNet-18 without frozen norms under 32 channels, and one block."""
+    """Return a config with ResNet-18, GroupNorm, 32 channels and one block."""
     resnet = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
     norm = ("MODEL.RESNETS.NORM", "GN", "MODEL.BACKBONE.FREEZE_AT", 0)
     head = ("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.DYNAMIC_ENCODER.NUM_BLOCKS", 1)
@@ -42,9 +41,8 @@ def small(name: str, *options: object) -> CfgNode:
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])
-def test_legacy_blocks_are_the_published_ones(scale):
-    """Under the published names, so that the three convolutions are told apart; on a padded batch,
-    as its statistics, borders and samples count the padding."""
+def test_legacy_blocks_equal_the_reference(scale):
+    """The weights have the published names; the batch is padded, as the results depend on it."""
     sizes = [(100, 136), (64, 190)]
     images = [random_levels(size, CHANNELS) for size in sizes]
     pyramid = batch_pyramid(images, sizes, (128, 192), garbage=1.0)
@@ -74,7 +72,7 @@ def test_legacy_blocks_are_the_published_ones(scale):
 @pytest.mark.parametrize(
     ("name", "published"), [(FASTER_RCNN, dyhead_faster_rcnn), (RETINANET, dyhead_retinanet)]
 )
-def test_published_names_and_shapes_are_the_models(name, published):
+def test_published_weights_fit_the_model(name, published):
     weights = weights_of(published())
     model = model_without_memory(CONFIGS / f"{name}.yaml")
     fitted = convert_weights.fit(convert(weights), model.state_dict(), num_classes=80)
@@ -84,7 +82,7 @@ def test_published_names_and_shapes_are_the_models(name, published):
 @pytest.mark.parametrize(
     ("name", "levels", "coarsest"), [(FASTER_RCNN, range(2, 7), 64), (RETINANET, range(3, 8), 128)]
 )
-def test_is_an_fpn_whose_levels_are_encoded(name, levels, coarsest):
+def test_backbone_encodes_the_levels_of_the_fpn(name, levels, coarsest):
     backbone = build_backbone(small(name)).eval()
     assert isinstance(backbone, EncodedFPN)
     shapes = backbone.output_shape()
@@ -102,12 +100,12 @@ def test_is_an_fpn_whose_levels_are_encoded(name, levels, coarsest):
     assert legacy.size_divisibility == coarsest
 
 
-def test_p6_and_p7_come_from_p5():
+def test_p6_is_computed_from_p5():
     fpn = build_backbone(small(RETINANET)).fpn
     assert fpn.top_block.in_feature == "p5" and fpn.top_block.p6.in_channels == 32
 
 
-def test_deformable_resnets_and_recomputation_work_within_it():
+def test_deformable_resnet_and_activation_checkpointing():
     """Every parameter gets a gradient."""
     options = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
     deform = ("MODEL.RESNETS.DEFORM_ON_PER_STAGE", [False, False, False, True])
@@ -120,8 +118,8 @@ def test_deformable_resnets_and_recomputation_work_within_it():
         assert parameter.grad is not None, name
 
 
-def test_its_bottom_up_network_is_the_pretrained_part(tmp_path):
-    """For the optimiser, and for ImageNet's weights."""
+def test_bottom_up_network_is_the_pretrained_part(tmp_path):
+    """It has a smaller learning rate and takes ImageNet weights."""
     model = build_model(small(FASTER_RCNN))
     groups = parameter_groups(model, base_lr=1.0, weight_decay=0.0, backbone_multiplier=0.1)
     slow = {p for group in groups for p in group["params"] if group["lr"] == 0.1}

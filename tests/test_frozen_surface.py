@@ -5,6 +5,7 @@
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -27,11 +28,14 @@ def load(path: Path) -> ModuleType:
 
 
 def surface() -> list[str]:
-    demo = load(ROOT / "demo" / "demo.py")
+    sys.path.insert(0, str(ROOT / "tools"))  # of which compare.py is made
+    programs = {"train_net.py": build_parser()}
+    for path in ("demo/demo.py", "tools/compare.py"):
+        programs[Path(path).name] = load(ROOT / path).build_parser()
     lines = [key.name for key in KEYS]
-    return sorted(
-        lines + flags("train_net.py", build_parser()) + flags("demo.py", demo.build_parser())
-    )
+    for program, parser in programs.items():
+        lines += flags(program, parser)
+    return sorted(lines)
 
 
 def test_nothing_disappears_unnoticed():

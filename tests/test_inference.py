@@ -1,4 +1,4 @@
-"""Three lines: whatever people have pictures in goes in, numbers and drawings come out."""
+"""The inference API: images from any source, results as numbers and drawings."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def detector() -> Detector:
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
-    """Six held-out scenes of the shipped detector's classes."""
+    """Six held-out scenes with the classes of the shipped detector."""
     root = tmp_path_factory.mktemp("scenes")
     write_scenes(root, FAMILIES["shapes"], "val", 6)
     return root / "shapes"
@@ -43,7 +43,7 @@ def scene(scenes) -> Path:
 
 
 class Corners(torch.nn.Module):
-    """Finds one box of class 1 in every image, with the mean of its red as the score."""
+    """Model that finds one box of class 1 per image, with the mean of red as the score."""
 
     def forward(self, inputs):
         self.batch = len(inputs)
@@ -133,7 +133,7 @@ def test_wrong_arguments_are_refused(simple, scene):
         simple(scene, channel_order="GBR")
     with pytest.raises(ValueError, match="batch_size is 0"):
         simple([scene], batch_size=0)
-    with pytest.raises(UserError, match="knows no class 'dgo' .did you mean dog..; it knows cat"):
+    with pytest.raises(UserError, match="has no class 'dgo' .did you mean dog..; it has cat"):
         simple(scene).where(classes=["dgo"])
     with pytest.raises(UserError, match="threshold is 2"):
         Detector(Corners(), threshold=2)
@@ -249,7 +249,7 @@ def test_stages_follow_the_same_queries(detector, scene):
 
 
 def test_the_shipped_detectors_own_scene_is_not_blank(detector, scenes):
-    """The threshold is the one of the best F1: most of what is there is drawn."""
+    """At the threshold with the best F1, most objects are drawn."""
     assert 0.2 < detector.threshold < 0.5
     data = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     found = sum(len(f) for f in detector(scenes / "val"))
@@ -257,7 +257,7 @@ def test_the_shipped_detectors_own_scene_is_not_blank(detector, scenes):
 
 
 def test_the_demos_results_score_as_the_detector_does(detector, scenes, tmp_path, capsys):
-    """Categories in another order, images with other ids: both are those of the JSON."""
+    """Category and image ids are those of the JSON file, also in another order."""
     data = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     number = len(data["categories"]) + 1
     for entry in (*data["categories"], *data["annotations"]):
@@ -304,7 +304,7 @@ def test_the_demo_goes_on_where_it_was(detector, scenes, tmp_path, monkeypatch, 
         demo.main([*argv, "--resume", "--classes", "disc"])
     assert stop.value.code == 2 and "of another detector" in capsys.readouterr().err
     assert demo.main([*argv, "--resume"]) == 0
-    assert "done already: 2 of 6 pictures" in capsys.readouterr().out
+    assert "already done: 2 of 6 pictures" in capsys.readouterr().out
     resumed = json.loads(results.read_text())
     assert len(list(out.iterdir())) == 6 and list(tmp_path.glob("*.part")) == []
     wanted = [result for found in detector(scenes / "val") for result in found.to_coco()]
@@ -321,7 +321,7 @@ def test_the_demo_shows_chosen_classes_and_says_why_nothing_is_drawn(scene, tmp_
     assert "nothing scored 0.999 or more; the best score was 0." in said
     with pytest.raises(SystemExit):
         demo.main([*argv, "--classes", "disk"])
-    assert "knows no class 'disk' (did you mean disc?)" in capsys.readouterr().err
+    assert "has no class 'disk' (did you mean disc?)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

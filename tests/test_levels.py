@@ -1,4 +1,4 @@
-"""Levels straight from the stages of a ResNet, and what of a backbone is not trained."""
+"""Levels projected from the stages of a ResNet, and freezing of unused parameters."""
 
 import itertools
 import logging
@@ -9,12 +9,14 @@ import pytest
 import torch
 import torchvision
 from detectron2.config import CfgNode, get_cfg
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
+from detectron2.modeling.backbone import build_resnet_backbone
 from helpers import small_config
 from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config
-from dynamic_detr.backbones import dilate_res5, freeze_unused, make_resnet
+from dynamic_detr.backbones import dilate_res5, freeze_unused
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -22,11 +24,10 @@ from conversions import rename
 from conversions.resnet import resnet_rules
 
 CHANNELS = 24
-NARROW = {"stem_out_channels": 8, "res2_out_channels": 32, "width_per_group": 8}
 
 
 def config(depth: int = 50, **levels: object) -> CfgNode:
-    """Narrow, with what `MODEL.LEVELS` and OUT_FEATURES are to be."""
+    """Return the configuration of a narrow network with values for `MODEL.LEVELS`."""
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
     cfg.MODEL.BACKBONE.NAME = "build_resnet_levels_backbone"
@@ -70,7 +71,7 @@ def test_names_strides_shapes_and_gradients(case):
 
 
 def test_the_levels_are_what_they_say():
-    """Each by the layers of its name; extra levels start from the raw output of the ResNet."""
+    """Extra levels start from the output of the ResNet, not from its projection."""
     cfg = config(18, OUT_FEATURES=["res4", "res5"], NUM_EXTRA=2, NORM="GN")
     cfg.MODEL.LEVELS.OUT_CHANNELS = 64  # divides into the 32 groups of GN
     backbone = build_backbone(cfg).eval()
@@ -96,7 +97,7 @@ def test_the_levels_are_what_they_say():
 
 
 def test_dc5_is_that_of_torchvision():
-    """With the same weights, and frozen norms of any statistics."""
+    """With the same weights, and frozen norms with random statistics."""
     theirs = torchvision.models.resnet50(
         replace_stride_with_dilation=[False, False, True], width_per_group=8
     ).eval()
@@ -104,7 +105,10 @@ def test_dc5_is_that_of_torchvision():
         for name, value in itertools.chain(theirs.named_parameters(), theirs.named_buffers()):
             if value.is_floating_point() and value.dim() == 1:
                 value.uniform_(0.5, 1.5) if "weight" in name or "var" in name else value.normal_()
-    ours = make_resnet(50, out_features=["res5"], norm="FrozenBN", width_per_group=8)
+    cfg = get_cfg()
+    resnets = cfg.MODEL.RESNETS
+    resnets.OUT_FEATURES, resnets.STRIDE_IN_1X1, resnets.WIDTH_PER_GROUP = ["res5"], False, 8
+    ours = build_resnet_backbone(cfg, ShapeSpec(channels=3))
     plain = ours.output_shape()["res5"].stride
     dilate_res5(ours)
     assert (plain, ours.output_shape()["res5"].stride) == (32, 16)
@@ -121,7 +125,7 @@ def test_dc5_is_that_of_torchvision():
 
 
 def test_dc5_with_deformable_convolution():
-    """Offsets are predicted where the convolution stands: one of them for each of its places."""
+    """The convolution of the offsets has the stride and dilation of the deformable one."""
     cfg = config(OUT_FEATURES=["res5"], DC5=True)
     cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False, False, False, True]
     cfg.MODEL.RESNETS.DEFORM_MODULATED = True

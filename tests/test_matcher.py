@@ -1,5 +1,4 @@
-"""The matcher against every possible matching and against SciPy one by one; also on predictions
-that are no numbers."""
+"""Matcher: against all possible matchings and SciPy, and with predictions that are not finite."""
 
 import os
 
@@ -12,11 +11,11 @@ from hypothesis import strategies as st
 from reference.matching import cheapest_pairs, cost_matrix, giou
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from dynamic_detr import Prediction
 from dynamic_detr.losses import HungarianMatcher, generalized_iou
 from dynamic_detr.losses.assignment import PendingAssignment
-from dynamic_detr.structures import box_cxcywh_to_xyxy
 
 
 def random_boxes(*shape: int) -> Tensor:
@@ -32,7 +31,7 @@ Pairs = list[tuple[int, int]]
 
 
 def by_image(found: PendingAssignment, stages: int, queries: int, counts: list[int]):
-    """(query, object of the image) pairs of each stage and image: list[list[Pairs]]."""
+    """Return the (query, object of the image) pairs of each stage and image."""
     rows, objects = found.wait()
     assert rows.dtype == objects.dtype == torch.int64
     assert rows.shape == objects.shape == (stages, sum(min(n, queries) for n in counts))
@@ -69,7 +68,7 @@ def match(
 
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
 @pytest.mark.parametrize("l1_format", ["cxcywh", "xyxy"])
-def test_is_the_cheapest_of_all_matchings(class_head, l1_format):
+def test_finds_the_cheapest_matching(class_head, l1_format):
     """Two stages; images with fewer objects than queries, as many, more, and none."""
     counts, queries, classes = [3, 5, 7, 0, 1], 5, 4
     predictions = [
@@ -97,8 +96,8 @@ def test_is_the_cheapest_of_all_matchings(class_head, l1_format):
                 assert pairs == cheapest_pairs(cost)
 
 
-def test_weights_choose_what_counts():
-    """One object, two queries: one has the better class, the other the better box."""
+def test_weights_of_the_costs():
+    """One query has the better class, the other one the better box."""
     logits = torch.tensor([[[4.0], [-4.0]]])
     boxes = torch.tensor([[[0.2, 0.2, 0.1, 0.1], [0.7, 0.7, 0.3, 0.3]]])
     target = [torch.tensor([0])], [torch.tensor([[0.7, 0.7, 0.3, 0.3]])]
@@ -110,7 +109,7 @@ def test_weights_choose_what_counts():
         assert match(matcher, prediction, *target)[0][0] == [(query, 0)]
 
 
-def test_stages_and_images_are_matched_on_their_own():
+def test_stages_and_images_are_independent():
     predictions = [random_prediction(3, 6, 4) for _ in range(3)]
     labels, boxes = [torch.randint(0, 4, (2,)) for _ in range(3)], [random_boxes(2)] * 3
     matcher = HungarianMatcher(set_costs())
@@ -126,7 +125,7 @@ def test_stages_and_images_are_matched_on_their_own():
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["logits", "boxes"])
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-def test_what_is_no_number_is_matched_last(bad, where, class_head):
+def test_queries_that_are_not_finite_are_matched_last(bad, where, class_head):
     prediction = random_prediction(1, 4, 3)
     broken = prediction.pred_logits if where == "logits" else prediction.pred_boxes
     broken[0, 1] = bad
@@ -142,7 +141,7 @@ def test_what_is_no_number_is_matched_last(bad, where, class_head):
 
 
 def test_half_precision_predictions():
-    """Costs are float32, whatever the predictions are."""
+    """Costs are computed in float32."""
     exact = random_prediction(2, 5, 3)
     rounded = Prediction(exact.pred_logits.bfloat16(), exact.pred_boxes.bfloat16())
     widened = Prediction(rounded.pred_logits.float(), rounded.pred_boxes.float())
@@ -153,7 +152,7 @@ def test_half_precision_predictions():
 
 class TestAssignment:
     @staticmethod
-    def assert_is_scipy(costs: Tensor, counts: list[int]) -> None:
+    def assert_equals_scipy(costs: Tensor, counts: list[int]) -> None:
         _, stages, queries = costs.shape
         found = by_image(PendingAssignment(costs, counts), stages, queries, counts)
         for stage in range(stages):
@@ -166,15 +165,14 @@ class TestAssignment:
     @given(
         st.lists(st.integers(0, 6), min_size=1, max_size=5), st.integers(1, 6), st.integers(1, 5)
     )
-    def test_is_scipy_one_by_one_also_with_ties(self, counts, stages, queries):
-        """Empty images, batches without any object, more objects than queries; whole numbers
-        from 0 to 2 as costs tie everywhere."""
+    def test_equals_scipy(self, counts, stages, queries):
+        """Costs with and without ties; images may be empty or have more objects than queries."""
         costs = torch.randint(0, 3, (sum(counts), stages, queries)).float()
-        self.assert_is_scipy(costs, counts)
-        self.assert_is_scipy(torch.randn(costs.shape), counts)
+        self.assert_equals_scipy(costs, counts)
+        self.assert_equals_scipy(torch.randn(costs.shape), counts)
 
-    def test_costs_that_were_not_finite(self):
-        """They become one large number, and so tie."""
+    def test_costs_that_are_not_finite(self):
+        """They are replaced by one large number."""
         logits, boxes = torch.randn(3, 2, 6, 4), random_boxes(3, 2, 6)
         logits[0, 0, 2], boxes[1, 1, 3, 0], boxes[2] = torch.nan, torch.inf, torch.nan
         counts = [4, 9]
@@ -182,16 +180,16 @@ class TestAssignment:
         costs = HungarianMatcher(set_costs()).pair_costs(logits, boxes, labels, objects, counts)
         assert costs.isfinite().all()
         assert (costs[:, 2] == 1e6).all()
-        self.assert_is_scipy(costs, counts)
+        self.assert_equals_scipy(costs, counts)
 
-    def test_what_a_thread_raises_is_raised(self):
+    def test_errors_of_the_workers_are_raised(self):
         search = PendingAssignment(torch.full((2, 1, 3), torch.nan), [2])
         with pytest.raises(ValueError, match="invalid numeric entries"):
             search.wait()
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-    def test_a_forked_process_has_threads_of_its_own(self):
+    def test_works_in_a_forked_process(self):
         costs = torch.randn(3, 2, 4)
         wanted = PendingAssignment(costs, [3]).wait()
         child = os.fork()
@@ -218,9 +216,10 @@ class TestGeneralizedIoU:
         assert generalized_iou(box, other).item() == pytest.approx(expected)
         assert generalized_iou(other, box).item() == pytest.approx(expected)
 
-    def test_is_the_loop(self):
+    def test_equals_the_reference(self):
         boxes, others = random_boxes(6).double(), random_boxes(4).double()
-        found = generalized_iou(box_cxcywh_to_xyxy(boxes)[:, None], box_cxcywh_to_xyxy(others))
+        corners, other_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, others))
+        found = generalized_iou(corners[:, None], other_corners)
         expected = [[giou(a, b) for b in others.tolist()] for a in boxes.tolist()]
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
 
@@ -231,14 +230,14 @@ class TestGeneralizedIoU:
             max_size=8,
         )
     )
-    def test_any_numbers_give_a_number_between_minus_one_and_one(self, numbers):
-        """Boxes without area, inverted, far outside."""
+    def test_is_between_minus_one_and_one(self, numbers):
+        """Boxes may be empty, inverted or far outside the image."""
         box, other = torch.tensor(numbers).view(2, 4).requires_grad_().unbind()
         found = generalized_iou(box, other)
         assert -1.001 <= found.item() <= 1.001
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-    def test_what_is_no_box_gives_nan_or_a_number_and_no_error(self, bad):
+    def test_boxes_that_are_not_finite_raise_no_error(self, bad):
         other = torch.tensor([0.1, 0.1, 0.4, 0.4])
         for index in range(4):
             box = torch.tensor([0.2, 0.2, 0.6, 0.6])
@@ -247,7 +246,7 @@ class TestGeneralizedIoU:
             assert not abs(found) > 1.001
         assert generalized_iou(torch.full((4,), torch.nan), other).isnan()
 
-    def test_gradient_pulls_distant_boxes_together(self):
+    def test_gradient_of_distant_boxes(self):
         box = torch.tensor([0.0, 0.0, 1.0, 1.0], requires_grad=True)
         generalized_iou(box, torch.tensor([5.0, 0.0, 6.0, 1.0])).backward()
         assert box.grad[2] > 0

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from dynamic_detr.ops import dynamic_conv
+from dynamic_detr.ops.plain import gather
 from dynamic_detr.ops.plain.gather import add_table_gradient, weight_gradient, weighted_gather
 
 
@@ -35,17 +36,20 @@ class TestWeightedGather:
 
     @pytest.mark.parametrize("rows", [(0, 60), (20, 31), (59, 60)])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-    def test_gradients_for_operators(self, rows, dtype):
-        """Of all rows of the table, and of a stretch of it; added to what is there."""
+    @pytest.mark.parametrize("channels", [3, gather.NARROW + 1])
+    def test_gradients_for_operators(self, rows, dtype, channels, monkeypatch):
+        """Of all rows of the table, and of a stretch of it; added to what is there. Narrow rows are
+        copied in several parts."""
+        monkeypatch.setattr(gather, "GATHERED", 100)
         index = torch.randint(*rows, (50, 4), dtype=torch.int32)
-        table = torch.randn(60, 3).to(dtype).double().requires_grad_()
+        table = torch.randn(60, channels).to(dtype).double().requires_grad_()
         weight = torch.randn(50, 4, dtype=torch.float64, requires_grad=True)
-        grad_out = torch.randn(50, 3).to(dtype)
+        grad_out = torch.randn(50, channels).to(dtype)
         wide = torch.promote_types(dtype, torch.float32)
         expected = torch.autograd.grad(
             weighted_gather(table, index, weight), (table, weight), grad_out.double()
         )
-        grad_table = torch.ones(60, 3, dtype=wide)
+        grad_table = torch.ones(60, channels, dtype=wide)
         add_table_gradient(grad_table, grad_out, index, weight.detach().to(wide))
         grad_weight = weight_gradient(grad_out, table.detach().to(dtype), index)
         assert grad_weight.dtype == wide

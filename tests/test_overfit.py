@@ -24,8 +24,6 @@ from dynamic_detr import compat
 
 IMAGES = (30, 144941, 213148)  # 2, 3 and 3 objects of 7 classes
 SIDES = (128, 192)  # shortest and longest, in pixels
-ITERATIONS = 240
-LEARNING_RATE = 2e-3
 
 
 @pytest.fixture
@@ -78,9 +76,68 @@ def deformable_two_stage() -> CfgNode:
     return deformable(DEFORMABLE_DECODER__REFINE_BOXES=True, DEFORMABLE_DECODER__TWO_STAGE=True)
 
 
+def sparse_rcnn() -> CfgNode:
+    cfg = dynamic()
+    cfg.MODEL.SET_DETECTOR.ENCODER = "IdentityEncoder"
+    cfg.MODEL.SET_DETECTOR.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    cfg.MODEL.SET_DETECTOR.LOSS.L1_FORMAT = "xyxy"
+    return cfg
+
+
+def transformer(node: str, **options: object) -> dict[str, object]:
+    """Keys of a small encoder or decoder of transformer layers."""
+    keys = {"FFN_DIM": 256, "DROPOUT": 0.0, **options}
+    return {f"{node}__{key}": value for key, value in keys.items()}
+
+
+def detr() -> CfgNode:
+    cfg = small_config(
+        IN_FEATURES=["p4"],
+        ENCODER="TransformerEncoder",
+        DECODER="TransformerDecoder",
+        CLASS_HEAD="softmax",
+        LOSS__CLASS_WEIGHT=1.0,
+        LEVELS__OUT_CHANNELS=64,
+        LEVELS__NORM="",
+        **transformer("TRANSFORMER_ENCODER", NUM_LAYERS=2),
+        **transformer("TRANSFORMER_DECODER", NUM_LAYERS=3, NUM_QUERIES=40),
+    )
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_levels_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4"]
+    return cfg
+
+
+def smca() -> CfgNode:
+    cfg = small_config(
+        IN_FEATURES=["p4", "p5", "p6"],
+        ENCODER="SMCAEncoder",
+        DECODER="SMCADecoder",
+        LEVELS__OUT_CHANNELS=64,
+        LEVELS__NORM="",
+        LEVELS__NUM_EXTRA=1,
+        **transformer("SMCA_ENCODER"),
+        **transformer("SMCA_DECODER", NUM_LAYERS=3, NUM_QUERIES=40),
+    )
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_levels_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
+    return cfg
+
+
+SYSTEMS = [  # with the iterations and the learning rate
+    (dynamic, 240, 2e-3),
+    (sparse_rcnn, 240, 2e-3),
+    (deformable, 240, 2e-3),
+    (deformable_two_stage, 240, 2e-3),
+    (smca, 240, 1e-3),
+    (detr, 960, 1e-3),
+]
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("system", [dynamic, deformable, deformable_two_stage])
-def test_three_photographs_are_learned_by_heart(system, three_images, r18_weights, tmp_path):
+@pytest.mark.parametrize("system, iterations, learning_rate", SYSTEMS)
+def test_three_photographs_are_learned_by_heart(
+    system, iterations, learning_rate, three_images, r18_weights, tmp_path
+):
     """Behind a frozen ResNet-18, pretrained to res4; all else is trained from scratch."""
     cfg = system()
     cfg.MODEL.SET_DETECTOR.NUM_CLASSES = 80
@@ -96,10 +153,10 @@ def test_three_photographs_are_learned_by_heart(system, three_images, r18_weight
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, LEARNING_RATE, ITERATIONS, pct_start=0.1
+        optimizer, learning_rate, iterations, pct_start=0.1
     )
     model.train()
-    for _ in range(ITERATIONS):
+    for _ in range(iterations):
         loss = sum(model(batch).values())
         optimizer.zero_grad()
         loss.backward()
@@ -111,4 +168,5 @@ def test_three_photographs_are_learned_by_heart(system, three_images, r18_weight
     look = DatasetMapper(is_train=False, augmentations=resize, image_format="RGB")
     loader = build_detection_test_loader(records, mapper=look)
     evaluator = compat.coco_evaluator(three_images, str(tmp_path))
-    assert inference_on_dataset(model, loader, evaluator)["bbox"]["AP"] > 90
+    average_precision = inference_on_dataset(model, loader, evaluator)["bbox"]["AP"]
+    assert average_precision > 90, average_precision

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from test_compare import compare
 from tiny_run import write_data
 
 from demo import demo
@@ -50,6 +51,10 @@ def test_commands_can_be_parsed(words):
     assert program == "python" and (ROOT / arguments[0]).is_file()
     if arguments[0] == "demo/demo.py":
         config_file, opts = _demo_configuration(arguments[1:])
+    elif arguments[0] == "tools/compare.py":
+        for config_file in compare.parse(arguments[1:]).config_file or []:
+            read_config(str(find_config(str(_here(config_file)))), [])
+        return
     elif arguments[0] == "train_net.py":
         args = build_parser().parse_args(arguments[1:])
         config_file, opts = args.config_file, args.opts

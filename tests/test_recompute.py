@@ -1,4 +1,4 @@
-"""Activation checkpointing: less is kept, nothing else changes."""
+"""Activation checkpointing saves memory and changes no result."""
 
 import contextlib
 import copy
@@ -39,7 +39,7 @@ def batch() -> list[dict]:
 
 
 def one_step(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Losses, gradients and the state after one forward and backward pass."""
+    """Return losses, gradients and state after one forward and backward pass."""
     inputs = batch()
     losses = model(inputs)
     sum(losses.values()).backward()
@@ -54,7 +54,7 @@ def count_runs(module: nn.Module) -> Callable[[], int]:
 
 
 def parts(model: nn.Module) -> list[nn.Module]:
-    """A block, a stage and a stage, in the order of KEYS."""
+    """Return an encoder block, a decoder stage and a backbone block, in the order of KEYS."""
     return [model.encoder.blocks[1], model.decoder.stages[1], model.backbone.bottom_up.res4[0]]
 
 
@@ -135,6 +135,6 @@ def test_under_data_parallel(tmp_path):
 
 def test_other_backbones_are_one_line():
     with pytest.raises(
-        ValueError, match=r"ACTIVATION_CHECKPOINT.BACKBONE is True; it wants a ResNet, .* Linear"
+        ValueError, match=r"ACTIVATION_CHECKPOINT.BACKBONE is True; it needs a ResNet, .* Linear"
     ):
         checkpoint_resnet_stages(nn.Linear(1, 1))

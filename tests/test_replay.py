@@ -53,7 +53,8 @@ def test_a_diverged_step_is_replayed(tmp_path, monkeypatch, capsys):
     assert f"; python tools/replay_step.py {folder} runs the step again" in message
     capsys.readouterr()
     assert replay_step.main([str(folder)]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    threads, first, second = capsys.readouterr().out.splitlines()
+    assert threads.startswith("threads: ")
     assert first.startswith("iteration 2, process 0 of 1: ") and first.count(".png") == 2
     assert second.strip().startswith("decoder.stages.1.ffn.3 (Linear): ")
     assert second.endswith("its input is finite")

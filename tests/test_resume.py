@@ -1,5 +1,6 @@
 """A run that is killed and resumed is the run that was never interrupted."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -21,7 +22,14 @@ RANDOM = [*TWO_LEVELS, "MODEL.DYNAMIC_DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRA
 EMA = ["SOLVER.EMA.ENABLED", True]
 
 
-def test_resumed_losses_weights_and_average_are_those_of_the_whole_run(tmp_path):
+def _metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of numbers, but for times."""
+    lines = (folder / "output" / "metrics.json").read_text().splitlines()
+    times = ("time", "data_time", "eta_seconds")
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
+def test_resumed_losses_weights_average_and_metrics_are_those_of_the_whole_run(tmp_path):
     whole = train(make_config(tmp_path / "a", *RANDOM, *EMA))
     train(make_config(tmp_path / "b", *RANDOM, *EMA, "SOLVER.MAX_ITER", 3))
     cfg = make_config(tmp_path / "b", *RANDOM, *EMA, "DATALOADER.NUM_WORKERS", 2)
@@ -29,14 +37,15 @@ def test_resumed_losses_weights_and_average_are_those_of_the_whole_run(tmp_path)
 
     expected = losses_of(whole)
     assert list(losses_of(resumed)) == [3, 4, 5]
-    for iteration, loss in losses_of(resumed).items():
-        assert loss == pytest.approx(expected[iteration], rel=1e-5)
+    assert losses_of(resumed).items() <= expected.items()
     for averaged in (False, True):
         states = [
             t.ema.state_dict() if averaged else t.detector.state_dict() for t in (whole, resumed)
         ]
         for name, value in states[0].items():
-            torch.testing.assert_close(states[1][name], value, rtol=1e-4, atol=1e-6)
+            assert torch.equal(states[1][name], value), name
+    until, after = _metrics(tmp_path / "b")  # medians of the steps before and after the stop
+    assert until["iteration"] == 2 and [after] == _metrics(tmp_path / "a")
     assert whole.ema.updates == resumed.ema.updates == 6
 
 

@@ -1,4 +1,4 @@
-"""SMCA's encoder and decoder against loops written from the paper, and what they promise."""
+"""SMCA: encoder and decoder against loops written from the paper, and the released names."""
 
 import re
 import sys
@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import batch_pyramid, defaults, model_without_memory, random_levels, shake
+from published import smca as published_shapes
+from published import weights_of
 from reference import smca as reference
 from torch import Tensor, nn
-from torchvision.models import resnet50
 
 from dynamic_detr import Prediction, Pyramid
 from dynamic_detr.decoders import SMCADecoder
@@ -47,8 +48,7 @@ def make_decoder(num_levels: int = 3, **options: object) -> SMCADecoder:
 def make_pyramid(
     num_levels: int = 3, padded: tuple[int, int] = SIZE, dtype: torch.dtype = torch.float64
 ) -> tuple[list[Tensor], Pyramid]:
-    """The levels of one image, and their pyramid with NaN in the padding, as a backbone may give
-    it to an encoder."""
+    """Return the levels of one image, and their pyramid with NaN in the padding."""
     strides = STRIDES[-num_levels:] if num_levels > 1 else (32,)
     levels = random_levels(SIZE, CHANNELS, strides, dtype)
     return levels, batch_pyramid([levels], [SIZE], padded, strides, garbage=float("inf"))
@@ -88,7 +88,7 @@ DECODERS = [
 
 
 @pytest.mark.parametrize(("num_levels", "options"), ENCODERS, ids=str)
-def test_encoder_is_the_loop(num_levels, options):
+def test_encoder_equals_the_reference(num_levels, options):
     model = shake(make_encoder(num_levels, **options).double())
     levels, pyramid = make_pyramid(num_levels, (90, 128))
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_encoder_is_the_loop(num_levels, options):
 
 
 @pytest.mark.parametrize(("num_levels", "options"), DECODERS, ids=str)
-def test_decoder_is_the_loop(num_levels, options):
+def test_decoder_equals_the_reference(num_levels, options):
     model = shake(make_decoder(num_levels, **options).double())
     levels, pyramid = make_pyramid(num_levels, (90, 128))
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_decoder_is_the_loop(num_levels, options):
         np.testing.assert_allclose(prediction.pred_boxes[0], boxes[index], 2e-6, 2e-6)
 
 
-def loops(model: nn.Module, levels: list[np.ndarray]) -> list[np.ndarray]:
+def run_reference(model: nn.Module, levels: list[np.ndarray]) -> list[np.ndarray]:
     weights = numpy_weights(model)
     if isinstance(model, SMCAEncoder):
         return reference.encoder(levels, weights, HEADS, [block.kind for block in model.blocks])
@@ -133,9 +133,8 @@ def loops(model: nn.Module, levels: list[np.ndarray]) -> list[np.ndarray]:
     ],
     ids=["encoder", "decoder", "decoder, one softmax"],
 )
-def test_gradients_are_those_of_the_loops(make, options):
-    """Each parameter and level is moved along a random direction: the loss of the loops changes
-    by what the gradient says."""
+def test_gradients_equal_finite_differences_of_the_reference(make, options):
+    """Each parameter and each level is moved along a random direction."""
     model = shake(make(2, **options).double())
     strides = STRIDES[1:]
     levels = random_levels((40, 90), CHANNELS, strides)
@@ -155,7 +154,7 @@ def test_gradients_are_those_of_the_loops(make, options):
         for sign in (1, -1):
             with torch.no_grad():
                 tensor.add_(direction, alpha=sign * step)
-                values = loops(model, arrays([feature[0] for feature in pyramid.features]))
+                values = run_reference(model, arrays([feature[0] for feature in pyramid.features]))
                 tensor.add_(direction, alpha=-sign * step)
             pairs = zip(values, weights, strict=True)
             losses.append(sum((v * w.numpy().reshape(v.shape)).sum() for v, w in pairs))
@@ -165,15 +164,15 @@ def test_gradients_are_those_of_the_loops(make, options):
 
 @pytest.mark.parametrize("num_levels", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_parameter_learns(num_levels, dtype):
-    """Also with activation checkpoints, which change nothing, and under autocast."""
+def test_every_parameter_gets_a_gradient(num_levels, dtype):
+    """Activation checkpointing does not change the gradients."""
     grads = []
     for recompute in (False, True):
         torch.manual_seed(0)
         encoder = make_encoder(num_levels, dropout=0.1, checkpoint_blocks=recompute)
         decoder = make_decoder(num_levels, dropout=0.1, checkpoint_layers=recompute)
         model = nn.Sequential(encoder, decoder).train()
-        with torch.no_grad():  # the first step leaves what predicts offsets and scales at work
+        with torch.no_grad():  # the layers of offsets and scales are zero at first
             shake(model, 0.1)
         _, pyramid = make_pyramid(num_levels, (90, 128), torch.float32)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -187,8 +186,8 @@ def test_every_parameter_learns(num_levels, dtype):
     torch.testing.assert_close(*grads)
 
 
-def test_priors_of_all_heads_start_alike():
-    """Around the shared centre, with scale 1."""
+def test_initial_priors_of_all_heads_are_equal():
+    """They have the shared centre and scale 1."""
     _, pyramid = make_pyramid(2, (128, 128))
     prior = SpatialPrior(CHANNELS, HEADS, "independent", beta=8.0)
     with torch.no_grad():
@@ -204,8 +203,8 @@ def test_priors_of_all_heads_start_alike():
             assert log_weight[~valid].isneginf().all()
 
 
-def test_centres_far_away_leave_finite_softmaxes():
-    """In half precision, on every level and over all of them."""
+def test_centres_far_outside_give_finite_softmaxes():
+    """In half precision, for each level and for all levels together."""
     _, pyramid = make_pyramid(3, (128, 128), torch.float32)
     prior = SpatialPrior(CHANNELS, HEADS, "independent", beta=8.0)
     with torch.no_grad():
@@ -232,21 +231,21 @@ def test_centres_far_away_leave_finite_softmaxes():
         (make_decoder, {"beta": 0}, "MODEL.SMCA_DECODER.BETA is 0; it must be a number > 0"),
     ],
 )
-def test_wrong_arguments_are_one_line(make, options, message):
+def test_wrong_arguments_raise_one_line(make, options, message):
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         make(**options)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("make", [make_encoder, make_decoder])
-def test_another_number_of_levels_is_refused(make):
+def test_wrong_number_of_levels_raises(make):
     with pytest.raises(ValueError, match="got 2 levels; wants num_levels, 3"):
         make(3).double()(make_pyramid(2)[1])
 
 
 @pytest.mark.parametrize(
     ("config", "millions"),
-    [  # of the paper's Tables 3 and 4
+    [  # Tables 3 and 4
         ("smca_single_scale_R_50", 41.0),
         ("smca_R_50", 39.5),
         ("smca_R_50_no_scale_selection", 39.5),
@@ -259,7 +258,7 @@ def test_another_number_of_levels_is_refused(make):
         ("smca_R_101", 58),
     ],
 )
-def test_parameters_are_as_many_as_published(config, millions):
+def test_parameters(config, millions):
     found = sum(
         parameter.numel()
         for parameter in model_without_memory(CONFIGS / f"{config}.yaml").parameters()
@@ -268,14 +267,14 @@ def test_parameters_are_as_many_as_published(config, millions):
 
 
 def epochs(config: str) -> list[float]:
-    """At which the learning rate drops and training ends; an epoch leaves out its last images."""
+    """Return the epochs of the learning rate drop and of the end; the last batch is dropped."""
     solver = read_config(str(CONFIGS / f"{config}.yaml"), []).SOLVER
     iterations = 118_287 // solver.IMS_PER_BATCH
     return [iteration / iterations for iteration in (*solver.STEPS, solver.MAX_ITER)]
 
 
-def test_recipes():
-    """Every configuration has the 50 epochs of the paper, but for those of 108."""
+def test_schedules():
+    """All configs train for 50 epochs, or for 108 as their names state."""
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
     long = {"smca_R_50_108ep", "smca_single_scale_R_50_108ep"}
     assert long < names
@@ -290,39 +289,9 @@ def test_recipes():
     assert decays == {1e-4} and solver.IMS_PER_BATCH == 16
 
 
-def published() -> dict[str, Tensor]:
-    """Names and shapes of a checkpoint of the single-scale system, as far as they are known."""
-    with torch.device("meta"):
-        encoder = nn.TransformerEncoderLayer(256, 8)
-        decoder = nn.TransformerDecoderLayer(256, 8)
-        decoder.norm4 = nn.LayerNorm(256)
-        decoder.point2, decoder.point3 = nn.Linear(256, 16), nn.Linear(256, 16)
-        weights = {f"transformer.decoder.norm.{n}": torch.empty(256) for n in ("weight", "bias")}
-        weights["query_embed.weight"] = torch.empty(300, 256)
-        heads = {"transformer.decoder.layers.0.point1.layers.": [256, 256, 256, 2]}
-        heads |= {"bbox_embed.layers.": [256, 256, 256, 4], "class_embed": [256, 91]}
-        for name, widths in heads.items():
-            for number, (ins, outs) in enumerate(zip(widths, widths[1:], strict=False)):
-                place = f"{name}{number}" if name.endswith(".") else name
-                weights[f"{place}.weight"] = torch.empty(outs, ins)
-                weights[f"{place}.bias"] = torch.empty(outs)
-        weights["input_proj.weight"] = torch.empty(256, 2048, 1, 1)
-        weights["input_proj.bias"] = torch.empty(256)
-        for number in range(6):
-            for part, layer in (("encoder", encoder), ("decoder", decoder)):
-                for name, tensor in layer.state_dict().items():
-                    weights[f"transformer.{part}.layers.{number}.{name}"] = tensor
-        for name, tensor in resnet50().state_dict().items():
-            if not name.startswith("fc.") and "num_batches" not in name:
-                weights[f"backbone.0.body.{name}"] = tensor
-    return weights
-
-
-def test_published_names_are_the_models():
-    weights, model = (
-        published(),
-        model_without_memory(CONFIGS / "smca_single_scale_R_50.yaml").state_dict(),
-    )
+def test_published_weights_fit_the_model():
+    weights = weights_of(published_shapes())
+    model = model_without_memory(CONFIGS / "smca_single_scale_R_50.yaml").state_dict()
     fitted = convert_weights.fit(conversion.convert(weights), model, num_classes=80)
     assert len(fitted) == len(weights) == len(model)
     del weights["transformer.decoder.layers.3.norm4.bias"]
@@ -335,8 +304,8 @@ def test_published_names_are_the_models():
         conversion.convert(weights)
 
 
-def test_published_layer_is_ours():
-    """PyTorch's decoder layer, which DETR's is with positions, with the prior as its mask."""
+def test_layer_equals_the_released_one():
+    """Without positions it is PyTorch's decoder layer with the log-prior as attention mask."""
     theirs = nn.TransformerDecoderLayer(CHANNELS, HEADS, 12, 0.0, batch_first=True).double()
     theirs.norm4 = nn.LayerNorm(CHANNELS)
     theirs.point2, theirs.point3 = (nn.Linear(CHANNELS, 2 * HEADS) for _ in range(2))

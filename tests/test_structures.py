@@ -1,11 +1,11 @@
-"""Pyramid and Prediction: what they hold, what they refuse."""
+"""Pyramid: masks, tables, sizes and argument checks."""
 
 import pytest
 import torch
 from helpers import STRIDES, batch_pyramid, level_size, random_levels
 
 from dynamic_detr import Pyramid
-from dynamic_detr.structures import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+from dynamic_detr.layers import sine_positions
 
 SIZES = [(100, 136), (65, 128), (128, 1)]
 
@@ -23,7 +23,7 @@ def test_true_sizes_are_rounded_up():
     assert batch.sizes(4).tolist() == [[2, 3], [2, 2], [2, 1]]
 
 
-def test_valid_marks_true_pixels():
+def test_valid_mask_marks_true_positions():
     batch = pyramid()
     for level, stride in enumerate(STRIDES):
         expected = torch.zeros(3, 1, *batch.features[level].shape[-2:], dtype=torch.bool)
@@ -35,31 +35,34 @@ def test_valid_marks_true_pixels():
 
 
 @pytest.mark.parametrize("garbage", [1.0, float("inf")], ids=["noise", "NaN"])
-def test_masked_is_zero_beyond_and_unchanged_within(garbage):
+@pytest.mark.parametrize("as_table", [False, True])
+def test_masked_is_zero_in_the_padding_only(garbage, as_table):
     batch = pyramid(garbage)
-    masked = batch.masked()
+    masked = (batch.with_table(batch.table()) if as_table else batch).masked()
     for level, (before, after) in enumerate(zip(batch.features, masked.features, strict=True)):
         valid = batch.valid_mask(level).expand_as(before)
         assert torch.equal(after[valid], before[valid])
         assert not after[~valid].any()
-        assert after.is_contiguous(memory_format=torch.channels_last)
+        assert as_table or after.is_contiguous(memory_format=torch.channels_last)
         assert after.dtype == before.dtype
 
 
-def test_masked_does_nothing_where_there_is_no_padding():
+def test_masked_without_padding_returns_the_pyramid():
     batch = batch_pyramid([random_levels((128, 192), 4)] * 2, [(128, 192)] * 2, (128, 192))
     assert batch.masked() is batch
     assert all(batch.is_unpadded(level) for level in range(5))
 
 
-def test_gradient_of_masked_is_masked():
+@pytest.mark.parametrize("as_table", [False, True])
+def test_gradient_of_masked_is_masked(as_table):
     batch = pyramid()
     feature = batch.features[0].requires_grad_()
+    batch = batch.with_table(batch.table()) if as_table else batch
     batch.masked().features[0].sum().backward()
     assert torch.equal(feature.grad, batch.valid_mask(0).expand_as(feature).to(feature.dtype))
 
 
-def test_table_is_row_by_row_fine_to_coarse_and_built_once():
+def test_table_is_fine_to_coarse_and_built_once():
     batch = pyramid()
     table = batch.table()
     assert batch.table() is table
@@ -73,14 +76,16 @@ def test_table_is_row_by_row_fine_to_coarse_and_built_once():
     assert table.shape == (3, row, 4)
 
 
-def test_with_features_keeps_sizes_and_forgets_the_table():
+def test_with_features_shares_the_cache_of_the_sizes():
     batch = pyramid()
-    batch.table(), batch.valid_mask(0), batch.is_unpadded(0)
+    batch.table(), batch.valid_mask(0)
     other = batch.with_features([feature + 1 for feature in batch.features])
     assert other.strides == batch.strides
     assert other.image_sizes is batch.image_sizes
     torch.testing.assert_close(other.table(), batch.table() + 1)
-    assert torch.equal(other.valid_mask(0), batch.valid_mask(0))
+    assert other.valid_mask(0) is batch.valid_mask(0)
+    assert sine_positions(other, 4, 1) is sine_positions(batch, 4, 1)
+    assert not torch.equal(sine_positions(batch, 4, 0.5), sine_positions(batch, 4, 1))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_with_features_keeps_sizes_and_forgets_the_table():
         ([(2, 4, 8, 8)], (4,), (2,), "image_sizes"),
     ],
 )
-def test_what_does_not_fit_is_named(features, strides, sizes, message):
+def test_wrong_shapes_raise_one_line(features, strides, sizes, message):
     with pytest.raises(ValueError, match=f"^Pyramid: .*{message}") as caught:
         Pyramid([torch.zeros(s) for s in features], strides, torch.ones(sizes, dtype=torch.int64))
     assert "\n" not in str(caught.value)
@@ -104,13 +109,3 @@ def test_what_does_not_fit_is_named(features, strides, sizes, message):
 def test_sizes_must_be_integers():
     with pytest.raises(ValueError, match="^Pyramid: image_sizes is torch.float32"):
         Pyramid([torch.zeros(1, 4, 8, 8)], (4,), torch.ones(1, 2))
-
-
-def test_box_formats():
-    corners = torch.tensor([[1.0, 2.0, 5.0, 10.0], [0.0, 0.0, 0.0, 0.0]])
-    centers = torch.tensor([[3.0, 6.0, 4.0, 8.0], [0.0, 0.0, 0.0, 0.0]])
-    torch.testing.assert_close(box_xyxy_to_cxcywh(corners), centers)
-    torch.testing.assert_close(box_cxcywh_to_xyxy(centers), corners)
-    boxes = torch.randn(2, 3, 4)
-    torch.testing.assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes)
-    assert box_cxcywh_to_xyxy(torch.zeros(0, 4)).shape == (0, 4)

@@ -192,7 +192,7 @@ def test_an_evaluation_ends_as_one(commands):
 
 
 def test_an_error_that_another_process_has_alone_is_told(commands):
-    ended = commands.run("start", faults=[fault(1, "resume", "bad image", 0)])
+    ended = commands.run("start", faults=[fault(1, "start", "bad image", 0)])
     assert ended.code == 2
     assert ended.lines == ["train_net.py: error: the image 3.png cannot be read"]
     assert not list(ended.output.glob("*.pth"))

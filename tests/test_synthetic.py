@@ -1,4 +1,4 @@
-"""Synthetic scenes: repeatable, true to their annotations, and worth detecting."""
+"""Synthetic scenes are reproducible, match their annotations and are not trivial."""
 
 import importlib.util
 import json
@@ -74,12 +74,12 @@ def test_box_and_area_are_those_of_the_visible_part():
     box, area = canvas.measure(1)
     assert np.allclose(box, [10, 15, 20, 10], atol=1 / SUPERSAMPLE)
     assert area == pytest.approx(200, rel=0.05)
-    # The right quarter of it is hidden, and the hiding object reaches 4 pixels beyond.
+    # A second object hides the right quarter of the first and extends 4 pixels beyond it.
     assert canvas.claim(canvas.rasterise(_rectangle(9, 30), np.array([29.5, 20])), is_object=True)
     box, area = canvas.measure(1)
     assert np.allclose(box, [10, 15, 15, 10], atol=1 / SUPERSAMPLE)
     assert area == pytest.approx(150, rel=0.05)
-    # Another quarter too much would go, or too much of the new object lies outside: refused.
+    # Refused: it would hide too much, or too much of the new object is outside the image.
     assert not canvas.claim(canvas.rasterise(_rectangle(9, 30), np.array([19, 20])), is_object=True)
     assert not canvas.claim(canvas.rasterise(_rectangle(9, 9), np.array([50, 40])), is_object=True)
     assert canvas.measure(1) == (box, area)
@@ -194,9 +194,9 @@ def test_command_makes_scenes_once(make_scenes, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--sizes", "64"], "'64' is not WIDTHxHEIGHT"),
-        (["--images", "0"], "'0' is not a whole number above 0"),
+        (["--images", "0"], "'0' is not an integer >= 1"),
         (["--sizes", "16x16"], "too small for objects"),
-        (["--seed", "-1"], "'-1' is not a whole number"),
+        (["--seed", "-1"], "'-1' is not an integer >= 0"),
         (["--families", "letters"], "invalid choice: 'letters'"),
     ],
 )

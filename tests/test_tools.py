@@ -24,10 +24,19 @@ import export_weights  # noqa: E402
 import fill_config_table  # noqa: E402
 import plot_metrics  # noqa: E402
 import quickstart  # noqa: E402
-from benchmarks.costs import config_costs, count_gmac, count_parameters  # noqa: E402
+from benchmarks.costs import (  # noqa: E402
+    config_costs,
+    config_products,
+    count_gmac,
+    count_parameters,
+)
+from benchmarks.models import BOUND  # noqa: E402
+from benchmarks.page import put_section  # noqa: E402
+from benchmarks.products import PlainProducts, dtypes_of, record_products  # noqa: E402
 from benchmarks.usual import usual_operators  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
+DETR = PROJECT / "configs" / "DETR" / "detr_R_50.yaml"
 FINETUNE = PRETRAIN.with_name("finetune.yaml")
 PEERS = ["faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x"]
 
@@ -123,15 +132,20 @@ def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
     assert "none.pth does not exist, neither as a file nor" in capsys.readouterr().err
 
 
-def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
-    target = tmp_path / "times.json"
+def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
+    target, page = tmp_path / "times.json", tmp_path / "page.md"
+    page.write_text("# How fast it is\n")
+    monkeypatch.setattr(benchmark, "PAGE", page)
     configs = ["--config-file", str(PRETRAIN), "--config-file", str(FINETUNE)]
-    options = ["--size", "64x64", "--repeats", "1", "--batch", "2"]
+    options = ["--size", "64x64", "--repeats", "1", "--batch", "2", "--machine", "A CPU"]
     benchmark.main([*configs, *options, "--json", str(target)])
     result = json.loads(target.read_text())
     models = {row["model"]: row for row in result["models"]}
-    assert list(models) == ["pretrain", "finetune", "usual operators", *PEERS]
-    peer, ours = models[PEERS[0]], models["pretrain"]
+    assert list(models) == ["pretrain", "finetune", BOUND, "usual operators", *PEERS]
+    peer, ours, bound = models[PEERS[0]], models["pretrain"], models[BOUND]
+    for time in ("latency", "train_step"):
+        assert bound[f"{time}_to_bound"] == 1
+        assert ours[f"{time}_to_bound"] * bound[f"{time}_to_first"] == pytest.approx(1)
     assert peer["latency_to_peer"] == peer["train_step_to_peer"] == 1
     assert ours["latency_to_first"] == ours["train_step_to_first"] == 1
     assert all(ours[key] > 0 for key in ("latency_s", "images_per_s", "train_step_s"))
@@ -145,6 +159,8 @@ def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
     assert all(0 < row["share"] < 1 for rows in result["profile"].values() for row in rows)
     printed = capsys.readouterr().out
     assert f"× {PEERS[0]}" in printed and "torchvision" in printed
+    title, section = page.read_text().split("\n\n", 2)[1:]
+    assert title == "## A CPU: float32" and section.strip() == printed.strip()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +169,7 @@ def test_benchmark_prints_ratios_and_writes_json(tmp_path, capsys):
         (["--repeats", "0"], "--repeats: '0' is not a whole number, 1 or more"),
         (["--size", "800"], "--size: '800' is not HEIGHTxWIDTH"),
         (["--size", "32x800"], "--size: '32x800' is too small"),
+        (["--machine", "two\nlines"], "is not a name, one line of text"),
         (["--json", "nowhere/times.json"], "--json: the folder nowhere does not exist"),
         (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
     ],
@@ -162,6 +179,41 @@ def test_benchmark_refuses_before_it_measures(options, reason, capsys):
         benchmark.main(options)
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+def test_the_bound_has_the_products_of_the_network_without_its_backbone():
+    """Recorded without arithmetic; the plain ones are of the same sizes, forward and backward."""
+    for config in (PRETRAIN, DETR):
+        products = config_products(str(config), (64, 96), 2)
+        flop = sum(product.flop for product in products)
+        _, gmac = config_costs(str(config), (64, 96))
+        images = 2 * (gmac["all"] - gmac["backbone"])
+        assert flop / 2e9 == pytest.approx(images, rel=1e-6)
+        plain = PlainProducts(products, torch.float32, "cpu")
+        assert sum(p.flop for p in record_products(plain.forward)) == flop
+        with FlopCounterMode(display=False) as counter:
+            plain.forward_and_backward()
+        assert counter.get_total_flops() == 3 * flop
+
+
+def test_dtypes_are_those_of_the_arithmetic():
+    half, full = torch.ones(8, 3, 8, dtype=torch.bfloat16), torch.ones(1, 8, 8)
+
+    def run() -> None:
+        torch.bmm(half, half.transpose(1, 2))  # 8 · 3 · 8 · 3 against 8 · 8 · 8
+        torch.bmm(full, full)
+
+    assert dtypes_of(run) == "bfloat16 53 %, float32 47 %"
+    assert dtypes_of(lambda: half.float() * 2) == "float32"
+    assert dtypes_of(lambda: half + half) == "bfloat16"
+
+
+def test_a_machine_has_one_section_of_a_page():
+    page = put_section("# Page\n\ntext\n", "A", "one\n")
+    page = put_section(page, "A (2)", "two")
+    assert page == "# Page\n\ntext\n\n## A\n\none\n\n## A (2)\n\ntwo\n"
+    assert put_section(page, "A", "one") == put_section(page, "A (2)", "two") == page
+    assert put_section(page, "A", "new\n\n### part") == page.replace("one", "new\n\n### part")
 
 
 def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():

@@ -1,4 +1,4 @@
-"""Pictures of every kind are read as a person sees them; drawings, sheets and stages."""
+"""Reading images of all formats, and drawing detections, sheets and stages."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ def instances(size, boxes, scores=None, classes=None) -> Instances:
 
 
 def save_of_mode(path, mode: str, **options) -> None:
-    """A picture of 6 × 4 pixels, red where the mode knows colours, else grey of one half."""
+    """Save an image of 6 × 4 pixels, red if the mode has colours, else grey."""
     if mode == "I;16":
         image = Image.fromarray(np.full((4, 6), 128 * 257, np.uint16))
     elif mode == "F":
@@ -112,7 +112,7 @@ def test_values_without_a_customary_white_fill_their_own_range(tmp_path):
 def test_exif_orientation_is_applied(tmp_path, orientation):
     upright = np.zeros((4, 6, 3), np.uint8)
     upright[:2, :3] = RED  # upper left quarter
-    # What the camera stores, so that turning it as EXIF says gives the picture back.
+    # The inverse of the EXIF transformation.
     undo = {
         1: None,
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -360,7 +360,7 @@ def test_impossible_sheets_are_refused(count, columns, titles):
 
 
 def test_labels_do_not_cover_each_other(monkeypatch):
-    """Six objects in one place: the labels' extents, as they are drawn, are apart."""
+    """The drawn labels of six objects in one place do not overlap."""
     drawn = []
     arrange = draw._arrange
 

@@ -108,8 +108,9 @@ def make_config(folder: Path, *options) -> CfgNode:
 
 
 def losses_of(trainer: Trainer) -> dict[int, float]:
-    """Total loss by iteration of a trainer that has trained."""
-    return {i: value for value, i in trainer.storage.history("total_loss").values()}
+    """Total loss by iteration of a trainer that has trained, since its start or resumption."""
+    losses = trainer.storage.history("total_loss").values()
+    return {i: value for value, i in losses if i >= trainer.start_iter}
 
 
 def train(cfg: CfgNode, resume: bool = False) -> Trainer:

@@ -7,16 +7,22 @@ python tools/benchmark.py --dtype bfloat16 --size 800x1344
 python tools/benchmark.py models --no-naive          # or operators, or profile
 python tools/benchmark.py models --config-file A.yaml --config-file B.yaml
 python tools/benchmark.py transformers               # DETR, Deformable DETR and Hugging Face's
+python tools/benchmark.py peers                      # operators of deformops and other packages
+python tools/benchmark.py --machine "A name"         # also into docs/benchmarks.md
 
 Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
-in turns; what to quote are the ratios. A call longer than the budget is measured once, unwarmed.
-On a CPU the usual operators are timed on one image only.
+in turns; what to quote are the ratios. The bound of a detector is its backbone, and its other
+products as plain convolutions and matrix products of the same sizes. A call longer than the budget
+is measured once, unwarmed. On a CPU the usual operators are timed on one image only.
 """
 
 import argparse
 import json
+import os
 import platform
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
 
 import detectron2
 import torch
@@ -24,18 +30,22 @@ import torchvision
 from benchmarks.hugging_face import measure_hugging_face
 from benchmarks.models import measure_models, profile_model
 from benchmarks.operators import measure_operators
+from benchmarks.page import put_section
+from benchmarks.peers import measure_peers
 from tabulate import tabulate
 
 from dynamic_detr import compat
 from dynamic_detr.engine.exits import report_user_errors
 from dynamic_detr.engine.setup import find_config
 from dynamic_detr.errors import UserError
+from dynamic_detr.threads import choose_threads
 
 PROJECT = Path(__file__).resolve().parents[1]
+PAGE = PROJECT / "docs" / "benchmarks.md"
 OURS = PROJECT / "configs" / "COCO-Detection" / "dynamic_detr_R_50_1x.yaml"
 PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 
-MEASURED = ("operators", "models", "profile", "transformers")
+MEASURED = ("operators", "models", "profile", "transformers", "peers")
 VERSIONS = ("torch", "torchvision", "detectron2", "Python")
 SMALLEST = 64  # pixels, a pixel of the coarsest level
 
@@ -57,6 +67,12 @@ def count(text: str) -> int:
     return int(text)
 
 
+def machine_name(text: str) -> str:
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name, one line of text")
+    return text.strip()
+
+
 def machine(device: str) -> dict[str, str]:
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
@@ -66,7 +82,8 @@ def machine(device: str) -> dict[str, str]:
         models = [x for x in cpuinfo.read_text().splitlines() if x.startswith("model name")]
         name = models[0].partition(":")[2].strip() if models else name
     return {
-        "machine": name if device == "cuda" else f"{name}, {torch.get_num_threads()} threads",
+        "machine": name if device == "cuda" else f"{name}, {choose_threads()}",
+        "load": f"{os.getloadavg()[0]:.1f}",
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "detectron2": detectron2.__version__,
@@ -82,15 +99,21 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
+def with_dtype(row: dict, baseline: str) -> str:
+    """The name of a baseline, and what it computed in where that was measured."""
+    dtypes = row["ran_in"].get(baseline)
+    return f"{row[baseline]} ({dtypes})" if dtypes else row[baseline] or ""
+
+
 def operator_table(rows: list[dict]) -> str:
     table = [
         [
             row["operator"],
             with_spread(row["milliseconds"], row["spread"], 2),
-            row["bound"],
+            with_dtype(row, "bound"),
             f"{100 * row['share_of_bound']:.0f} %",
             ratio(row["times_bound"]),
-            row["usual"] or "",
+            with_dtype(row, "usual"),
             ratio(row["faster_than_usual"]),
         ]
         for row in rows
@@ -105,21 +128,24 @@ def model_table(rows: list[dict], args: argparse.Namespace) -> str:
             row["model"],
             with_spread(row["latency_s"], row["latency_spread"], 3),
             ratio(row["latency_to_first"]),
+            ratio(row["latency_to_bound"]),
             ratio(row["latency_to_peer"]),
             ratio(row["images_per_s"]),
             ratio(row["train_step_s"]),
             ratio(row["train_step_to_first"]),
+            ratio(row["train_step_to_bound"]),
             ratio(row["train_step_to_peer"]),
             ratio(row["train_peak_gb"]),
-            f"{row['parameters_m']:.1f}",
+            row["ran_in"],
+            f"{row['parameters_m']:.1f}" if row["parameters_m"] else "",
             ", ".join(f"{part} {count:.0f}" for part, count in (row["gmac"] or {}).items()),
         ]
         for row in rows
     ]
-    ratios = ["× first", f"× {Path(args.peer[0]).stem}"]
+    ratios = ["× first", "× bound", f"× {Path(args.peer[0]).stem}"]
     headers = ["model", "one image, s", *ratios, f"images/s, batch {args.batch}"]
     headers += [f"training step, {args.train_batch} images, s", *ratios]
-    headers += ["its peak, GB", "parameters, M", "GMAC"]
+    headers += ["its peak, GB", "ran in", "parameters, M", "GMAC"]
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
 
@@ -134,6 +160,25 @@ def transformers_table(rows: list[dict]) -> str:
         for row in rows
     ]
     headers = ["one image", "ours, s", "Hugging Face's, s", "ours / theirs"]
+    return tabulate(table, headers, "pipe", disable_numparse=True)
+
+
+def peers_table(rows: list[dict]) -> str:
+    table = [
+        [row["name"], row["package"], row["error"], *[""] * 4]
+        if "error" in row
+        else [
+            row["name"],
+            row["package"],
+            with_spread(row["milliseconds"], row["spread"], 2),
+            ratio(row["ours_to_theirs"]),
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}",
+            "" if row["difference"] is None else f"{row['difference']:.0e}",
+            row["ran_in"],
+        ]
+        for row in rows
+    ]
+    headers = ["operator", "package", "ms", "ours / theirs", "peak, MB", "difference", "ran in"]
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
 
@@ -162,6 +207,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=count, default=7, help="measured calls of each")
     parser.add_argument("--budget", type=float, default=60, help="seconds for the calls of each")
     parser.add_argument("--no-naive", action="store_true", help="leave the usual operators out")
+    parser.add_argument(
+        "--machine",
+        type=machine_name,
+        metavar="NAME",
+        help=f"also write the tables to docs/{PAGE.name}, in place of those of this name and dtype",
+    )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(argv)
     args.config_file = args.config_file or [str(OURS)]
@@ -183,20 +234,35 @@ def main(argv: list[str] | None = None) -> None:
         for config in (*args.config_file, *args.peer):
             find_config(config)
         versions = ", ".join(f"{key} {result[key]}" for key in VERSIONS)
-        print(f"{result['machine']}; {versions}; {args.size[0]} × {args.size[1]}, {args.dtype}")
+        parts = [
+            f"{result['machine']}; load average before: {result['load']}; {versions}; "
+            f"{args.size[0]} × {args.size[1]}, {args.dtype}"
+        ]
+
+        def show(part: str) -> None:
+            parts.append(part)
+            print(f"\n{part}", flush=True)
+
+        print(parts[0])
         if args.what in ("all", "operators"):
             result["operators"] = measure_operators(args, device)
-            print(f"\n{operator_table(result['operators'])}", flush=True)
+            show(operator_table(result["operators"]))
         if args.what in ("all", "models"):
             result["models"] = measure_models(args, device)
-            print(f"\n{model_table(result['models'], args)}", flush=True)
+            show(model_table(result["models"], args))
         if args.what in ("all", "profile"):
             result["profile"] = profile_model(args, device)
             for name, rows in result["profile"].items():
-                print(f"\n{profile_table(name, rows)}", flush=True)
+                show(profile_table(name, rows))
         if args.what == "transformers":  # not part of "all": it wants another package
             result["transformers"] = measure_hugging_face(args, device)
-            print(f"\n{transformers_table(result['transformers'])}", flush=True)
+            show(transformers_table(result["transformers"]))
+        if args.what == "peers":
+            result["peers"] = measure_peers(args, device)
+            show(peers_table(result["peers"]))
+        if args.machine:
+            title = f"{args.machine}: {args.dtype}"
+            PAGE.write_text(put_section(PAGE.read_text(), title, "\n\n".join(parts)))
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,15 +1,14 @@
 #!/usr/bin/env python
-"""Converts published weights of another project to this project's names.
+"""Convert published weights of other projects.
 
 python tools/convert_weights.py --from detr detr-r50.pth output/detr_R_50.pth
 python tools/convert_weights.py --from deformable-detr --config-file \\
     configs/Deformable-DETR/deformable_detr_R_50_two_stage.yaml in.pth out.pth
 python tools/convert_weights.py --from torchvision resnet101.pth output/torchvision/R-101.pth
 
-No pickled code of the file is run. Every weight must find its place in the model of the
-configuration, and every place its weight. Class heads with a row for each COCO id are reduced to
-the 80 classes that Detectron2 counts. A ResNet of torchvision fits any model: what is not its
-backbone starts anew.
+No pickled code of the file is run. The names and shapes must match the model of the configuration.
+Class heads with a row for each COCO id are reduced to the 80 classes of Detectron2. A ResNet of
+torchvision initialises the backbone only.
 """
 
 import argparse
@@ -36,14 +35,13 @@ from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError, one_line
 
 PROJECT = Path(__file__).resolve().parents[1]
-MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # under which files keep the weights
-LEGACY_PICKLES = 4  # magic number, protocol, system, and then the object
+MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # of the weights in a checkpoint
+LEGACY_PICKLES = 4  # magic number, protocol version, system information and the object
 KNOWN_MODULES = ("torch", "collections", "__builtin__")
 
 
 class Skipped:
-    """Stands for an object of a class that is not read, such as the `argparse.Namespace` that
-    published files hold beside the weights."""
+    """Stand-in for objects of other classes, such as an `argparse.Namespace` beside the weights."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Skipped":
         return super().__new__(cls)
@@ -56,15 +54,15 @@ class Skipped:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of PyTorch or safetensors.
+    """Return the tensors of a PyTorch or safetensors file by name.
 
-    Nothing that is pickled in it is run: objects of classes that are not PyTorch's are skipped.
+    Objects of other classes than PyTorch's are skipped; no pickled code is run.
 
     Args:
-        path: of weights by name, alone or under "model" or "state_dict".
+        path: file with weights by name, either alone or under one of `MODEL_KEYS`.
 
     Raises:
-        UserError: it is no such file.
+        UserError: the file cannot be read or holds no weights.
     """
     try:
         if path.suffix == ".safetensors":
@@ -76,7 +74,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                 data = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # torch, pickle and zip each have their own errors
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; name the published file of weights") from error
+    except Exception as error:  # torch, pickle and zipfile raise different errors
         raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
     if isinstance(data, dict):
         data = next((data[key] for key in MODEL_KEYS if isinstance(data.get(key), dict)), data)
@@ -91,42 +91,32 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _foreign_classes(path: Path) -> set[str]:
-    """Full names of the pickled classes and functions that are not PyTorch's."""
-    found = set()
-
-    def collect(file: Any) -> None:
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name == "GLOBAL":
-                module, name = argument.split(" ", 1)
-                if module.partition(".")[0] not in KNOWN_MODULES:
-                    found.add(f"{module}.{name}")
-
+    """Return the full names of the pickled classes and functions that PyTorch does not load."""
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.namelist():
-                if member.endswith("data.pkl"):
-                    with archive.open(member) as file:
-                        collect(file)
-    else:
-        with path.open("rb") as file:
-            for _ in range(LEGACY_PICKLES):
-                collect(file)
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    found = set()
+    with path.open("rb") as file:  # the function above does not read the legacy format
+        for _ in range(LEGACY_PICKLES):
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    module, name = argument.split(" ", 1)
+                    if module.partition(".")[0] not in KNOWN_MODULES:
+                        found.add(f"{module}.{name}")
     return found
 
 
 def fit(
     weights: dict[str, Tensor], model: dict[str, Tensor], num_classes: int | None
 ) -> dict[str, Tensor]:
-    """Checks that the weights are those of a model, and selects the rows of its class heads.
+    """Check that the weights fit a model, and select the rows of its class heads.
 
     Args:
-        weights: by the model's names.
-        model: its `state_dict`.
-        num_classes: K of the model; None if not known.
+        weights: weights by the names of the model.
+        model: `state_dict` of the model.
+        num_classes: K of the model; None if unknown.
 
     Returns:
-        The weights; where the model has K (or K + 1) rows for 80 classes and the file 91 (or 92),
-        those of the 80 classes.
+        The weights. If K is 80, class heads of 91 (or 92) rows are reduced to 80 (or 81).
 
     Raises:
         UserError: a weight is missing, left over, or has another shape.
@@ -147,7 +137,7 @@ def fit(
                 f"{name} is {tuple(weights[name].shape)} in the file, but {tuple(wanted.shape)} "
                 "in the model of the configuration"
             )
-        fitted[name] = found.clone()  # rows of a larger tensor would be saved with all of it
+        fitted[name] = found.clone()  # torch.save saves the whole storage of a view
     return fitted
 
 
@@ -157,16 +147,16 @@ def _few(names: list[str]) -> str:
 
 
 def convert_file(system: str, source: Path, target: Path, config_file: str | None = None) -> None:
-    """Converts a file.
+    """Convert a file of published weights.
 
     Args:
-        system: one of `SYSTEMS`, or "torchvision" for a ResNet to start training from.
-        source: the published file.
-        target: the file to write; folders are made.
-        config_file: of the model that the weights are for; None for the system's first one.
+        system: one of `SYSTEMS`, or "torchvision" for a pretrained ResNet.
+        source: published file.
+        target: file to write; missing folders are created.
+        config_file: config of the model; None for the default in `CONFIGS`.
 
     Raises:
-        UserError: the source is no file of weights, or they are not those of the model.
+        UserError: the source cannot be read, or its weights do not fit the model.
     """
     published = read_weights(source)
     if system == "torchvision":
@@ -197,7 +187,7 @@ def _write(data: dict[str, Any], source: Path, target: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--from", dest="system", required=True, choices=[*SYSTEMS, "torchvision"])
-    parser.add_argument("--config-file", help="of the model that the weights are for")
+    parser.add_argument("--config-file", help="config of the model")
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     args = parser.parse_args(argv)

@@ -1,6 +1,5 @@
 #!/usr/bin/env python
-"""Makes a model file to pass on: from a larger one, in half precision, or from any weights that
-Detectron2 can load, with their configuration.
+"""Write a model file in half precision, from a model file or from weights and a configuration.
 
 python tools/export_weights.py output/pretrain/model_final.safetensors small.safetensors
 python tools/export_weights.py detectron2://.../model_final_280758.pkl faster_rcnn.safetensors \\
@@ -29,15 +28,18 @@ from dynamic_detr.errors import UserError
 
 
 def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """Weights under the names that the configured detector gives them, and what is known of them.
+    """Read weights with the parameter names of the configured detector.
 
     Args:
-        source: a model file, or with a configuration any weights.
-        config_file: of the detector; its class names are those in the weights, else those of
-            `DATASETS.TRAIN`. With a model file it takes the place of the file's own.
+        source: a model file, or any weights if there is a configuration.
+        config_file: configuration of the detector; it replaces that of a model file. Class names
+            are those in the weights, else those of `DATASETS.TRAIN`.
+
+    Returns:
+        The header of the model file, and the weights by parameter name.
 
     Raises:
-        UserError: they cannot be read, or do not belong to the configuration.
+        UserError: the weights cannot be read, or do not match the configuration.
     """
     if is_model_file(source):
         info, weights = read_model(source)
@@ -54,28 +56,28 @@ def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Te
     return info, model.state_dict()
 
 
-def smaller(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Converts the floating-point tensors.
+def convert(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Convert the floating-point tensors to a dtype.
 
     Raises:
-        UserError: a value does not fit the dtype, or is not finite.
+        UserError: a value exceeds the range of the dtype or is not finite.
     """
-    small = {}
+    converted = {}
     for name, tensor in weights.items():
-        small[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if not small[name].isfinite().all():
+        converted[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        if not converted[name].isfinite().all():
             raise UserError(f"{name} does not fit {dtype} or is not finite")
-    return small
+    return converted
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("source", help="a model file, or with --config-file any weights")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", help="a model file, or any weights with --config-file")
     parser.add_argument("target", type=Path, help=f"the file to write, *{SUFFIX}")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
-    parser.add_argument("--config-file", default="", help="in place of the source's own")
-    parser.add_argument("--threshold", type=float, help="lowest score that counts as a detection")
-    parser.add_argument("--note", help="kept in the file")
+    parser.add_argument("--config-file", default="", help="default: the source's configuration")
+    parser.add_argument("--threshold", type=float, help="lowest score of a detection")
+    parser.add_argument("--note", help="text that the file keeps")
     args = parser.parse_args(argv)
     with report_user_errors("export_weights.py"):
         if args.target.suffix != SUFFIX:
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
             info = replace(info, **{k: v for k, v in given.items() if v is not None})
         except ValueError as error:
             raise UserError(f"--{str(error).removeprefix('its ')}") from error
-        write_model(args.target, smaller(weights, getattr(torch, args.dtype)), info)
+        write_model(args.target, convert(weights, getattr(torch, args.dtype)), info)
         print(f"{args.target}: {args.target.stat().st_size / 1e6:.1f} MB, from {args.source}")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes the synthetic datasets: COCO-format JSON and JPEGs, the same for the same arguments.
+"""Draw the synthetic datasets as JPEG files with annotations in COCO format.
 
 python tools/make_scenes.py --output datasets/scenes
 """
@@ -7,6 +7,7 @@ python tools/make_scenes.py --output datasets/scenes
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from dynamic_detr.data.scenes import datasets_root, write_scenes
@@ -20,16 +21,13 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _whole(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {least}")
+        return int(text)
 
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
+    return parse
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,25 +36,25 @@ def main(argv: list[str] | None = None) -> None:
         "--output",
         type=Path,
         default=datasets_root() / "scenes",
-        help="folder to write to (default: %(default)s, where training looks for it)",
+        help="folder of the datasets (default: %(default)s, where training expects them)",
     )
-    parser.add_argument(
-        "--families", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES), help="which"
-    )
-    parser.add_argument(
-        "--splits", nargs="+", choices=["train", "val"], default=["train", "val"], help="which"
-    )
-    parser.add_argument("--images", type=_positive, help="scenes per split instead of the default")
+    names = sorted(FAMILIES)
+    parser.add_argument("--families", nargs="+", choices=names, default=names, help="default: all")
+    splits = ["train", "val"]
+    parser.add_argument("--splits", nargs="+", choices=splits, default=splits, help="default: both")
+    parser.add_argument("--images", type=_at_least(1), help="number of scenes per split")
     parser.add_argument(
         "--sizes",
         nargs="+",
         type=_size,
         default=[(128, 128)],
         metavar="WIDTHxHEIGHT",
-        help="a scene has one of these sizes (default: 128x128)",
+        help="possible sizes of a scene (default: 128x128)",
     )
-    parser.add_argument("--seed", type=_whole, default=0, help="another seed, other scenes")
-    parser.add_argument("--processes", type=_positive, default=os.cpu_count(), help="at once")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the dataset")
+    parser.add_argument(
+        "--processes", type=_at_least(1), default=os.cpu_count(), help="default: number of cores"
+    )
     args = parser.parse_args(argv)
     try:
         options = SceneOptions(sizes=tuple(args.sizes))

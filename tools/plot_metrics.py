@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws AP and loss over the iterations of one or several runs, to compare them.
+"""Plot AP and loss of one or several runs over the iterations.
 
 python tools/plot_metrics.py output/pretrain --output curves.svg
 python tools/plot_metrics.py output/dynamic_detr output/faster_rcnn --output compared.svg
@@ -18,12 +18,12 @@ Curve = tuple[list[int], list[float]]
 
 
 def read(run: Path) -> dict[str, Curve]:
-    """Iterations and values of "bbox/AP" and "total_loss" in a run's metrics.json.
+    """Read the iterations and values of "bbox/AP" and "total_loss" from a run's metrics.json.
 
-    A run that was killed and resumed has written some iterations twice: the later line counts.
+    A resumed run may have repeated some iterations; the later line is used.
 
     Raises:
-        UserError: there is no metrics.json, or neither metric in it.
+        UserError: there is no metrics.json, or it has neither metric.
     """
     path = run / "metrics.json" if run.is_dir() else run
     try:
@@ -41,22 +41,23 @@ def read(run: Path) -> dict[str, Curve]:
 
 
 def plot(runs: list[Path], output: Path) -> None:
+    """Write the figure of all runs to a file."""
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "dynamic_detr"  # the same picture is the same file
+    matplotlib.rcParams["svg.hashsalt"] = "dynamic_detr"  # makes files reproducible
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     curves = {run.resolve().name: read(run) for run in runs}
-    if len(curves) < len(runs):  # several runs in folders of one name
+    if len(curves) < len(runs):  # folders with the same name
         curves = {str(run): read(run) for run in runs}
     for number, (name, metrics) in enumerate(curves.items()):
         for axis, metric in zip(axes, METRICS, strict=True):
             if metric not in metrics:
                 print(f"plot_metrics.py: note: {name} has no {metric}", file=sys.stderr)
             iterations, values = metrics.get(metric, ([], []))
-            # A line of one point is not visible.
+            # A line with one point is invisible.
             marker = "o" if metric == "bbox/AP" or len(values) == 1 else ""
             axis.plot(iterations, values, f"C{number}", marker=marker, markersize=4, label=name)
     for axis, title in zip(axes, ("box AP", "training loss"), strict=True):

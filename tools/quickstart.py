@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -31,6 +33,7 @@ from dynamic_detr.engine.setup import read_config
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 from dynamic_detr.inference import Detector
+from dynamic_detr.threads import choose_threads
 from dynamic_detr.visualization import (
     contact_sheet,
     draw_detections,
@@ -88,10 +91,7 @@ def finetune(weights: str, output: Path, opts: list[str]) -> None:
         *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), *opts),
     ]
     print("python", shlex.join(command), flush=True)
-    threads = {} if torch.cuda.is_available() else {"OMP_NUM_THREADS": "1"}
-    status = subprocess.run(
-        [sys.executable, *command], cwd=PROJECT, env={**os.environ, **threads}
-    ).returncode
+    status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
     if status:
         raise UserError(f"fine-tuning stopped with exit code {status}; its last lines say why")
 
@@ -145,6 +145,8 @@ def main(argv: list[str] | None = None) -> None:
 
         step("1/5  scenes")
         make_scenes(args.scenes)
+        if not torch.cuda.is_available():
+            print(choose_threads())
         step("2/5  the shipped detector on held-out scenes of its own classes")
         shipped = config("pretrain.yaml", weights, output / "shipped")
         table = {"shipped, its own classes": evaluate(shipped)}

@@ -6,8 +6,11 @@ python tools/replay_step.py output/failed_step
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
 
 import torch
 from detectron2.modeling import build_model
@@ -19,6 +22,7 @@ from dynamic_detr.engine.failed_step import FailedStep
 from dynamic_detr.engine.replay import Finding, replay
 from dynamic_detr.engine.step import AMP_DTYPES, seed_step
 from dynamic_detr.errors import UserError, one_line
+from dynamic_detr.threads import choose_threads
 
 PROGRAM = "replay_step.py"
 NOTHING_FOUND = 1
@@ -57,6 +61,8 @@ def run(folder: Path, device: str | None) -> int:
         if device.startswith("cuda") and not torch.cuda.is_available():
             print("no GPU here: running on the CPU, which may round otherwise")
             device = "cpu"
+    if device == "cpu":
+        print(choose_threads(step.processes))  # the order of sums depends on their number
     found = False
     for rank, batch in batches.items():
         files = ", ".join(str(record.get("file_name", "an image")) for record in batch)

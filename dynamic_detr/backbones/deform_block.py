@@ -1,13 +1,11 @@
 """A ResNet bottleneck whose 3×3 convolution is deformable (Deformable ConvNets v1 and v2).
 
-Detectron2 has the same block on an operator that must be compiled. This one runs on
-`dynamic_detr.ops.deform_conv2d`; its parameters have the same names, shapes and meaning, so that
-weights go from one to the other.
+Detectron2's own block needs a compiled operator; this one uses `dynamic_detr.ops.deform_conv2d`.
+The parameters have the same names, shapes and meaning, so weights are interchangeable.
 """
 
-import fvcore.nn.weight_init as weight_init
 import torch
-from detectron2.layers import Conv2d
+from detectron2.layers import CNNBlockBase, Conv2d
 from detectron2.modeling.backbone.resnet import BottleneckBlock
 from torch import Tensor, nn
 
@@ -17,16 +15,16 @@ __all__ = ["DeformBottleneckBlock", "DeformConv2d"]
 
 
 class DeformConv2d(Conv2d):
-    """A convolution that samples its input at displaced positions.
+    """Convolution that samples its input at predicted offsets.
 
-    Takes the arguments of Detectron2's `Conv2d` (`norm` and `activation` too); kernel, stride,
-    padding and dilation are the same in both directions.
+    Takes the arguments of Detectron2's `Conv2d`, including `norm` and `activation`. Kernel size,
+    stride, padding and dilation must be the same in both directions.
 
     Args:
-        deform_groups: number of groups of input channels; each group has offsets of its own.
+        deform_groups: number of groups of input channels; each group has its own offsets.
 
     Raises:
-        ValueError: the input channels, or the groups, cannot be divided as asked.
+        ValueError: the input channels or the convolution groups do not divide evenly.
     """
 
     def __init__(self, *args, deform_groups: int = 1, **kwargs):
@@ -45,16 +43,17 @@ class DeformConv2d(Conv2d):
             )
 
     def forward(self, x: Tensor, offset: Tensor, mask: Tensor | None) -> Tensor:
-        """
+        """Sample, convolve, then apply `norm` and `activation` if given.
+
         Args:
-            x: (B, C, H, W).
-            offset: (B, deform_groups · 2·kh·kw, Ho, Wo), by group, then tap, then (y, x), in
-                pixels of `x`.
-            mask: (B, deform_groups · kh·kw, Ho, Wo), modulation by group, then tap; None for
-                all ones.
+            x: feature map (B, C, H, W).
+            offset: offsets (B, deform_groups · 2·kh·kw, H_out, W_out) in pixels of `x`, ordered by
+                group, then kernel position, then (y, x).
+            mask: modulation (B, deform_groups · kh·kw, H_out, W_out), ordered by group, then
+                kernel position; None means all ones.
 
         Returns:
-            (B, C_out, Ho, Wo), after `norm` and `activation` where there are any.
+            Feature map (B, C_out, H_out, W_out).
         """
         x = self._convolve(x, offset, mask)
         if self.norm is not None:
@@ -68,23 +67,23 @@ class DeformConv2d(Conv2d):
         geometry = (self.stride[0], self.padding[0], self.dilation[0])
         if parts == 1:
             return deform_conv2d(x, offset, mask, self.weight, self.bias, *geometry, self.groups)
-        # Every deformable group is one call on its own channels.
+        # The operator has one set of offsets, so each deformable group is a call of its own.
         inputs = x.chunk(parts, dim=1)
         offsets = offset.chunk(parts, dim=1)
         masks = [None] * parts if mask is None else mask.chunk(parts, dim=1)
         groups = max(self.groups // parts, 1)
         outputs = [
             deform_conv2d(*sampled, weight, None, *geometry, groups)
-            for *sampled, weight in zip(inputs, offsets, masks, self._weight_parts(), strict=True)
+            for *sampled, weight in zip(inputs, offsets, masks, self._split_weight(), strict=True)
         ]
-        # Those that lie in one group of the convolution add up, those of different groups do not.
+        # Deformable groups within one convolution group contribute to the same output channels.
         together = max(parts // self.groups, 1)
         sums = [sum(outputs[i : i + together]) for i in range(0, parts, together)]
         out = torch.cat(sums, dim=1)
         return out if self.bias is None else out + self.bias.to(out.dtype)[:, None, None]
 
-    def _weight_parts(self) -> list[Tensor]:
-        """The weight that each deformable group's input channels meet."""
+    def _split_weight(self) -> list[Tensor]:
+        """Return the part of the weight that applies to each deformable group."""
         if self.groups >= self.deform_groups:  # a deformable group holds whole groups
             return list(self.weight.chunk(self.deform_groups, dim=0))
         together = self.deform_groups // self.groups  # a group holds whole deformable groups
@@ -95,71 +94,55 @@ class DeformConv2d(Conv2d):
         ]
 
 
-class DeformBottleneckBlock(BottleneckBlock):
-    """A bottleneck 1×1, deformable 3×3, 1×1; offsets and modulations come from a 3×3 convolution.
+class DeformBottleneckBlock(CNNBlockBase):
+    """Bottleneck block with a deformable 3×3 convolution.
 
-    `conv2_offset` starts at zero: the block then is the plain one, with the output of its 3×3
-    convolution halved where it is modulated (the sigmoid of zero).
+    A 3×3 convolution predicts offsets and modulation. It starts at zero: the block then computes
+    the plain bottleneck, except that modulation halves the output of the 3×3 convolution.
 
     Args:
-        in_channels, out_channels, bottleneck_channels, stride, num_groups, norm, stride_in_1x1,
-            dilation: as in Detectron2's `BottleneckBlock`.
+        block: the plain bottleneck; its parameters and norms are reused, also if they are frozen.
         deform_modulated: scale every sample by a predicted weight in [0, 1] (v2) or not (v1).
-        deform_num_groups: groups of channels that have their own offsets.
+        deform_num_groups: number of channel groups with their own offsets.
 
     Raises:
         ValueError: see `DeformConv2d`.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        bottleneck_channels: int,
-        stride: int = 1,
-        num_groups: int = 1,
-        norm="BN",
-        stride_in_1x1: bool = False,
-        dilation: int = 1,
-        deform_modulated: bool = False,
-        deform_num_groups: int = 1,
+        self, block: BottleneckBlock, *, deform_modulated: bool = False, deform_num_groups: int = 1
     ):
-        super().__init__(
-            in_channels,
-            out_channels,
-            bottleneck_channels=bottleneck_channels,
-            stride=stride,
-            num_groups=num_groups,
-            norm=norm,
-            stride_in_1x1=stride_in_1x1,
-            dilation=dilation,
-        )
+        super().__init__(block.in_channels, block.out_channels, block.stride)
         self.deform_modulated = deform_modulated
+        plain = block.conv2
         geometry = {
-            "kernel_size": 3,
-            "stride": self.conv2.stride,
-            "padding": dilation,
-            "dilation": dilation,
+            "kernel_size": plain.kernel_size,
+            "stride": plain.stride,
+            "padding": plain.padding,
+            "dilation": plain.dilation,
         }
+        self.shortcut = block.shortcut
+        self.conv1 = block.conv1
         self.conv2 = DeformConv2d(
-            bottleneck_channels,
-            bottleneck_channels,
+            plain.in_channels,
+            plain.out_channels,
             **geometry,
             bias=False,
-            groups=num_groups,
-            norm=self.conv2.norm,
+            groups=plain.groups,
+            norm=plain.norm,
             deform_groups=deform_num_groups,
         )
-        weight_init.c2_msra_fill(self.conv2)
-        # Channels: for all groups (y, x) of each of the 9 taps, then all groups' modulations.
+        self.conv2.weight = plain.weight
+        self.conv3 = block.conv3
+        # Channels: (y, x) offsets of the 9 kernel positions for every group, then the modulation.
         channels = (27 if deform_modulated else 18) * deform_num_groups
-        self.conv2_offset = Conv2d(bottleneck_channels, channels, **geometry)
+        self.conv2_offset = Conv2d(plain.in_channels, channels, **geometry)
         nn.init.zeros_(self.conv2_offset.weight)
         nn.init.zeros_(self.conv2_offset.bias)
+        self.conv2_offset.requires_grad_(plain.weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H / stride, W / stride)."""
         out = self.conv1(x).relu_()
         offset, mask = self._predict_offsets(out)
         out = self.conv2(out, offset, mask).relu_()
@@ -169,7 +152,7 @@ class DeformBottleneckBlock(BottleneckBlock):
 
     def _predict_offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         predicted = self.conv2_offset(x)
-        # a position in half precision would be off by a large part of a pixel
+        # Sampling positions in half precision would be off by a large part of a pixel.
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         if not self.deform_modulated:
             return predicted, None

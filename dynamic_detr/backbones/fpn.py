@@ -1,7 +1,4 @@
-"""Level builders: from the stages of a bottom-up network to the levels of the pyramid.
-
-P2 to P6, strides 4 to 64, of a feature pyramid network; P6 is P5, max-pooled.
-"""
+"""Feature pyramid network: levels P2 to P6, strides 4 to 64; P6 is P5, max-pooled."""
 
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
@@ -15,9 +12,9 @@ __all__ = ["build_resnet_deform_fpn_backbone"]
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_deform_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Detectron2's FPN, as `MODEL.FPN` describes it, over `build_resnet_deform_backbone`.
+    """Build Detectron2's FPN over `build_resnet_deform_backbone`, as `MODEL.FPN` describes it.
 
-    Its `size_divisibility` is that of P5 (32), as in Detectron2.
+    Its `size_divisibility` is the stride of P5 (32), as in Detectron2.
     """
     fpn = cfg.MODEL.FPN
     return FPN(

@@ -1,14 +1,13 @@
-"""Level builders of the DETR family: levels of a pyramid straight from the stages of a ResNet.
+"""Pyramid levels of the DETR family, projected from the stages of a ResNet.
 
-C5 alone (DETR), C5 at stride 16 (DETR-DC5), C3 to C6 (Deformable DETR), C4 to C6 (SMCA): each
-output of the bottom-up network is projected by a 1×1 convolution, and coarser levels are added by
-strided 3×3 convolutions.
+A 1×1 convolution projects each output of the bottom-up network, and strided 3×3 convolutions add
+coarser levels: C5 (DETR), C5 at stride 16 (DETR-DC5), C3 to C6 (Deformable DETR), C4 to C6 (SMCA).
 """
 
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.resnet import BottleneckBlock, ResNet
+from detectron2.modeling.backbone.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
 
 from ..config import check_arguments
@@ -18,17 +17,16 @@ __all__ = ["ProjectedLevels", "build_resnet_levels_backbone", "dilate_res5"]
 
 
 class ProjectedLevels(Backbone):
-    """Levels of one number of channels; res3 becomes p3, res4 p4, res5 p5, and then p6, …
+    """Levels with C channels each: res3 becomes p3, res4 p4, res5 p5; extra levels are p6, p7, …
 
     Args:
-        bottom_up: network whose outputs, fine to coarse, are named "res2" to "res5".
-        out_channels: C, channels of every level.
-        norm: name of the norm after each convolution, as Detectron2's `get_norm` takes it; "" for
-            none.
-        num_extra: levels beyond the coarsest output.
+        bottom_up: network with outputs named "res2" to "res5".
+        out_channels: C.
+        norm: norm after each convolution, a name for Detectron2's `get_norm`; "" for none.
+        num_extra: number of levels beyond the coarsest output.
 
     Raises:
-        ValueError: an argument is out of its key's range.
+        ValueError: an argument is out of the range of its key.
     """
 
     def __init__(
@@ -57,7 +55,7 @@ class ProjectedLevels(Backbone):
         self._out_feature_channels = dict.fromkeys(self._out_features, out_channels)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) to levels (B, C, ⌈H / stride⌉, ⌈W / stride⌉) by name."""
+        """Map images (B, 3, H, W) to levels (B, C, ⌈H / stride⌉, ⌈W / stride⌉) by name."""
         features = self.bottom_up(x)
         levels = {
             level: self.projections[level](features[name])
@@ -85,19 +83,20 @@ def _convolution(in_channels: int, out_channels: int, norm: str, stride: int = 1
 
 
 def dilate_res5(resnet: ResNet) -> None:
-    """Leaves res5 at the stride of res4 and dilates its convolutions by 2, but for the first one.
+    """Keep res5 at the stride of res4 and dilate its 3×3 convolutions by 2, except the first one.
 
-    As torchvision's `replace_stride_with_dilation`, with which DETR-DC5 was trained; Detectron2's
-    `RES5_DILATION` dilates the first one too, which gives other numbers with the same weights.
+    This is torchvision's `replace_stride_with_dilation`, which DETR-DC5 was trained with.
+    Detectron2's `RES5_DILATION` also dilates the first convolution, so the same weights give other
+    features.
 
     Raises:
-        ValueError: the network has no res5, or not of bottleneck blocks.
+        ValueError: the network has no res5, or res5 has no bottleneck blocks.
     """
     if "res5" not in resnet.stage_names:
         raise ValueError('MODEL.LEVELS.DC5 is True; it needs "res5" in MODEL.RESNETS.OUT_FEATURES.')
     stage = resnet.stages[resnet.stage_names.index("res5")]
     for index, block in enumerate(stage):
-        if not isinstance(block, BottleneckBlock):
+        if isinstance(block, BasicBlock):
             raise ValueError(
                 "MODEL.LEVELS.DC5 is True; it needs MODEL.RESNETS.DEPTH of 50 or more."
             )
@@ -114,7 +113,7 @@ def dilate_res5(resnet: ResNet) -> None:
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_levels_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ProjectedLevels:
-    """Levels of `build_resnet_deform_backbone`, as `MODEL.LEVELS` describes them."""
+    """Build `build_resnet_deform_backbone` with the levels that `MODEL.LEVELS` describes."""
     node = cfg.MODEL.LEVELS
     resnet = build_resnet_deform_backbone(cfg, input_shape)
     if node.DC5:

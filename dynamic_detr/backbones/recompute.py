@@ -1,5 +1,7 @@
-"""Activation checkpointing of a ResNet: in training each stage keeps only its input, and is
-computed again when its gradient is needed."""
+"""Activation checkpointing of a ResNet: a stage keeps its input and recomputes the rest.
+
+The recomputation happens in the backward pass.
+"""
 
 import contextlib
 from collections import OrderedDict
@@ -14,9 +16,9 @@ __all__ = ["CheckpointedStage", "checkpoint_resnet_stages"]
 
 
 class CheckpointedStage(nn.Sequential):
-    """Blocks in sequence, under the names that `nn.Sequential` gives them.
+    """`nn.Sequential` that recomputes its activations in the backward pass of training.
 
-    Running statistics of batch norms are those of a single pass.
+    Running statistics of batch norms are updated once per step.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -31,8 +33,11 @@ class CheckpointedStage(nn.Sequential):
 
     @contextlib.contextmanager
     def _statistics_kept(self) -> Iterator[None]:
-        """The second pass must not enter the same batch into the running statistics again; it has
-        to save what the first one saved, so that these must stay in use."""
+        """Leave running statistics unchanged, but have the norms save the same tensors.
+
+        The norms stay in training mode: checkpointing fails if the recomputation saves other
+        tensors than the first pass.
+        """
         norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         for norm in norms:
@@ -47,21 +52,21 @@ class CheckpointedStage(nn.Sequential):
 
 
 def checkpoint_resnet_stages(backbone: nn.Module) -> None:
-    """Makes every stage of a ResNet a `CheckpointedStage`, in place.
+    """Turn every stage of a ResNet into a `CheckpointedStage`, in place.
 
-    Parameters, buffers and their names stay what they are.
+    Parameters, buffers and their names do not change.
 
     Args:
-        backbone: Detectron2's ResNet, alone or as the `bottom_up` of a feature pyramid.
+        backbone: Detectron2's ResNet, or a feature pyramid with a ResNet as `bottom_up`.
 
     Raises:
-        ValueError: it is no such network.
+        ValueError: `backbone` is neither.
     """
     resnet = getattr(backbone, "bottom_up", backbone)
     if not isinstance(resnet, ResNet):
         raise ValueError(
-            "MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT.BACKBONE is True; it wants a ResNet, and "
-            f"MODEL.BACKBONE.NAME makes a {type(resnet).__name__}."
+            "MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT.BACKBONE is True; it needs a ResNet, but "
+            f"MODEL.BACKBONE.NAME builds a {type(resnet).__name__}."
         )
     for index, name in enumerate(resnet.stage_names):
         stage = CheckpointedStage(OrderedDict(resnet.stages[index].named_children()))

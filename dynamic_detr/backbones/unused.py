@@ -1,4 +1,4 @@
-"""Parameters of a backbone that its chosen outputs do not depend on."""
+"""Freezing of the backbone parameters that the used outputs do not depend on."""
 
 import logging
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 def freeze_unused(backbone: nn.Module, in_features: Sequence[str], channels: int = 3) -> None:
-    """Freezes the parameters that get no gradient from the named outputs, in place.
+    """Freeze the parameters that get no gradient from the named outputs, in place.
 
-    Otherwise DistributedDataParallel would wait for their gradients: an FPN has convolutions for
-    every level that it can make, also for those that nobody reads.
+    An FPN has convolutions for all its levels, also for those that the detector does not read.
+    DistributedDataParallel would wait for their gradients.
 
     Args:
         backbone: a Detectron2 backbone.
-        in_features: names of the outputs that are used.
-        channels: of the images.
+        in_features: names of the outputs in use.
+        channels: number of image channels.
     """
     if set(in_features) >= set(backbone.output_shape()):
         return

@@ -1,4 +1,4 @@
-"""Datasets and what stands between them and the model."""
+"""Datasets: registration, checks, augmentation and loading."""
 
 from .scenes import register_scenes
 

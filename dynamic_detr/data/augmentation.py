@@ -1,5 +1,4 @@
-"""What is done to an image before the detector sees it: Detectron2's resizing, flipping and
-cropping, and the random crops that the DETR family is trained with."""
+"""Image augmentation: Detectron2's, and the random crops of the DETR family."""
 
 import numpy as np
 from detectron2.config import CfgNode
@@ -8,11 +7,11 @@ from detectron2.data import transforms as T
 
 __all__ = ["ResizeShortestEdge", "build_mapper", "crop_branch"]
 
-LONGEST = 10  # times the shortest side, before the random crop
+MAX_ASPECT_RATIO = 10  # of a resized image before the random crop
 
 
 class ResizeShortestEdge(T.ResizeShortestEdge):
-    """Detectron2's resizing, which of an image of 1x3000 pixels would leave none."""
+    """Detectron2's `ResizeShortestEdge` with results of at least 1 × 1 pixel."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         transform = super().get_transform(image)
@@ -22,21 +21,24 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
 
 
 def crop_branch(resize: list[int], size: list[int]) -> T.Augmentation:
-    """Crops half of the images: their shortest side is resized to one of `resize`, and a region is
-    cut out, whose sides are drawn from `size[0]` to `size[1]` pixels."""
+    """Return an augmentation that resizes and crops half of the images.
+
+    Args:
+        resize: candidates for the shortest side before the crop, pixels.
+        size: range of both sides of the crop, pixels.
+    """
     crop = [
-        ResizeShortestEdge(resize, LONGEST * max(resize), sample_style="choice"),
+        ResizeShortestEdge(resize, MAX_ASPECT_RATIO * max(resize), sample_style="choice"),
         T.RandomCrop("absolute_range", size),
     ]
     return T.RandomApply(T.AugmentationList(crop), prob=0.5)
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
-    """Detectron2's mapper, in training with `crop_branch` before its resizing if
-    `INPUT.CROP_BRANCH` asks for it.
+    """Build Detectron2's mapper; `INPUT.CROP_BRANCH` adds `crop_branch` in training.
 
     Raises:
-        ValueError: both INPUT.CROP and INPUT.CROP_BRANCH ask for a crop.
+        ValueError: both INPUT.CROP and INPUT.CROP_BRANCH are enabled.
     """
     options = DatasetMapper.from_config(cfg, is_train)
     options["augmentations"] = [
@@ -49,7 +51,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
     if is_train and branch.ENABLED:
         if cfg.INPUT.CROP.ENABLED:
             raise ValueError(
-                "INPUT.CROP.ENABLED and INPUT.CROP_BRANCH.ENABLED are True; wants one of the two."
+                "INPUT.CROP.ENABLED and INPUT.CROP_BRANCH.ENABLED are True; enable only one."
             )
         options["augmentations"].insert(0, crop_branch(branch.RESIZE, branch.SIZE))
         options["recompute_boxes"] = cfg.MODEL.MASK_ON

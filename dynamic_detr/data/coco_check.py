@@ -1,4 +1,4 @@
-"""Checks COCO-format annotations before anything is trained on them, and repairs what is clear."""
+"""Validation and repair of annotations in COCO format before training."""
 
 import codecs
 import json
@@ -8,30 +8,29 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ..errors import one_line
 from .coco_report import Report
 
 __all__ = ["check_coco_json"]
 
-SIZE_CHECKS = 2000  # files whose headers are read to compare sizes, spread over the data set
-TOLERANCE = 1.0  # pixels by which a box may leave its image: rounding, not a mistake
-EXIF_ORIENTATION = 274
-LARGEST = 1e9  # no coordinate or side in pixels is larger
-LARGEST_ID = 2**53  # larger ones are not exact in pycocotools
+SIZE_CHECKS = 2000  # image headers that are read to compare sizes, evenly spread
+TOLERANCE = 1.0  # pixels; a box may exceed its image by rounding
+LARGEST = 1e9  # largest coordinate or side, pixels
+LARGEST_ID = 2**53  # pycocotools stores ids as float64
 NO = ("none", "false", "no", "0", "0.0", "")
 
 
 def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Report:
-    """Checks and repairs one file of annotations; writes nothing.
+    """Check one annotation file and repair its content in memory.
 
     Args:
         path: JSON in COCO's instances format; boxes are (x, y, width, height) in pixels.
-        image_dir: folder that the images' ``file_name`` are relative to.
+        image_dir: folder that each image's ``file_name`` is relative to.
 
     Returns:
-        Every kind of problem with its count and first example, and the repaired content.
+        The problems, counted by kind with a first example, and the repaired content.
     """
     report = Report(Path(path))
     lists = _read(report)
@@ -50,8 +49,8 @@ def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Re
         report.add("no usable boxes", str(path))
     if report.error():
         return report
-    image_ids = _whole_numbers(report, "image", images)
-    category_ids = _whole_numbers(report, "category", categories)
+    image_ids = _integer_ids(report, "image", images)
+    category_ids = _integer_ids(report, "category", categories)
     for annotation in annotations:
         annotation["image_id"] = image_ids[annotation["image_id"]]
         annotation["category_id"] = category_ids[annotation["category_id"]]
@@ -60,14 +59,14 @@ def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Re
 
 
 def _read(report: Report) -> tuple[list, list, list] | None:
-    """Copies of the three lists; None, with the errors reported, where there are none."""
+    """Return copies of images, annotations and categories; None if an error is reported."""
     try:
         content = report.path.read_bytes()
         data = json.loads(content.decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         report.add("unreadable file", one_line(error))
         return None
-    if content.startswith(codecs.BOM_UTF8):  # pycocotools does not expect it
+    if content.startswith(codecs.BOM_UTF8):  # pycocotools fails on it
         report.add("byte-order mark", str(report.path))
     if not isinstance(data, dict):
         report.add("unreadable file", f"it holds a {type(data).__name__}, not an object")
@@ -109,7 +108,7 @@ def _is_whole_id(value: Any) -> bool:
 
 
 def _is_text(text: str) -> bool:
-    """Whether a string is whole Unicode: JSON can also hold one half of a character."""
+    """Return whether a string is valid Unicode; JSON can also hold lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -136,7 +135,7 @@ def _check_categories(report: Report, categories: list[dict]) -> set:
 
 
 def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[Any, tuple | None]:
-    """(width, height) of every image by id; None for one that is left out."""
+    """Return (width, height) of every image by id; None for an image that is left out."""
     sizes: dict[Any, tuple | None] = {}
     files = set()
     every = max(1, math.ceil(len(images) / SIZE_CHECKS))
@@ -153,7 +152,7 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
         files.add(name)
         sizes[number] = None
         file = image_dir / name
-        if not os.path.isfile(file):  # Path.is_file stumbles over names that are too long
+        if not os.path.isfile(file):  # Path.is_file raises if the name is too long
             report.add("missing image file", str(file))
             continue
         size = tuple(image.get(key) for key in ("width", "height"))
@@ -164,7 +163,7 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
             except Image.DecompressionBombError:
                 report.add("image of too many pixels", str(file))
                 continue
-            except Exception:  # Pillow's readers raise whatever their format makes them
+            except Exception:  # each format of Pillow raises its own errors
                 report.add("image file that is no image", str(file))
                 continue
             if mode == "F" or mode.startswith("I"):
@@ -187,11 +186,11 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
 
 
 def _header(file: Path) -> tuple[tuple[int, int], str]:
-    """(width, height) as the image is meant to be looked at, and its mode; nothing is decoded."""
+    """Return (width, height) after EXIF rotation, and Pillow's mode, without decoding."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # damaged metadata, and sizes short of the limit
+        warnings.simplefilter("ignore")  # about damaged metadata and large sizes
         with Image.open(file) as image:
-            turned = image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             return (image.size[::-1] if turned else image.size), image.mode
 
 
@@ -205,7 +204,7 @@ def _check_annotations(
         if not _is_id(image_id) or image_id not in sizes:
             report.add("annotation of an unknown image", f"{where}, image_id {image_id!r}")
             continue
-        if sizes[image_id] is None:  # goes with its image, and is no problem of its own
+        if sizes[image_id] is None:  # already reported with the image
             continue
         if not _is_id(category_id) or category_id not in category_ids:
             report.add("unknown category", f"{where}, category_id {category_id!r}")
@@ -231,12 +230,12 @@ def _check_annotations(
 def _check_box(
     report: Report, box: Any, image_size: tuple[int, int], where: str
 ) -> list[float] | None:
-    """The box (x, y, width, height), clipped where it must be; None if it is to be left out."""
+    """Return the box (x, y, width, height), clipped to the image; None if it is unusable."""
     where = f"{where}, bbox {box!r:.80}"
     if not isinstance(box, list) or len(box) != 4 or not all(_is_number(n) for n in box):
         report.add("box that is not 4 numbers", where)
         return None
-    if not all(-LARGEST <= n <= LARGEST for n in box):  # integers may be too large for a float
+    if not all(-LARGEST <= n <= LARGEST for n in box):  # also integers too large for a float
         report.add("box with NaN or infinity", where)
         return None
     x, y, width, height = box
@@ -256,7 +255,7 @@ def _check_box(
 
 
 def _check_rest(report: Report, annotation: dict, image_size: tuple[int, int], where: str) -> None:
-    """Fields beside the box, repaired in place."""
+    """Check and repair all fields except the box, in place."""
     box_area = annotation["bbox"][2] * annotation["bbox"][3]
     area = annotation.get("area")
     if not _is_number(area) or not 0 < area <= LARGEST**2:
@@ -295,7 +294,7 @@ def _is_polygon(values: Any) -> bool:
 
 
 def _is_mask(outline: Any, image_size: tuple[int, int]) -> bool:
-    """Whether it is a mask of the image's size as lengths of runs, plain or in COCO's letters."""
+    """Return whether an outline is an RLE mask of the image's size, compressed or not."""
     if not isinstance(outline, dict) or outline.get("size") != list(reversed(image_size)):
         return False
     counts = outline.get("counts")
@@ -318,13 +317,13 @@ def _note_unused(
             report.add("category without boxes", repr(category["name"]))
 
 
-def _whole_numbers(report: Report, what: str, records: list[dict]) -> dict[Any, int]:
-    """New ids by old ones; pycocotools and Detectron2 take whole numbers only."""
+def _integer_ids(report: Report, kind: str, records: list[dict]) -> dict[Any, int]:
+    """Map old ids to integers, as pycocotools and Detectron2 need them."""
     ids = [record["id"] for record in records]
     odd = [number for number in ids if not _is_whole_id(number)]
     if not odd:
         return {number: number for number in ids}
-    report.add("id that is no whole number", f"{what} {odd[0]!r}")
+    report.add("id that is no whole number", f"{kind} {odd[0]!r}")
     for number, record in enumerate(records, start=1):
         record["id"] = number
     return {old: new for new, old in enumerate(ids, start=1)}

@@ -1,9 +1,8 @@
-"""Training on anybody's COCO-format boxes, named on the command line.
+"""Training on the annotations in COCO format that the command line names.
 
-``--train-json A.json --train-images DIR --val-json B.json --val-images DIR`` becomes two data sets
-of Detectron2, ``own_train`` and ``own_val``, and the class counts of the configuration. A file that
-needed repairs is not touched: its repaired copy goes to ``OUTPUT_DIR/annotations``, so that
-training and the COCO evaluator read the same thing.
+``--train-json A.json --train-images DIR --val-json B.json --val-images DIR`` registers the data
+sets ``own_train`` and ``own_val`` with Detectron2 and sets the number of classes. If a file needs
+repairs, a repaired copy is written to ``OUTPUT_DIR/annotations``, for training and evaluation.
 """
 
 import json
@@ -27,13 +26,13 @@ __all__ = ["apply_json_datasets", "check_coco_json", "register_json"]
 def register_json(
     name: str, json_file: str | os.PathLike, image_dir: str | os.PathLike, classes: list[str]
 ) -> None:
-    """Registers COCO-format boxes with Detectron2, in place of an earlier data set of that name.
+    """Register annotations in COCO format with Detectron2; replaces a data set of the same name.
 
     Args:
-        name: in Detectron2's catalogs.
+        name: name in Detectron2's catalogs.
         json_file: annotations without errors (see ``check_coco_json``).
-        image_dir: folder that the images' ``file_name`` are relative to.
-        classes: names of its categories, by ascending id.
+        image_dir: folder that each image's ``file_name`` is relative to.
+        classes: category names by ascending id.
     """
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
@@ -44,30 +43,29 @@ def register_json(
 def apply_json_datasets(
     cfg: CfgNode, args: Any, weights_names: list[str] | None = None
 ) -> list[Report]:
-    """Points a configuration at the data sets that the command line names.
+    """Configure training and evaluation on the data sets that the command line names.
 
-    Sets ``DATASETS.TRAIN`` and ``TEST`` and the number of classes; keeps images without boxes,
-    as background; takes the schedule for what it says (``SOLVER.REFERENCE_WORLD_SIZE`` 0). Prints
-    what was found in the files, once for all processes.
+    Sets ``DATASETS.TRAIN`` and ``TEST`` and the number of classes, keeps images without boxes as
+    background, and turns off the scaling of the schedule (``SOLVER.REFERENCE_WORLD_SIZE`` 0).
+    Process 0 prints the reports.
 
     Args:
         cfg: changed in place; not frozen.
         args: with ``train_json``, ``train_images``, ``val_json``, ``val_images`` (paths or None)
-            and ``eval_only``. Without ``val_json`` nothing is evaluated; with ``eval_only``,
-            ``train_json`` may be left out.
-        weights_names: with ``eval_only``, the names of the classes that the weights to evaluate
-            were trained on: the data's categories are paired with them by name. Without them, or
-            a ``train_json``, the order of the category ids counts.
+            and ``eval_only``. ``val_json`` is optional; ``train_json`` is with ``eval_only``.
+        weights_names: with ``eval_only``, the class names of the weights; categories are paired
+            with them by name. By default they are paired with those of ``train_json`` or, without
+            it, by the order of their ids.
 
     Returns:
         The report of each file.
 
     Raises:
-        UserError: flags are missing, a file has errors, or the two disagree about the categories.
+        UserError: flags are missing, a file has errors, or the categories differ.
     """
     reports = {}
     for split in ("train", "val"):
-        json_file, image_dir = (getattr(args, f"{split}_{what}") for what in ("json", "images"))
+        json_file, image_dir = (getattr(args, f"{split}_{flag}") for flag in ("json", "images"))
         if not json_file and not image_dir:
             continue
         if not json_file or not image_dir:
@@ -109,7 +107,7 @@ def apply_json_datasets(
 
 
 def _is_first_process() -> bool:
-    """Whether this process is the one of the run that prints, before any group of processes."""
+    """Return whether this is process 0, before the process group exists."""
     return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
 
 
@@ -119,12 +117,12 @@ def _say(*lines: object) -> None:
 
 
 def _names(report: Report) -> list[str]:
-    """Class names in Detectron2's order, which is that of the category ids."""
+    """Return the class names by ascending category id, which is Detectron2's order."""
     return [c["name"] for c in sorted(report.data["categories"], key=lambda c: c["id"])]
 
 
 def _share_categories(train: Report, val: Report) -> bool:
-    """Gives ``val`` the category ids of ``train``, by name; whether that changed anything."""
+    """Give ``val`` the category ids of ``train`` by name; return whether ``val`` changed."""
     ids = {category["name"]: category["id"] for category in train.data["categories"]}
     names = {category["id"]: category["name"] for category in val.data["categories"]}
     only_train = sorted(set(ids) - set(names.values()))
@@ -148,22 +146,22 @@ def _share_categories(train: Report, val: Report) -> bool:
 
 
 def _pair_with_weights(names: list[str], val: Report) -> bool:
-    """Gives ``val`` the classes of the weights as categories, by name; whether that changed it.
+    """Give ``val`` the classes of the weights as categories; return whether ``val`` changed.
 
     Raises:
-        UserError: a category has no class of its name.
+        UserError: a category name is not a class of the weights.
     """
     own = _names(val)
     if own == names:
         return False
     classes = {name: index for index, name in enumerate(names, start=1)}
-    if strangers := [name for name in own if name not in classes]:
+    if unknown := [name for name in own if name not in classes]:
         raise UserError(
-            f"{val.path} has categories that the weights do not know: {_some(strangers)}; the "
+            f"{val.path} has categories that the weights do not know: {_some(unknown)}; the "
             f"weights know {_some(names)}. Give both the same names"
         )
     if len(classes) < len(names):
-        raise UserError("the weights give two classes the same name: they cannot be told apart")
+        raise UserError("two classes of the weights have the same name and cannot be paired")
     by_id = {category["id"]: category["name"] for category in val.data["categories"]}
     for annotation in val.data["annotations"]:
         annotation["category_id"] = classes[by_id[annotation["category_id"]]]
@@ -199,7 +197,7 @@ def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:
 
 
 def _write(data: dict, path: Path) -> None:
-    """Every process writes the same bytes and renames them, so that none reads half a file."""
+    """Write JSON atomically: all processes write the same file at the same time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")

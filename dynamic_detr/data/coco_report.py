@@ -1,9 +1,8 @@
-"""What can be wrong with COCO-format annotations, and what was found in one file.
+"""Problems of annotations in COCO format, and the report of one file.
 
-A problem is an *error* where going on would mean guessing (two images with one id, a picture of
-another size than its record says); *repaired* where there is only one sensible thing to do (a box
-that leaves the image is clipped, one without area is left out); or *noted* where nothing is wrong
-but a person may want to know. ``KINDS`` lists them all.
+An *error* cannot be repaired without guessing (two images with one id). A problem is *repaired* if
+the repair is obvious (a box that exceeds the image is clipped, one without area is left out), and
+*noted* if it is harmless (a category without boxes). ``KINDS`` lists all of them.
 """
 
 from collections import Counter
@@ -12,9 +11,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "Report", "Severity", "printable"]
+__all__ = ["KINDS", "Report", "Severity"]
 
-LONGEST = 300  # characters of an example
+LONGEST = 300  # characters of an example; the middle of longer ones is cut
 
 
 class Severity(Enum):
@@ -62,7 +61,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "missing or duplicate annotation id": (_R, "numbered anew"),
     "id that is no whole number": (_R, "numbered anew"),
     "missing or impossible area": (_R, "taken from the box"),
-    "missing or odd iscrowd": (_R, "0, or 1 where it says something like yes"),
+    "missing or odd iscrowd": (_R, "set to 1 if it means true, else 0"),
     "ignored box": (_R, "treated as a crowd region"),
     "outline that is no polygon": (_R, "outline left out, box kept"),
     "keypoints that are no numbers": (_R, "left out, box kept"),
@@ -70,23 +69,25 @@ KINDS: dict[str, tuple[Severity, str]] = {
 
 
 def printable(text: str) -> str:
-    """What can be printed of a text from a file: without its middle if it is long, and without
-    halves of characters."""
+    """Return a text from a file so that it can be printed: shortened, lone surrogates escaped."""
     if len(text) > LONGEST:
         text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
-    return _whole(text)
+    return _escaped(text)
 
 
-def _whole(text: str) -> str:
+def _escaped(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
 @dataclass
 class Report:
-    """What was found in one file.
+    """Problems found in one file.
 
-    ``data`` is its repaired content, in COCO's format; empty if there are errors. ``repaired``
-    says whether it differs from the file.
+    Args:
+        path: the file.
+        counts: number of problems by kind.
+        examples: first example by kind.
+        data: repaired content in COCO format; empty if there are errors.
     """
 
     path: Path
@@ -100,19 +101,20 @@ class Report:
             self.examples[kind] = printable(example)
 
     def kinds(self, severity: Severity) -> list[str]:
-        """The kinds of problems found that are of this severity, in the order of ``KINDS``."""
+        """Return the kinds found of a severity, in the order of ``KINDS``."""
         return [kind for kind in KINDS if self.counts[kind] and KINDS[kind][0] is severity]
 
     @property
     def repaired(self) -> bool:
+        """Whether ``data`` differs from the file."""
         return bool(self.kinds(Severity.REPAIRED))
 
     def describe(self, kind: str) -> str:
-        """One problem in one line: its name, how often, what is done or to do, an example."""
+        """Describe one kind in one line: name, count, repair or advice, first example."""
         return f"{kind}: {self.counts[kind]}, {KINDS[kind][1]} (first: {self.examples[kind]})"
 
     def error(self) -> str:
-        """All errors in one line, or an empty string."""
+        """Return all errors in one line, or an empty string."""
         errors = [self.describe(kind) for kind in self.kinds(Severity.ERROR)]
         return f"{self.path} cannot be used: {'; '.join(errors)}" if errors else ""
 
@@ -124,4 +126,4 @@ class Report:
         ]
         for severity in Severity:
             lines += [f"  {severity.value}: {self.describe(k)}" for k in self.kinds(severity)]
-        return _whole("\n".join(lines))
+        return _escaped("\n".join(lines))

@@ -1,8 +1,8 @@
-"""From a record to what the model takes, repeatably, and with errors that name the file.
+"""Reproducible mapping of records to model inputs, with errors that name the image file.
 
-Detectron2's ``DatasetMapper`` does the work. Its augmentations draw from the global generators of
-NumPy, Python and PyTorch: these are seeded for one image at a time from (seed, position), so that
-an image is augmented the same way in whichever process, and set back afterwards.
+The augmentations of Detectron2's ``DatasetMapper`` draw from the global generators of NumPy, Python
+and PyTorch. These are seeded from (seed, position) for each image and restored afterwards, so an
+image is augmented in the same way in any process.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ Mapper = Callable[[dict], dict]
 
 @contextlib.contextmanager
 def seeded(seed: int, position: int) -> Iterator[None]:
-    """Seeds the global CPU generators from both numbers, and restores them at the end."""
+    """Seed the global CPU generators from both numbers; restore them on exit."""
     state_numpy, state_python = np.random.get_state(), random.getstate()
     words = np.random.SeedSequence([seed, position]).generate_state(4)
     with torch.random.fork_rng(devices=[]):
@@ -47,16 +47,16 @@ def seeded(seed: int, position: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong with an image; a value, as exceptions leave workers with their traceback."""
+    """Error of an image, returned as a value: an exception leaves a worker with its traceback."""
 
     message: str
 
     @staticmethod
     def check(items: list) -> list[dict]:
-        """The items themselves.
+        """Return the items.
 
         Raises:
-            UserError: one of them is a failure.
+            UserError: an item is a failure.
         """
         for item in items:
             if isinstance(item, Failure):
@@ -66,10 +66,9 @@ class Failure:
 
 @dataclass(frozen=True)
 class GuardedMapper:
-    """A mapper that says which image cannot be used, and why.
+    """Mapper that returns a :class:`Failure` if the image cannot be used.
 
-    An exception of ``mapper`` becomes a :class:`Failure` if the image is at fault; any other is
-    let through.
+    Other exceptions of ``mapper`` are raised.
     """
 
     mapper: Mapper
@@ -90,7 +89,7 @@ class GuardedMapper:
                     f"the image {name} is too large (more than {2 * Image.MAX_IMAGE_PIXELS} "
                     "pixels); make it smaller, or take it out of the annotations"
                 )
-            except Exception as error:  # Pillow's readers raise whatever their format makes them
+            except Exception as error:  # each format of Pillow raises its own errors
                 return Failure(
                     f"the image {name} cannot be read ({one_line(error)}); replace the file, or "
                     "take it out of the annotations"
@@ -99,12 +98,12 @@ class GuardedMapper:
 
 
 class SeededDataset(Dataset):
-    """Maps (position, index of a record) to an image that is ready for the model.
+    """Dataset of model inputs, indexed by (position, index of the record).
 
     Args:
-        records: in Detectron2's format.
-        mapper: what to do with one of them.
-        seed: of the augmentation.
+        records: records in Detectron2's format.
+        mapper: maps a record to a model input.
+        seed: seed of the augmentation.
     """
 
     def __init__(self, records, mapper: Mapper, seed: int) -> None:

@@ -1,10 +1,10 @@
-"""Datasets of synthetic scenes: COCO-format files on disk, and their names in Detectron2.
+"""Datasets of synthetic scenes in COCO format, and their registration with Detectron2.
 
     <root>/scenes/<family>/annotations/instances_{train,val}.json
     <root>/scenes/<family>/{train,val}/000000.jpg ...
 
-A split's JSON is written last and holds, under ``info.parameters``, all that determines its files:
-it is the proof that the split is complete, and with which parameters.
+The JSON of a split is written last; its ``info.parameters`` determine all files of the split. A
+split is complete if its JSON exists with the same parameters.
 """
 
 import json
@@ -25,18 +25,18 @@ JPEG_QUALITY = 92
 
 
 def datasets_root() -> Path:
-    """Where datasets lie, by Detectron2's convention."""
+    """Return the folder of Detectron2's built-in datasets."""
     return Path(os.getenv("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
 def scenes_name(family: str, split: str) -> str:
-    """The dataset's name in Detectron2's catalogs, for example ``scenes_shapes_train``."""
+    """Return a dataset's name in Detectron2's catalogs, for example ``scenes_shapes_train``."""
     return f"scenes_{family}_{split}"
 
 
 @dataclass(frozen=True)
 class _Split:
-    """One split of one family, on disk under ``folder``; picklable, drawn by several processes."""
+    """One split of one family in ``folder``; picklable for multiprocessing."""
 
     folder: Path
     family: str
@@ -72,7 +72,7 @@ class _Split:
             return False
 
     def draw(self, index: int) -> tuple[dict, list[dict]]:
-        """Writes one picture; returns its COCO image record and its objects."""
+        """Write one image; return its COCO image record and its objects."""
         picture, objects = draw_scene(
             FAMILIES[self.family], self.split, index, self.seed, self.options
         )
@@ -115,19 +115,19 @@ def write_scenes(
     options: SceneOptions | None = None,
     processes: int = 1,
 ) -> bool:
-    """Draws one split, unless it is there already with the same parameters.
+    """Draw one split, unless it is complete with the same parameters.
 
     Args:
-        root: of the scenes; the family's folder is made in it.
-        family: what to draw.
+        root: folder of all families.
+        family: the classes of the dataset.
         split: "train" or "val".
-        images: number of scenes; the family's own number when None.
-        seed: of the dataset.
-        options: what scenes look like; the defaults when None.
-        processes: how many draw at once; the files do not depend on it.
+        images: number of scenes; None for the family's default.
+        seed: seed of the dataset.
+        options: appearance of the scenes; None for the defaults.
+        processes: number of processes; the files do not depend on it.
 
     Returns:
-        Whether anything was written.
+        Whether files were written.
     """
     images = family.images[split] if images is None else images
     task = _Split(
@@ -150,17 +150,14 @@ def write_scenes(
     return True
 
 
-def register_scenes(root: str | os.PathLike | None = None) -> None:
-    """Registers ``scenes_<family>_{train,val}`` with Detectron2; nothing is read before it is used.
+def register_scenes() -> None:
+    """Register ``scenes_<family>_{train,val}`` with Detectron2, unless they are registered.
 
-    Args:
-        root: folder with ``scenes/`` in it; Detectron2's own datasets folder when None.
-
-    Registering twice is harmless, the first registration stays.
+    Files are read when a dataset is used.
     """
     from detectron2.data import DatasetCatalog, MetadataCatalog
 
-    scenes = (Path(root) if root is not None else datasets_root()) / "scenes"
+    scenes = datasets_root() / "scenes"
     for family in FAMILIES.values():
         for split in family.images:
             name = scenes_name(family.name, split)

@@ -1,16 +1,14 @@
 """Synthetic scenes: textured shapes among textured clutter, with exact boxes and areas.
 
-A scene is a pure function of (seed, family, split, index). What an object is, is said by its
-outline alone: objects, clutter and background draw their colours and textures from the same
-distributions, so neither a threshold nor a contour finder tells them apart, while a floor on the
+A scene is a pure function of (seed, family, split, index). Only the outline determines the class:
+objects, clutter and background have colours and textures from the same distributions. A minimum
 contrast between an object and its surroundings keeps every outline visible.
 
-Outlines are drawn at ``SUPERSAMPLE`` times the image's resolution. The pixels of the image are
-averages over that grid (antialiasing), and areas and boxes are measured on it, so they are true to
-a quarter of a pixel. As in COCO, box and area are those of the visible part of an object.
+Outlines are drawn on a fine grid of ``SUPERSAMPLE`` points per pixel and side. Pixels are averages
+over this grid (antialiasing); boxes and areas are exact to a quarter of a pixel. As in COCO, they
+cover the visible part of an object.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -18,7 +16,7 @@ from PIL import Image, ImageDraw
 
 __all__ = ["FAMILIES", "SceneFamily", "SceneOptions", "draw_scene"]
 
-RECIPE = 2  # to be raised by whatever changes the pixels or boxes of a scene
+RECIPE = 2  # version: any change to the pixels or boxes of a scene increments it
 SUPERSAMPLE = 4
 SPLITS = ("train", "val")
 
@@ -36,111 +34,79 @@ def _spokes(radii: list[float]) -> np.ndarray:
     return np.array(radii)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
 
 
-def _disc() -> Outline:
-    return _arc(0, 2 * np.pi), None
-
-
-def _square() -> Outline:
-    return _spokes([1.0] * 4), None
-
-
-def _triangle() -> Outline:
-    return _spokes([1.0] * 3), None
-
-
-def _star() -> Outline:
-    return _spokes([1.0, 0.42] * 5), None
-
-
-def _ring() -> Outline:
-    return _arc(0, 2 * np.pi), _arc(0, 2 * np.pi, radius=0.58)
-
-
-def _cross() -> Outline:
+def _cross() -> np.ndarray:
     a = 0.3
     quarter = np.array([(1, -a), (1, a), (a, a)])
     turn = np.array([(0, 1), (-1, 0)])
-    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)]), None
+    return np.concatenate([quarter @ np.linalg.matrix_power(turn, k) for k in range(4)])
 
 
-def _heart() -> Outline:
+def _heart() -> np.ndarray:
     t = np.linspace(0, 2 * np.pi, 64)
     x = 16 * np.sin(t) ** 3
     y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
-    return np.stack([x, y], axis=1), None
+    return np.stack([x, y], axis=1)
 
 
-def _crescent() -> Outline:
+def _crescent() -> np.ndarray:
     outer = _arc(np.pi / 3, 2 * np.pi - np.pi / 3)
     bite = _arc(2 * np.pi - 1.9, 1.9, radius=outer[0, 1] / np.sin(1.9))
-    return np.concatenate([outer, bite + (outer[0] - bite[-1])]), None
+    return np.concatenate([outer, bite + (outer[0] - bite[-1])])
 
 
-def _arrow() -> Outline:
+def _arrow() -> np.ndarray:
     upper = [(-1, 0.22), (0.1, 0.22), (0.1, 0.75), (1, 0)]
-    return np.array(upper + [(x, -y) for x, y in upper[-2::-1]]), None
-
-
-def _hourglass() -> Outline:
-    return np.array([(-0.8, 1), (0.8, 1), (0.14, 0), (0.8, -1), (-0.8, -1), (-0.14, 0)]), None
+    return np.array(upper + [(x, -y) for x, y in upper[-2::-1]])
 
 
 @dataclass(frozen=True)
 class SceneFamily:
-    """Classes that occur together in one dataset, and how many scenes each split has."""
+    """Classes of one dataset."""
 
     name: str
-    code: int  # enters the seed in place of the name
-    outlines: dict[str, Callable[[], Outline]]
-    images: dict[str, int]  # split -> number of scenes
+    code: int  # part of the random seed
+    outlines: dict[str, Outline]  # by class name
+    images: dict[str, int]  # default number of scenes by split
 
     @property
     def classes(self) -> list[str]:
         return list(self.outlines)
 
 
+_SHAPES: dict[str, Outline] = {
+    "disc": (_arc(0, 2 * np.pi), None),
+    "square": (_spokes([1.0] * 4), None),
+    "triangle": (_spokes([1.0] * 3), None),
+    "star": (_spokes([1.0, 0.42] * 5), None),
+    "ring": (_arc(0, 2 * np.pi), _arc(0, 2 * np.pi, radius=0.58)),
+    "cross": (_cross(), None),
+}
+_SYMBOLS: dict[str, Outline] = {
+    "heart": (_heart(), None),
+    "crescent": (_crescent(), None),
+    "arrow": (_arrow(), None),
+    "hourglass": (
+        np.array([(-0.8, 1), (0.8, 1), (0.14, 0), (0.8, -1), (-0.8, -1), (-0.14, 0)]),
+        None,
+    ),
+}
 FAMILIES = {
-    family.name: family
-    for family in (
-        SceneFamily(
-            "shapes",
-            0,
-            {
-                "disc": _disc,
-                "square": _square,
-                "triangle": _triangle,
-                "star": _star,
-                "ring": _ring,
-                "cross": _cross,
-            },
-            {"train": 6000, "val": 300},
-        ),
-        SceneFamily(
-            "symbols",
-            1,
-            {
-                "heart": _heart,
-                "crescent": _crescent,
-                "arrow": _arrow,
-                "hourglass": _hourglass,
-            },
-            {"train": 400, "val": 150},
-        ),
-    )
+    "shapes": SceneFamily("shapes", 0, _SHAPES, {"train": 6000, "val": 300}),
+    "symbols": SceneFamily("symbols", 1, _SYMBOLS, {"train": 400, "val": 150}),
 }
 
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """What a scene looks like; equal options and an equal seed give equal pixels.
+    """Appearance of scenes.
 
     Args:
-        sizes: (width, height) in pixels; a scene draws one of them.
+        sizes: candidates for (width, height) of a scene in pixels.
         min_object: longer side of the smallest object, pixels.
         max_object: longer side of the largest object, as a fraction of the image's shorter side.
-        max_objects: a scene holds 1 to this many objects.
-        min_visible: fraction of an object that borders and other objects must leave visible.
-        min_contrast: RGB distance (0-255 a channel) between an object and its surroundings.
+        max_objects: largest number of objects in a scene; the smallest is 1.
+        min_visible: smallest visible fraction of an object, inside the image and not occluded.
+        min_contrast: RGB distance (0-255 per channel) between an object and its surroundings.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((128, 128),)
@@ -164,7 +130,7 @@ class SceneOptions:
 
 
 def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
-    """Noise in about [-1, 1] whose features are ``cell`` pixels across, (height, width) float32."""
+    """Return noise in about [-1, 1] with features of ``cell`` pixels, (height, width) float32."""
     grid = (int(np.ceil(width / cell)) + 3, int(np.ceil(height / cell)) + 3)
     noise = Image.fromarray(rng.uniform(-1.3, 1.3, grid[::-1]).astype(np.float32))
     box = (1.0, 1.0, 1.0 + width / cell, 1.0 + height / cell)
@@ -172,10 +138,10 @@ def _smooth_noise(rng: np.random.Generator, height: int, width: int, cell: float
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """One random pattern with values in [-1, 1], (height, width) float32."""
+    """Return a random pattern with values in [-1, 1], (height, width) float32."""
     angle, kind = rng.uniform(0, 2 * np.pi), rng.integers(5)
     period = float(np.exp(rng.uniform(np.log(5), np.log(30))))
-    if kind in (0, 3, 4):  # along and across the pattern, in pixels
+    if kind in (0, 3, 4):  # coordinates along and across the pattern, pixels
         c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
         y = np.arange(height, dtype=np.float32)[:, None]
         x = np.arange(width, dtype=np.float32)[None, :]
@@ -196,7 +162,7 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def _paint(rng: np.random.Generator, height: int, width: int, colour: np.ndarray) -> np.ndarray:
-    """A textured surface whose mean is about ``colour``, (height, width, 3) float32 in 0-255."""
+    """Return a texture with a mean of about ``colour``, (height, width, 3) float32 in 0-255."""
     swing = rng.normal(size=3)
     swing *= rng.uniform(6, 34) / np.linalg.norm(swing)
     pattern = _texture(rng, height, width)[..., None]
@@ -208,7 +174,7 @@ def _colour(rng: np.random.Generator) -> np.ndarray:
 
 
 def _pose(rng: np.random.Generator, outline: Outline, longer_side: float) -> list[np.ndarray]:
-    """Squeezes, turns and scales an outline so that its box's longer side is ``longer_side``."""
+    """Squeeze, rotate and scale an outline; the longer side of its box is ``longer_side``."""
     angle = rng.uniform(0, 2 * np.pi)
     c, s = np.cos(angle), np.sin(angle)
     squeeze = np.exp(rng.uniform(-0.2, 0.2))
@@ -219,7 +185,7 @@ def _pose(rng: np.random.Generator, outline: Outline, longer_side: float) -> lis
 
 
 def _blob(rng: np.random.Generator) -> np.ndarray:
-    """An elongated, lobed outline that is none of the classes."""
+    """Return an elongated, lobed polygon that belongs to no class."""
     angle = np.linspace(0, 2 * np.pi, 40, endpoint=False)
     radius = 1 + sum(
         rng.uniform(0.15, 0.4) * np.sin(k * angle + rng.uniform(0, 2 * np.pi)) for k in (2, 3)
@@ -230,7 +196,7 @@ def _blob(rng: np.random.Generator) -> np.ndarray:
 
 
 def _stroke(rng: np.random.Generator, length: float, thickness: float) -> np.ndarray:
-    """A bent band, ``length`` long, as a polygon."""
+    """Return a bent stroke as a polygon."""
     t = np.linspace(-0.5, 0.5, 16)
     bend = rng.uniform(-0.9, 0.9) * t**2 + rng.uniform(-1.5, 1.5) * t**3
     middle = length * np.stack([t, bend], axis=1)
@@ -242,10 +208,13 @@ def _stroke(rng: np.random.Generator, length: float, thickness: float) -> np.nda
 
 @dataclass(frozen=True)
 class _Print:
-    """What an outline covers of the picture.
+    """Rasterised outline.
 
-    ``window``: the h x w pixels concerned; ``mask``: (4h, 4w) bool, on the fine grid; ``alpha``:
-    (h, w, 1) float32, covered fraction of each pixel; ``area``: in fine points, unclipped.
+    Args:
+        window: the h × w pixels of the image that it overlaps.
+        mask: (4h, 4w) bool, covered points of the fine grid.
+        alpha: (h, w, 1) float32, covered fraction of each pixel.
+        area: covered points of the fine grid, also outside the image.
     """
 
     window: Window
@@ -255,14 +224,14 @@ class _Print:
 
 
 class _Canvas:
-    """The picture in the making, and which object is visible at each point of the fine grid."""
+    """Pixels of the scene, and the index of the visible object at each point of the fine grid."""
 
     def __init__(self, pixels: np.ndarray, min_visible: float) -> None:
         height, width = pixels.shape[:2]
         self.pixels = pixels  # (H, W, 3) float32
-        self.owner = np.zeros((height * SUPERSAMPLE, width * SUPERSAMPLE), np.uint8)  # 0: nobody
+        self.owner = np.zeros((height * SUPERSAMPLE, width * SUPERSAMPLE), np.uint8)  # 0: none
         self.min_visible = min_visible
-        self.full: list[int] = [0]  # fine-grid area of every object, hidden parts included
+        self.full: list[int] = [0]  # fine-grid area of every object, with hidden parts
         self.visible: list[int] = [0]
         self.windows: list[Window] = [(slice(0), slice(0))]
 
@@ -273,7 +242,7 @@ class _Canvas:
         picture = Image.new("L", tuple((SUPERSAMPLE * (high - low)).tolist()))
         draw = ImageDraw.Draw(picture)
         for polygon, fill in zip(polygons, (255, 0), strict=False):
-            # Pillow counts from pixel centres, outlines from the window's corner.
+            # The origin is the centre of the first pixel in Pillow, its corner here.
             points = (polygon + centre - low) * SUPERSAMPLE - 0.5
             draw.polygon([tuple(point) for point in points.tolist()], fill=fill)
         first, last = np.maximum(low, 0), np.minimum(high, (width, height))
@@ -294,7 +263,7 @@ class _Canvas:
         return rows, columns
 
     def claim(self, spot: _Print, is_object: bool) -> bool:
-        """Takes the points for a new object or clutter, unless too little of an object remains."""
+        """Assign the points to a new object or clutter, unless it hides too much of an object."""
         inside = int(np.count_nonzero(spot.mask))
         if inside == 0 or (is_object and inside < self.min_visible * spot.area):
             return False
@@ -316,12 +285,12 @@ class _Canvas:
         view += spot.alpha * (_paint(rng, *view.shape[:2], colour) - view)
 
     def surroundings(self, spot: _Print) -> np.ndarray:
-        """Mean colour of what the window shows around (and, where it is full, under) the mask."""
+        """Return the mean colour of the window outside the mask, or of all if the mask fills it."""
         weight = 1.02 - spot.alpha
         return (weight * self.pixels[spot.window]).sum(axis=(0, 1)) / weight.sum()
 
     def measure(self, index: int) -> tuple[list[float], float]:
-        """Box (x, y, width, height) and area of an object's visible part, pixels."""
+        """Return box (x, y, width, height) and area of an object's visible part, pixels."""
         window = self.windows[index]
         mask = self.owner[self.fine(window)] == index
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
@@ -342,7 +311,7 @@ def _contrasting_colour(
 
 
 def _add_clutter(rng: np.random.Generator, canvas: _Canvas, front: bool) -> None:
-    """One stroke, or (behind the objects only) one blob or a soft patch of another texture."""
+    """Draw a stroke, or, behind the objects only, a blob or a soft patch of another texture."""
     height, width = canvas.pixels.shape[:2]
     side = min(height, width)
     centre = rng.uniform((0, 0), (width, height))
@@ -370,7 +339,7 @@ def _add_object(
     height, width = canvas.pixels.shape[:2]
     side = rng.uniform(options.min_object, options.max_object * min(height, width))
     polygons = _pose(rng, outline, side)
-    margin = 0.4 * np.ptp(polygons[0], axis=0)  # borders may cut a fifth of its extent off
+    margin = 0.4 * np.ptp(polygons[0], axis=0)  # the border cuts off a fifth of the extent at most
     spot = canvas.rasterise(polygons, rng.uniform(margin, np.array((width, height)) - margin))
     if not canvas.claim(spot, is_object=True):
         return False
@@ -380,7 +349,7 @@ def _add_object(
 
 
 def _illuminate(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
-    """Light that falls off in one direction and in soft spots, a colour cast, sensor noise."""
+    """Apply uneven light, a colour cast and sensor noise."""
     height, width = pixels.shape[:2]
     angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.3)
     y = np.linspace(-1, 1, height, dtype=np.float32)[:, None]
@@ -395,17 +364,17 @@ def _illuminate(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
 def draw_scene(
     family: SceneFamily, split: str, index: int, seed: int = 0, options: SceneOptions | None = None
 ) -> tuple[Image.Image, list[dict]]:
-    """Draws one scene.
+    """Draw one scene.
 
     Args:
-        family: whose classes occur in it.
+        family: the classes of the dataset.
         split: "train" or "val".
         index: number of the scene within its split.
-        seed: of the whole dataset.
-        options: what scenes look like; the defaults when None.
+        seed: seed of the dataset.
+        options: appearance of the scene; None for the defaults.
 
     Returns:
-        The RGB image and, back to front, one dict an object: ``label`` (index into
+        The RGB image, and a dict per object, back to front: ``label`` (index into
         ``family.classes``), ``bbox`` (x, y, width, height in pixels) and ``area`` (square pixels).
     """
     options = options or SceneOptions()
@@ -418,8 +387,8 @@ def draw_scene(
     labels = []
     for _ in range(rng.integers(1, options.max_objects + 1)):
         label = int(rng.integers(len(outlines)))
-        # A crowded scene may have no room left: it then keeps fewer objects.
-        if any(_add_object(rng, canvas, outlines[label](), options) for _ in range(12)):
+        # The object is omitted if there is no room for it.
+        if any(_add_object(rng, canvas, outlines[label], options) for _ in range(12)):
             labels.append(label)
     for _ in range(rng.integers(0, 3)):
         _add_clutter(rng, canvas, front=True)

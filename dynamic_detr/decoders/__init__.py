@@ -1,4 +1,4 @@
-"""Decoders: one file each, Pyramid in, one Prediction per stage out."""
+"""Decoders: modules from a Pyramid to one Prediction per stage, one file each."""
 
 from .build import DECODER_REGISTRY, build_decoder
 from .deformable import DeformableDecoder

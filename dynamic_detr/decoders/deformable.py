@@ -1,6 +1,4 @@
-"""The decoder of Deformable DETR (section 4.2): queries look at each other and at a few points of
-the pyramid around their reference points, from which they predict boxes; with its two variants,
-boxes that are refined from layer to layer, and queries that are proposed by the pyramid."""
+"""Decoder of Deformable DETR (section 4.2), with iterative box refinement and two-stage queries."""
 
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -26,11 +24,11 @@ __all__ = ["DeformableDecoder", "move_references"]
 
 
 def move_references(references: Tensor, deltas: Tensor) -> Tensor:
-    """Boxes from references and what a box head says of them (appendices A.3 and A.4).
+    """Return references moved by the output of a box head (appendices A.3 and A.4).
 
     Args:
         references: (..., 2) points x, y or (..., 4) boxes cx, cy, w, h, in [0, 1].
-        deltas: (..., 4), added to the references before the sigmoid.
+        deltas: (..., 4), added to the inverse sigmoid of the references.
 
     Returns:
         (..., 4) cx, cy, w, h in [0, 1].
@@ -42,12 +40,9 @@ def move_references(references: Tensor, deltas: Tensor) -> Tensor:
 
 
 class DeformableDecoderLayer(nn.Module):
-    """Self-attention of the queries, deformable attention to the pyramid, feed-forward network.
+    """Self-attention, deformable cross-attention and a feed-forward network.
 
-    Args:
-        channels: C.
-        num_levels: L.
-        num_heads, num_points, ffn_dim, dropout: see `DeformableDecoder`.
+    See `DeformableDecoder` for the arguments.
     """
 
     def __init__(
@@ -76,35 +71,34 @@ class DeformableDecoderLayer(nn.Module):
     def forward(
         self, content: Tensor, positions: Tensor, references: Tensor, pyramid: Pyramid
     ) -> Tensor:
-        """(B, Q, C) content to content; arguments as in `Queries`."""
+        """Return the content (B, Q, C) of the next layer; see `Queries` for the arguments."""
         content = self.self_attention(content, positions)
         return self.ffn(self.cross_attention(content, positions, references, pyramid))
 
 
 @DECODER_REGISTRY.register()
 class DeformableDecoder(nn.Module):
-    """A stack of layers of deformable attention, each of which predicts and is supervised.
+    """Stack of deformable attention layers with one prediction per layer.
 
     Args:
-        channels: C, of the queries and of the pyramid; even.
+        channels: C, even.
         num_levels: L.
         num_classes: K.
         class_head: "focal" or "softmax", see `ClassHead`.
         num_queries: Q.
-        num_layers: layers in the stack.
-        num_heads: heads of the self-attention and of the deformable attention.
-        num_points: points that a head samples on each level.
+        num_layers: number of layers.
+        num_heads: heads of both attentions.
+        num_points: sampled points per head and level.
         ffn_dim: hidden units of the feed-forward networks.
         dropout: probability, after attention and both layers of the feed-forward networks.
-        refine_boxes: each layer refines the boxes of the one before, which come without gradient,
-            and has heads of its own; else all layers share reference points and heads.
-        two_stage: queries are `ProposedQueries`, else `LearnedQueries`.
-        checkpoint_layers: in training, keep only the inputs of each layer and compute it again in
-            the backward pass.
+        refine_boxes: True if each layer has its own heads and refines the detached boxes of the
+            previous layer; False if all layers share the reference points and the heads.
+        two_stage: True for `ProposedQueries`, False for `LearnedQueries`.
+        checkpoint_layers: recompute each layer in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, the heads do not divide the channels, or
-            a two-stage decoder is to have one level or not to refine.
+        ValueError: an argument is out of range, the heads do not divide the channels, or
+            `two_stage` is True with one level or without `refine_boxes`.
     """
 
     @configurable
@@ -161,7 +155,7 @@ class DeformableDecoder(nn.Module):
         for box_head in self.box_heads:
             nn.init.zeros_(box_head.layers[-1].weight)
             nn.init.zeros_(box_head.layers[-1].bias)
-        if not two_stage:  # from points, boxes start small
+        if not two_stage:  # boxes are small at first; a reference point has no size
             nn.init.constant_(self.box_heads[0].layers[-1].bias[2:], -2.0)
 
     @classmethod
@@ -177,7 +171,7 @@ class DeformableDecoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """The proposals of a two-stage decoder, then one prediction per layer, the last final."""
+        """Return the proposals, if two-stage, and one prediction per layer, the last one final."""
         queries = self.queries(pyramid)
         content, references = queries.content, queries.references
         predictions = list(queries.proposals)

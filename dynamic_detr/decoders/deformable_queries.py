@@ -1,4 +1,4 @@
-"""What the decoder of Deformable DETR starts from: queries, and where each looks first."""
+"""Initial queries and reference points of the decoder of Deformable DETR."""
 
 from dataclasses import dataclass, field
 
@@ -12,14 +12,14 @@ __all__ = ["LearnedQueries", "Queries"]
 
 @dataclass(frozen=True)
 class Queries:
-    """The input of the first layer.
+    """Input of the first decoder layer.
 
     Args:
         content: (B, Q, C).
-        positions: (B, Q, C), added to the content wherever it asks.
+        positions: (B, Q, C), added to the content for attention.
         references: (B, Q, 2) points x, y or (B, Q, 4) boxes cx, cy, w, h, normalised by the
             unpadded image, float32 or wider.
-        proposals: predictions that were made on the way.
+        proposals: predictions of the first stage of a two-stage decoder.
     """
 
     content: Tensor
@@ -29,7 +29,7 @@ class Queries:
 
 
 class LearnedQueries(nn.Module):
-    """Learned queries, the same for all images; reference points are read off their positions.
+    """Learned queries, the same for all images; their positions predict the reference points.
 
     Args:
         channels: C.
@@ -44,9 +44,9 @@ class LearnedQueries(nn.Module):
         nn.init.zeros_(self.reference_points.bias)
 
     def forward(self, pyramid: Pyramid) -> Queries:
-        """References are points."""
+        """Return the queries of a batch, with points as references."""
         positions, content = self.embed.weight.chunk(2, dim=-1)
-        with torch.autocast(positions.device.type, enabled=False):  # half precision is coarse
+        with torch.autocast(positions.device.type, enabled=False):  # bfloat16 is too coarse
             points = self.reference_points(positions)
         points = points.to(torch.promote_types(points.dtype, torch.float32)).sigmoid()
         batch = pyramid.image_sizes.shape[0]

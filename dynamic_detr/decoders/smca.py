@@ -1,5 +1,4 @@
-"""The decoder of SMCA: DETR's, with co-attention around a reference point of each query, which is
-also the prior of its box (equation 12)."""
+"""Decoder of SMCA: the decoder of DETR with spatially modulated co-attention."""
 
 import torch
 import torch.nn.functional as F
@@ -17,25 +16,30 @@ __all__ = ["SMCADecoder"]
 
 @DECODER_REGISTRY.register()
 class SMCADecoder(nn.Module):
-    """A stack of decoder layers; all share one norm, class head and box head on their outputs.
+    """Stack of SMCA decoder layers with shared norm, class head and box head.
 
-    The reference points are made once, from the guides of the first layer, and serve all layers.
+    The guides of the first layer predict the reference points, which all layers share. A reference
+    point is also the initial centre of the predicted box (equation 12).
 
     Args:
-        channels: C, of queries and pyramid, divisible by 4.
+        channels: C, divisible by 4.
         num_classes: K.
         num_levels: L.
         class_head: "focal" or "softmax", see `ClassHead`.
         num_queries: Q.
         num_layers: S.
-        scale_selection: whether, with several levels, a query attends to each of them and weighs
-            the results; else there is one softmax over the positions of all levels.
-        checkpoint_layers: in training, keep only the inputs of each layer and compute it again in
-            the backward pass.
-        num_heads, ffn_dim, dropout, scales, head_shared, beta: see `SMCADecoderLayer`.
+        num_heads: heads of both attentions.
+        ffn_dim: hidden units of the feed-forward networks.
+        dropout: see `SMCADecoderLayer`.
+        scales: see `SpatialPrior`.
+        head_shared: True if all heads share one prior.
+        scale_selection: True to attend to each level and sum the results with predicted weights,
+            False for one softmax over the positions of all levels.
+        beta: see `SpatialPrior`.
+        checkpoint_layers: recompute each layer in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     @configurable
@@ -104,10 +108,10 @@ class SMCADecoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """One prediction per layer, the last one final.
+        """Return one prediction per layer, the last one final.
 
         Raises:
-            ValueError: the pyramid has another number of levels.
+            ValueError: the pyramid does not have `num_levels` levels.
         """
         if len(pyramid) != self.num_levels:
             raise ValueError(

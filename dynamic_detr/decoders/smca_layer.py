@@ -1,5 +1,4 @@
-"""One layer of SMCA's decoder: queries look at each other, then at the image, each around the
-place where it expects its object (equations 5 to 9)."""
+"""Decoder layer of SMCA with spatially modulated co-attention (equations 5 to 9)."""
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,8 @@ __all__ = ["SMCADecoderLayer", "SpatiallyModulatedCoAttention"]
 class SpatiallyModulatedCoAttention(nn.Module):
     """norm(x + dropout(co-attention(x + positions, keys, values))), modulated by a spatial prior.
 
-    The logarithm of the prior is added to the scaled dot products, before the softmax.
-
-    Args:
-        channels, num_heads, dropout, scales, head_shared, beta: see `SMCADecoderLayer`.
-        selected_levels: L, if a query attends to each level and weighs the results; 1 for one
-            softmax over the positions of all levels.
+    The log-prior is added to the scaled dot products before the softmax. See `SMCADecoderLayer` for
+    the arguments.
     """
 
     def __init__(
@@ -53,10 +48,10 @@ class SpatiallyModulatedCoAttention(nn.Module):
         pyramid: Pyramid,
         pyramid_positions: Tensor,
     ) -> Tensor:
-        """(B, Q, C) to (B, Q, C); the arguments are those of `SMCADecoderLayer`.
+        """Apply the attention to the content x of the queries, (B, Q, C).
 
-        Args:
-            guides: (B, Q, C), what the prior and the weights of the levels are predicted from.
+        See `SMCADecoderLayer.forward` for the other arguments. The layers that predict the prior
+        and the level weights read the guides (B, Q, C).
         """
         values = pyramid.table()
         keys = values + pyramid_positions
@@ -67,10 +62,10 @@ class SpatiallyModulatedCoAttention(nn.Module):
             log_prior = torch.cat([p + s for p, s in zip(log_priors, shifts, strict=True)], dim=-1)
             attended = self._attend(x + positions, keys, values, log_prior)
         else:
-            counts = [height * width for height, width in pyramid.shapes]
-            levels = zip(keys.split(counts, 1), values.split(counts, 1), log_priors, strict=True)
+            areas = pyramid.areas
+            levels = zip(keys.split(areas, 1), values.split(areas, 1), log_priors, strict=True)
             weights = self.level_logits(guides).softmax(dim=-1).unbind(dim=-1)  # equation 7
-            # equations 8 and 9; the weights add up to 1, so the last projection may come first
+            # equations 8 and 9; the weights sum to 1, so the output projection commutes
             attended = sum(
                 weight[..., None] * self._attend(x + positions, *level)
                 for weight, level in zip(weights, levels, strict=True)
@@ -78,7 +73,7 @@ class SpatiallyModulatedCoAttention(nn.Module):
         return self.norm(x + self.dropout(attended))
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, log_prior: Tensor) -> Tensor:
-        """Equations 5 and 6."""
+        """Return the result of equations 5 and 6, (B, Q, C)."""
         log_prior = log_prior.to(queries.dtype).expand(-1, self.num_heads, -1, -1)
         return self.attention(
             queries, keys, values, attn_mask=log_prior.flatten(0, 1), need_weights=False
@@ -86,20 +81,22 @@ class SpatiallyModulatedCoAttention(nn.Module):
 
 
 class SMCADecoderLayer(nn.Module):
-    """Self-attention, spatially modulated co-attention and feed-forward network, post-norm.
+    """Self-attention, spatially modulated co-attention and a feed-forward network.
 
     Args:
         channels: C.
         num_heads: heads of both attentions.
         ffn_dim: hidden units of the feed-forward network.
-        dropout: of the attention weights, after both attentions and after both layers of the
-            feed-forward network.
-        selected_levels: see `SpatiallyModulatedCoAttention`.
-        scales, beta: see `SpatialPrior`.
-        head_shared: whether all heads share one prior.
+        dropout: probability, for the attention weights, after both attentions and after both layers
+            of the feed-forward network.
+        selected_levels: L to attend to each level and sum the results with predicted weights, 1 for
+            one softmax over the positions of all levels.
+        scales: see `SpatialPrior`.
+        head_shared: True if all heads share one prior.
+        beta: see `SpatialPrior`.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     def __init__(
@@ -139,7 +136,7 @@ class SMCADecoderLayer(nn.Module):
         self.ffn = FeedForward(channels, ffn_dim, dropout)
 
     def guides(self, queries: Tensor, positions: Tensor) -> Tensor:
-        """What the spatial prior is predicted from: (B, Q, C)."""
+        """Return the input of the layers that predict the spatial prior, (B, Q, C)."""
         return self.guide_norm(queries + positions)
 
     def forward(
@@ -150,18 +147,17 @@ class SMCADecoderLayer(nn.Module):
         pyramid: Pyramid,
         pyramid_positions: Tensor,
     ) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
-            queries: (B, Q, C), content.
-            positions: (B, Q, C), learned, of the queries.
-            references: (B, Q, 2) x, y, where queries expect their objects, normalised by the
-                image; float32 or wider.
-            pyramid: what the encoder said.
-            pyramid_positions: (B, ΣHW, C), of the pyramid's positions.
+            queries: (B, Q, C) content of the queries.
+            positions: (B, Q, C), added to the content for attention.
+            references: (B, Q, 2) x, y, normalised by the image, float32 or wider.
+            pyramid: pyramid of L levels.
+            pyramid_positions: (B, ΣHW, C), added to the features of the pyramid for the keys.
 
         Returns:
-            queries (B, Q, C).
+            (B, Q, C).
         """
         guides = self.guides(queries, positions)
         queries = self.self_attention(queries, positions)

@@ -1,5 +1,4 @@
-"""The spatial prior of SMCA (equations 3, 4 and 6): where a query expects its object, as the
-logarithm of a Gaussian-like weight for each position of a level."""
+"""Spatial prior of SMCA (equations 3, 4 and 6): Gaussian-like weights around a centre."""
 
 import torch
 from torch import Tensor, nn
@@ -8,20 +7,20 @@ from ..structures import Pyramid
 
 __all__ = ["SpatialPrior"]
 
-NUM_SCALES = {"independent": 2, "single": 1, "fixed": 0}  # of each prior
+NUM_SCALES = {"independent": 2, "single": 1, "fixed": 0}  # predicted scales of each prior
 
 
 class SpatialPrior(nn.Module):
-    """log G = −Σ (scale · (position − centre))² / β, over x and y, in cells of the level.
+    """log G = −Σ (scale · (position − centre))² / β over x and y, in cells of the level.
 
-    The centre is the query's reference point, the same for all layers and heads, and an offset
-    without bounds for each layer and head. Offsets start at 0 and scales at 1.
+    The centre is the reference point of the query plus an unbounded offset. Offsets are initially 0
+    and scales 1.
 
     Args:
         channels: C.
-        num_priors: heads that have a prior of their own; 1 if all share one.
-        scales: "independent" ones of x and y, a "single" one for both, or "fixed" at 1.
-        beta: β, the bandwidth.
+        num_priors: number of heads, or 1 if all heads share one prior.
+        scales: "independent" scales of x and y, a "single" scale for both, or "fixed" at 1.
+        beta: bandwidth β.
     """
 
     def __init__(self, channels: int, num_priors: int, scales: str, beta: float) -> None:
@@ -34,7 +33,7 @@ class SpatialPrior(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """Gives the layers their first values."""
+        """Initialise the layers."""
         nn.init.zeros_(self.offsets.weight)
         nn.init.zeros_(self.offsets.bias)
         if self.num_scales:
@@ -44,18 +43,18 @@ class SpatialPrior(nn.Module):
     def forward(
         self, guides: Tensor, references: Tensor, pyramid: Pyramid
     ) -> list[tuple[Tensor, Tensor]]:
-        """The logarithm of the prior on each level, as a map whose largest value is 0.
+        """Return the log-prior of each level, shifted so that its maximum is 0.
 
-        However far away a centre is, the softmax of such a map is finite, in half precision too.
+        The shift keeps the softmax finite in half precision for centres far outside the image.
 
         Args:
-            guides: (B, Q, C), what offsets and scales are predicted from.
+            guides: (B, Q, C), input of the layers that predict offsets and scales.
             references: (B, Q, 2) x, y, normalised by the image.
-            pyramid: of L levels.
+            pyramid: pyramid of L levels.
 
         Returns:
-            For each level the map (B, num_priors, Q, HW), minus infinity beyond the true size, and
-            what was subtracted (B, num_priors, Q, 1), without gradient; in the dtype of the
+            For each level the shifted log-prior (B, num_priors, Q, HW), with -inf in the padding,
+            and the subtracted maximum (B, num_priors, Q, 1), detached; in the dtype of the
             references.
         """
         dtype = references.dtype
@@ -82,8 +81,17 @@ class SpatialPrior(nn.Module):
 def _log_weights(
     centers: Tensor, precisions: Tensor, sizes: Tensor, length: int
 ) -> tuple[Tensor, Tensor]:
-    """The logarithm of the weights along one side of a level, from (..., 1) centres, precisions
-    and true sizes: (..., length), 0 at most, and what was subtracted (..., 1)."""
+    """Return the shifted log-weights along x or y, and the subtracted maximum.
+
+    Args:
+        centers: (..., 1), in cells.
+        precisions: (..., 1), squared scales divided by β.
+        sizes: (..., 1), true size of the level in cells.
+        length: padded size of the level in cells.
+
+    Returns:
+        (..., length) and (..., 1).
+    """
     index = torch.arange(length, device=centers.device)
     logs = (-precisions * (index - centers).square()).masked_fill(index >= sizes, -torch.inf)
     largest = logs.detach().amax(dim=-1, keepdim=True)

@@ -1,5 +1,4 @@
-"""DETR's decoder (End-to-End Object Detection with Transformers, section 3.2): learned queries look
-at each other, and then at the whole image."""
+"""Decoder of DETR (section 3.2): self-attention of queries and cross-attention to a pyramid."""
 
 from collections.abc import Sequence
 
@@ -25,14 +24,7 @@ __all__ = ["TransformerDecoder", "TransformerDecoderLayer"]
 
 
 class TransformerDecoderLayer(nn.Module):
-    """Self-attention, cross-attention and a feed-forward network, each with its norm after it.
-
-    Args:
-        channels: C.
-        num_heads: heads of both attentions.
-        ffn_dim: hidden units of the feed-forward network.
-        dropout: see `Attention` and `FeedForward`.
-    """
+    """Self-attention, cross-attention and a feed-forward network; see `TransformerDecoder`."""
 
     def __init__(self, channels: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -48,15 +40,14 @@ class TransformerDecoderLayer(nn.Module):
         values: Tensor,
         padding: Tensor | None,
     ) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
-            queries: (B, Q, C), the content.
-            query_positions: (B, Q, C), added to queries and keys of the self-attention and to the
-                queries of the cross-attention.
-            keys: (B, ΣHW, C), what the encoder said, with positions added.
-            values: (B, ΣHW, C), the same without.
-            padding: (B, ΣHW) bool, True for rows that are not attended to.
+            queries: (B, Q, C) content of the queries.
+            query_positions: (B, Q, C), added to the content for attention.
+            keys: (B, ΣHW, C), features of the pyramid plus position embeddings.
+            values: (B, ΣHW, C), features of the pyramid.
+            padding: (B, ΣHW) bool, True for rows to ignore; None if there are none.
 
         Returns:
             (B, Q, C).
@@ -68,25 +59,24 @@ class TransformerDecoderLayer(nn.Module):
 
 @DECODER_REGISTRY.register()
 class TransformerDecoder(nn.Module):
-    """A stack of transformer layers. Every layer predicts, by one norm, class head and box head.
+    """Stack of transformer layers with shared norm, class head and box head.
 
-    The content of the queries starts at zero; what is learned is their position.
+    The initial content of the queries is zero; their positions are learned.
 
     Args:
-        channels: C, of the queries and of the pyramid, divisible by 4.
+        channels: C, divisible by 4.
         num_classes: K.
         class_head: "focal" or "softmax", see `ClassHead`.
-        levels: indices of the levels of the pyramid that the queries look at; all if empty.
+        levels: indices of the levels that the queries attend to; all if empty.
         num_queries: Q.
         num_layers: S.
         num_heads: heads of both attentions.
-        ffn_dim: hidden units of the feed-forward network.
-        dropout: probability.
-        checkpoint_layers: in training, keep only the inputs of each layer and compute it again in
-            the backward pass.
+        ffn_dim: hidden units of the feed-forward networks.
+        dropout: probability, see `Attention` and `FeedForward`.
+        checkpoint_layers: recompute each layer in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     @configurable
@@ -126,8 +116,8 @@ class TransformerDecoder(nn.Module):
     def from_config(cls, cfg: CfgNode) -> dict:
         detector = cfg.MODEL.SET_DETECTOR
         decoder = {name.lower(): v for name, v in cfg.MODEL.TRANSFORMER_DECODER.items()}
-        names, wanted = list(detector.IN_FEATURES), decoder.pop("in_features")
-        missing = [name for name in wanted if name not in names]
+        names, selected = list(detector.IN_FEATURES), decoder.pop("in_features")
+        missing = [name for name in selected if name not in names]
         if missing:
             raise ValueError(
                 f"MODEL.TRANSFORMER_DECODER.IN_FEATURES names {missing}; "
@@ -137,13 +127,13 @@ class TransformerDecoder(nn.Module):
             "channels": detector.HIDDEN_DIM,
             "num_classes": detector.NUM_CLASSES,
             "class_head": detector.CLASS_HEAD,
-            "levels": [names.index(name) for name in wanted],
+            "levels": [names.index(name) for name in selected],
             "checkpoint_layers": detector.ACTIVATION_CHECKPOINT.DECODER,
             **decoder,
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """One prediction per layer, the last one final."""
+        """Return one prediction per layer, the last one final."""
         if self.levels:
             pyramid = pyramid.select(self.levels)
         values, padding = pyramid.table(), padding_mask(pyramid)

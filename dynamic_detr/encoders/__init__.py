@@ -1,7 +1,7 @@
-"""Encoders: one file each, Pyramid in, Pyramid out.
+"""Encoders: modules from Pyramid to Pyramid, one file each.
 
-Names that ``MODEL.BACKBONE.NAME`` may give, for an encoder within a Detectron2 backbone:
-``build_resnet_fpn_dyhead_backbone`` and ``build_retinanet_resnet_fpn_dyhead_backbone``.
+``MODEL.BACKBONE.NAME`` selects an encoder inside a Detectron2 backbone by
+``build_resnet_fpn_dyhead_backbone`` or ``build_retinanet_resnet_fpn_dyhead_backbone``.
 """
 
 from .backbone import EncodedFPN

@@ -1,14 +1,13 @@
-"""An encoder as a part of a Detectron2 backbone: Dynamic Head (the dynamic encoder's blocks on the
-levels of an FPN) under Faster R-CNN, RetinaNet or any other detector of Detectron2's."""
+"""Detectron2 backbones with an encoder on an FPN: DyHead for Faster R-CNN and RetinaNet."""
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, Backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool, LastLevelP6P7
+from detectron2.modeling.backbone.fpn import FPN, LastLevelP6P7
 from torch import Tensor, nn
 
-from ..backbones import build_resnet_deform_backbone
+from ..backbones import build_resnet_deform_backbone, build_resnet_deform_fpn_backbone
 from ..structures import Pyramid
 from .dynamic import DynamicEncoder
 
@@ -20,16 +19,15 @@ __all__ = [
 
 
 class EncodedFPN(Backbone):
-    """A feature pyramid network whose levels pass through an encoder.
+    """Feature pyramid network followed by an encoder.
 
-    A backbone is not told how far its images are padded: the encoder takes every map as true as a
-    whole.
+    A backbone receives no image sizes, so the encoder treats the padding as a part of the image.
 
     Args:
-        fpn: whose outputs, fine to coarse, make the pyramid.
-        encoder: `forward(pyramid) -> pyramid` of the same shape.
-        size_divisibility: images are padded to a multiple of this many pixels; None for what the
-            FPN asks for.
+        fpn: backbone whose outputs, fine to coarse, are the levels of the pyramid.
+        encoder: module from a pyramid to a pyramid of the same shape.
+        size_divisibility: images are padded to a multiple of this, in pixels; None for that of the
+            FPN.
     """
 
     def __init__(
@@ -42,7 +40,7 @@ class EncodedFPN(Backbone):
 
     @property
     def bottom_up(self) -> nn.Module:
-        """The pretrained part."""
+        """Return the pretrained part of the backbone."""
         return self.fpn.bottom_up
 
     @property
@@ -51,14 +49,14 @@ class EncodedFPN(Backbone):
 
     @property
     def padding_constraints(self) -> dict[str, int]:
-        """What newer Detectron2s ask beside the divisibility."""
+        """Return the padding constraints of the FPN; Detectron2 0.5 has none."""
         return getattr(self.fpn, "padding_constraints", {})
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         return self.fpn.output_shape()
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (B, 3, H, W) to levels (B, C, H / stride, W / stride) by name."""
+        """Map images (B, 3, H, W) to levels (B, C, H / stride, W / stride) by name."""
         levels = self.fpn(images)
         shapes = self.output_shape()
         features = [
@@ -71,35 +69,31 @@ class EncodedFPN(Backbone):
 def _with_dynamic_encoder(cfg: CfgNode, fpn: FPN) -> EncodedFPN:
     shapes = fpn.output_shape()
     encoder = DynamicEncoder(cfg, channels=cfg.MODEL.FPN.OUT_CHANNELS, num_levels=len(shapes))
-    # the published weights were trained, and depend on, images padded to the coarsest stride
+    # the published weights were trained with images padded to the coarsest stride
     legacy = cfg.MODEL.DYNAMIC_ENCODER.OFFSETS == "legacy"
     coarsest = max(shape.stride for shape in shapes.values())
     return EncodedFPN(fpn, encoder, coarsest if legacy else None)
 
 
-def _fpn(cfg: CfgNode, input_shape: ShapeSpec, top_block: nn.Module) -> FPN:
-    node = cfg.MODEL.FPN
-    return FPN(
-        bottom_up=build_resnet_deform_backbone(cfg, input_shape),
-        in_features=node.IN_FEATURES,
-        out_channels=node.OUT_CHANNELS,
-        norm=node.NORM,
-        top_block=top_block,
-        fuse_type=node.FUSE_TYPE,
-    )
-
-
 @BACKBONE_REGISTRY.register()
 def build_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> EncodedFPN:
-    """P2 to P6 for Faster R-CNN: Detectron2's FPN over `build_resnet_deform_backbone`, and the
-    dynamic encoder of `MODEL.DYNAMIC_ENCODER`."""
-    return _with_dynamic_encoder(cfg, _fpn(cfg, input_shape, LastLevelMaxPool()))
+    """Build an FPN with the levels P2 to P6 and the encoder of `MODEL.DYNAMIC_ENCODER`."""
+    return _with_dynamic_encoder(cfg, build_resnet_deform_fpn_backbone(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_fpn_dyhead_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> EncodedFPN:
-    """P3 to P7 for RetinaNet: as `build_resnet_fpn_dyhead_backbone`, but with P6 and P7 by strided
-    convolutions on P5, as the published DyHead has them (Detectron2's RetinaNet: on C5)."""
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
-    top_block = LastLevelP6P7(channels, channels, "p5")
-    return _with_dynamic_encoder(cfg, _fpn(cfg, input_shape, top_block))
+    """Build an FPN with the levels P3 to P7 and the encoder of `MODEL.DYNAMIC_ENCODER`.
+
+    P6 is computed from P5, as in the published DyHead; Detectron2's RetinaNet computes it from C5.
+    """
+    node = cfg.MODEL.FPN
+    fpn = FPN(
+        bottom_up=build_resnet_deform_backbone(cfg, input_shape),
+        in_features=node.IN_FEATURES,
+        out_channels=node.OUT_CHANNELS,
+        norm=node.NORM,
+        top_block=LastLevelP6P7(node.OUT_CHANNELS, node.OUT_CHANNELS, "p5"),
+        fuse_type=node.FUSE_TYPE,
+    )
+    return _with_dynamic_encoder(cfg, fpn)

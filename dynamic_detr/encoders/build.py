@@ -8,10 +8,11 @@ __all__ = ["ENCODER_REGISTRY", "build_encoder"]
 
 ENCODER_REGISTRY = Registry("ENCODER")
 ENCODER_REGISTRY.__doc__ = """
-Encoders: `forward(pyramid) -> pyramid` of the same shape. Each is made from the whole config.
+Encoders: `forward(pyramid) -> pyramid` of the same shape. The registered object is called as
+`obj(cfg)`.
 """
 
 
 def build_encoder(cfg: CfgNode) -> nn.Module:
-    """The encoder that `MODEL.SET_DETECTOR.ENCODER` names."""
+    """Build the encoder named by `MODEL.SET_DETECTOR.ENCODER`."""
     return ENCODER_REGISTRY.get(cfg.MODEL.SET_DETECTOR.ENCODER)(cfg)

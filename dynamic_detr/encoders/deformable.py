@@ -1,5 +1,4 @@
-"""The encoder of Deformable DETR (section 4.2): every position of a pyramid looks at a few points
-of all levels, around itself."""
+"""Encoder of Deformable DETR (section 4.2): deformable self-attention over a pyramid."""
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -11,7 +10,6 @@ from ..layers import (
     FeedForward,
     apply_layer,
     check_heads,
-    padding_mask,
     sine_positions,
 )
 from ..structures import Pyramid
@@ -21,14 +19,7 @@ __all__ = ["DeformableEncoder"]
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable attention of a pyramid to itself, then a feed-forward network.
-
-    Args:
-        channels: C.
-        num_levels: L.
-        multi_scale: whether a position samples all levels, or its own alone.
-        num_heads, num_points, ffn_dim, dropout: see `DeformableEncoder`.
-    """
+    """Deformable self-attention and a feed-forward network; see `DeformableEncoder`."""
 
     def __init__(
         self,
@@ -49,23 +40,22 @@ class DeformableEncoderLayer(nn.Module):
         self.ffn = FeedForward(channels, ffn_dim, dropout)
 
     def forward(self, table: Tensor, positions: Tensor, pyramid: Pyramid) -> Tensor:
-        """One refinement.
+        """Apply the layer.
 
         Args:
-            table: (B, ΣHW, C), what the layer reads; not the features of the pyramid.
-            positions: (B, ΣHW, C).
-            pyramid: whose sizes it has.
+            table: (B, ΣHW, C) features.
+            positions: (B, ΣHW, C), added to the features for the queries.
+            pyramid: pyramid with the sizes of the table; its features are not read.
 
         Returns:
-            (B, ΣHW, C), with anything beyond the true sizes.
+            (B, ΣHW, C), undefined in the padding.
         """
         pyramid = pyramid.with_table(table)
         if self.multi_scale:
             return self.ffn(self.attention(table, positions, pyramid.centers(), pyramid))
-        areas = [height * width for height, width in pyramid.shapes]
         rows = zip(
-            table.split(areas, dim=1),
-            positions.split(areas, dim=1),
+            table.split(pyramid.areas, dim=1),
+            positions.split(pyramid.areas, dim=1),
             pyramid.level_centers(),
             (pyramid.select([level]) for level in range(len(pyramid))),
             strict=True,
@@ -75,23 +65,21 @@ class DeformableEncoderLayer(nn.Module):
 
 @ENCODER_REGISTRY.register()
 class DeformableEncoder(nn.Module):
-    """A stack of layers of deformable attention.
+    """Stack of deformable attention layers.
 
     Args:
-        channels: C, channels of every level, divisible by 4.
+        channels: C, divisible by 4.
         num_levels: L.
-        num_layers: layers in the stack.
+        num_layers: number of layers.
         num_heads: attention heads.
-        num_points: points that a head samples on each level.
+        num_points: sampled points per head and level.
         ffn_dim: hidden units of the feed-forward networks.
         dropout: probability, after attention and both layers of the feed-forward networks.
-        multi_scale: whether a position samples all levels, or its own alone.
-        checkpoint_layers: in training, keep only the input of each layer and compute it again in
-            the backward pass.
+        multi_scale: True to sample all levels, False to sample only the level of the query.
+        checkpoint_layers: recompute each layer in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels;
-            in `forward`, the pyramid has another number of levels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     @configurable
@@ -139,24 +127,25 @@ class DeformableEncoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Pyramid to pyramid of the same shape, with zeros beyond the true sizes."""
+        """Return a pyramid of the same shape, with zeros in the padding.
+
+        Raises:
+            ValueError: the pyramid does not have `num_levels` levels.
+        """
         if len(pyramid) != len(self.level_embed):
             raise ValueError(
                 f"DeformableEncoder: the pyramid has {len(pyramid)} levels; wants "
                 f"{len(self.level_embed)}, its num_levels."
             )
-        table, padding = pyramid.masked().table(), padding_mask(pyramid)
+        table = pyramid.masked().table()
         positions = self._positions(pyramid).to(table.dtype)
         recompute = self.checkpoint_layers and self.training
         for layer in self.layers:
             table = apply_layer(layer, table, positions, pyramid, recompute=recompute)
-        if padding is not None:
-            table = table.masked_fill(padding[..., None], 0)
-        return pyramid.with_table(table)
+        return pyramid.with_table(table).masked()
 
     def _positions(self, pyramid: Pyramid) -> Tensor:
-        """Where a row is, within its level and among levels: (B, ΣHW, C)."""
-        areas = [height * width for height, width in pyramid.shapes]
-        levels = zip(self.level_embed, areas, strict=True)
+        """Return the sum of position and level embeddings, (B, ΣHW, C)."""
+        levels = zip(self.level_embed, pyramid.areas, strict=True)
         level_of_row = torch.cat([embedding.expand(area, -1) for embedding, area in levels])
         return sine_positions(pyramid, pyramid.channels, offset=0.5) + level_of_row

@@ -1,5 +1,8 @@
-"""The dynamic encoder (equations 2 to 7): self-attention over a pyramid, approximated by
-deformable convolutions between neighbouring levels with scale, spatial and channel attention."""
+"""Dynamic encoder (equations 2 to 7).
+
+Deformable convolutions between neighbouring levels, with scale, spatial and channel attention,
+approximate self-attention over a pyramid.
+"""
 
 from detectron2.config import CfgNode, configurable
 from torch import nn
@@ -18,23 +21,24 @@ BLOCKS = {"resized": DynamicEncoderBlock, "legacy": LegacyDynamicEncoderBlock}
 
 @ENCODER_REGISTRY.register()
 class DynamicEncoder(nn.Module):
-    """A stack of dynamic encoder blocks.
+    """Stack of dynamic encoder blocks.
 
     Args:
-        channels: C, channels of every level.
-        num_levels: L; None for any number but one, for which blocks have no neighbours.
-        num_blocks: blocks in the stack (the paper's Table 2: 2, 4 or 6).
-        num_groups: groups of each GroupNorm.
-        offsets: "resized", offsets are displacements in the image and are resized for the
-            neighbouring levels; or "legacy", as the published DyHead code reads them, for its
-            checkpoints (not invariant to padding).
-        scale_attention, spatial_attention, channel_attention: see `DynamicEncoderBlock`.
-        checkpoint_blocks: in training, keep only the input of each block and compute it again in
-            the backward pass.
+        channels: C.
+        num_levels: L; None for any number of two or more. With one level the blocks have no
+            convolutions for neighbouring levels.
+        num_blocks: number of blocks.
+        num_groups: groups of each GroupNorm, a divisor of C.
+        offsets: "resized" to resize the offsets for the neighbouring levels, or "legacy" to read
+            them like the published DyHead code, for its checkpoints; see
+            `LegacyDynamicEncoderBlock`.
+        scale_attention: see `DynamicEncoderBlock`.
+        spatial_attention: see `DynamicEncoderBlock`.
+        channel_attention: see `DynamicEncoderBlock`.
+        checkpoint_blocks: recompute each block in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the channels do not divide into the
-            groups.
+        ValueError: an argument is out of range, or the groups do not divide the channels.
     """
 
     @configurable
@@ -87,7 +91,7 @@ class DynamicEncoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Pyramid to pyramid of the same shape; with zeros beyond the true sizes unless legacy."""
+        """Return a pyramid of the same shape, with zeros in the padding except for "legacy"."""
         if self.masks_padding:
             pyramid = pyramid.masked()
         recompute = self.checkpoint_blocks and self.training

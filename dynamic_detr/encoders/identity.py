@@ -1,4 +1,4 @@
-"""No encoder: the row "Dynamic Decoder" of the paper's Table 1."""
+"""Identity encoder, for the row "Dynamic Decoder" of Table 1."""
 
 from detectron2.config import CfgNode, configurable
 from torch import nn
@@ -11,7 +11,7 @@ __all__ = ["IdentityEncoder"]
 
 @ENCODER_REGISTRY.register()
 class IdentityEncoder(nn.Module):
-    """Passes the pyramid on, with zeros beyond the true sizes as every encoder does."""
+    """Encoder that only sets the padding to zero."""
 
     @configurable
     def __init__(self) -> None:
@@ -22,4 +22,5 @@ class IdentityEncoder(nn.Module):
         return {}
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
+        """Return the pyramid with zeros in the padding."""
         return pyramid.masked()

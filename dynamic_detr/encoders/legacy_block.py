@@ -1,9 +1,9 @@
-"""The dynamic encoder block as the published DyHead code computes it, for its checkpoints.
+"""Dynamic encoder block of the published DyHead code, for its checkpoints.
 
-That code hands the offsets of a level unresized to the convolution on the coarser neighbour,
-whose kernel reads them from memory as if they had the neighbour's size; it leaves the offsets
-for the finer neighbour unscaled, resizes with align_corners=True, and counts the padding in its
-statistics.
+The published code passes the offsets of a level without resizing to the convolution on the coarser
+neighbour, whose kernel reads their memory as if they had the size of the neighbour. It does not
+scale the offsets for the finer neighbour, upsamples with align_corners=True, and includes the
+padding in the statistics.
 """
 
 import torch.nn.functional as F
@@ -16,10 +16,10 @@ __all__ = ["LegacyDynamicEncoderBlock"]
 
 
 class LegacyDynamicEncoderBlock(DynamicEncoderBlock):
-    """Arguments as `DynamicEncoderBlock`; what it says of an image depends on the padding."""
+    """Dynamic encoder block of DyHead; its results depend on the padding."""
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Operation by operation, on a pyramid that knows nothing of padding."""
+        """Return a pyramid of the same shape, computed as if there were no padding."""
         self._check(pyramid)
         whole = Pyramid(pyramid.features, pyramid.strides)
         return pyramid.with_features(self.plain_forward(whole).features)

@@ -1,5 +1,4 @@
-"""The multi-scale encoder of SMCA (SMCA, section 3.3): blocks of self-attention within each level,
-which are cheap, and over all levels, which lets them exchange what they know."""
+"""Encoder of SMCA (section 3.3): self-attention within each level and over all levels."""
 
 from collections.abc import Sequence
 
@@ -7,7 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 
 from ..config import check_arguments
-from ..layers import apply_layer, padding_mask, sine_positions
+from ..layers import apply_layer, sine_positions
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 from .smca_block import SMCAEncoderBlock
@@ -17,18 +16,20 @@ __all__ = ["SMCAEncoder"]
 
 @ENCODER_REGISTRY.register()
 class SMCAEncoder(nn.Module):
-    """A stack of intra-scale and multi-scale self-attention blocks.
+    """Stack of intra-scale and multi-scale self-attention blocks.
 
     Args:
         channels: C, divisible by 4.
         num_levels: L.
         blocks: kind of each block, "intra" or "multi".
-        checkpoint_blocks: in training, keep only the input of each block and compute it again in
-            the backward pass.
-        shared, num_heads, ffn_dim, dropout: see `SMCAEncoderBlock`.
+        shared: see `SMCAEncoderBlock`.
+        num_heads: attention heads.
+        ffn_dim: hidden units of the feed-forward networks.
+        dropout: see `SMCAEncoderBlock`.
+        checkpoint_blocks: recompute each block in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     @configurable
@@ -75,20 +76,18 @@ class SMCAEncoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Pyramid to pyramid of the same shape, with zeros beyond the true sizes.
+        """Return a pyramid of the same shape, with zeros in the padding.
 
         Raises:
-            ValueError: the pyramid has another number of levels.
+            ValueError: the pyramid does not have `num_levels` levels.
         """
         if len(pyramid) != self.num_levels:
             raise ValueError(
                 f"SMCAEncoder: got {len(pyramid)} levels; wants num_levels, {self.num_levels}."
             )
-        pyramid, padding = pyramid.masked(), padding_mask(pyramid)
+        pyramid = pyramid.masked()
         positions = sine_positions(pyramid, pyramid.channels, offset=1).to(pyramid.table().dtype)
         recompute = self.checkpoint_blocks and self.training
         for block in self.blocks:
             pyramid = apply_layer(block, pyramid, positions, recompute=recompute)
-        if padding is None:
-            return pyramid
-        return pyramid.with_table(pyramid.table().masked_fill(padding[..., None], 0))
+        return pyramid.masked()

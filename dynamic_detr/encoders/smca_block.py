@@ -1,7 +1,6 @@
-"""One block of SMCA's encoder (SMCA, section 3.3): self-attention within each level, or over the
-positions of all levels, and a feed-forward network; the levels share their weights or do not."""
+"""Block of SMCA's encoder (section 3.3): self-attention and a feed-forward network."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -15,27 +14,22 @@ __all__ = ["SMCAEncoderBlock"]
 
 
 class PerLevel(nn.Module):
-    """A module that works position by position, shared by all levels or one for each.
+    """Position-wise module with one copy for all levels or one copy per level.
 
     Args:
-        make: makes one such module, (B, N, C) to (B, N, ...).
-        copies: 1 if all levels share it, else the number of levels.
+        make: builds a module from (B, N, C) to (B, N, ...).
+        copies: 1 if the levels share the module, else L.
     """
 
     def __init__(self, make: Callable[[], nn.Module], copies: int) -> None:
         super().__init__()
         self.levels = nn.ModuleList(make() for _ in range(copies))
 
-    def forward(self, table: Tensor, counts: Sequence[int]) -> Tensor:
-        """(B, ΣHW, C) to (B, ΣHW, ...).
-
-        Args:
-            table: all levels.
-            counts: positions of each level.
-        """
+    def forward(self, table: Tensor, areas: list[int]) -> Tensor:
+        """Map a table (B, ΣHW, C) to (B, ΣHW, ...); `areas` are the positions of each level."""
         if len(self.levels) == 1:
             return self.levels[0](table)
-        parts = zip(self.levels, table.split(counts, dim=1), strict=True)
+        parts = zip(self.levels, table.split(areas, dim=1), strict=True)
         return torch.cat([module(part) for module, part in parts], dim=1)
 
 
@@ -45,15 +39,15 @@ class SMCAEncoderBlock(nn.Module):
     Args:
         channels: C.
         num_levels: L.
-        kind: "intra", a position attends to its own level; or "multi", to all levels.
-        shared: what the levels share: "all", "ffn" (alone), "attention" (alone), or "nothing".
-        num_heads: heads of the self-attention.
+        kind: "intra" to attend within each level, "multi" to attend to all levels.
+        shared: weights that the levels share: "all", "ffn", "attention" or "nothing".
+        num_heads: attention heads.
         ffn_dim: hidden units of the feed-forward network.
-        dropout: of the attention weights, after attention and after both layers of the
-            feed-forward network.
+        dropout: probability, for the attention weights, after attention and after both layers of
+            the feed-forward network.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     def __init__(
@@ -89,34 +83,32 @@ class SMCAEncoderBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, pyramid: Pyramid, positions: Tensor) -> Pyramid:
-        """Pyramid to pyramid of the same shape; what it holds beyond the true sizes is not read,
-        and is anything in the result.
+        """Return a pyramid of the same shape, undefined in the padding.
 
         Args:
-            pyramid: finite beyond the true sizes too.
+            pyramid: pyramid with finite values in the padding.
             positions: (B, ΣHW, C), added to the features for queries and keys.
         """
-        table = pyramid.table()
-        counts = [height * width for height, width in pyramid.shapes]
-        attended = self.output(self._attend(pyramid, positions, counts), counts)
-        table = self.norm(table + self.dropout(attended), counts)
-        return pyramid.with_table(self.ffn(table, counts))
+        areas = pyramid.areas
+        attended = self.output(self._attend(pyramid, positions), areas)
+        table = self.norm(pyramid.table() + self.dropout(attended), areas)
+        return pyramid.with_table(self.ffn(table, areas))
 
-    def _attend(self, pyramid: Pyramid, positions: Tensor, counts: list[int]) -> Tensor:
-        """Equation 1, (B, ΣHW, C), before its last projection."""
-        table = pyramid.table()
-        query, key = self.query_key(table + positions, counts).chunk(2, dim=-1)
+    def _attend(self, pyramid: Pyramid, positions: Tensor) -> Tensor:
+        """Return the result of equation 1 before the output projection, (B, ΣHW, C)."""
+        table, areas = pyramid.table(), pyramid.areas
+        query, key = self.query_key(table + positions, areas).chunk(2, dim=-1)
         heads = [
             projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for projected in (query, key, self.value(table, counts))
+            for projected in (query, key, self.value(table, areas))
         ]  # each (B, heads, ΣHW, C / heads)
         padding = padding_mask(pyramid)
         valid = None if padding is None else ~padding[:, None, None]  # (B, 1, 1, ΣHW)
         if self.kind == "multi":
             attended = self._attention(*heads, valid)
         else:
-            masks = [None] * len(counts) if valid is None else valid.split(counts, dim=-1)
-            levels = zip(*(part.split(counts, dim=2) for part in heads), masks, strict=True)
+            masks = [None] * len(areas) if valid is None else valid.split(areas, dim=-1)
+            levels = zip(*(part.split(areas, dim=2) for part in heads), masks, strict=True)
             attended = torch.cat([self._attention(*level) for level in levels], dim=2)
         return attended.transpose(1, 2).flatten(2)
 

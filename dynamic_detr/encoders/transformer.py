@@ -1,5 +1,4 @@
-"""DETR's encoder (End-to-End Object Detection with Transformers, section 3.2): every position of
-the pyramid attends to every other one."""
+"""Encoder of DETR (section 3.2): self-attention over all positions of a pyramid."""
 
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
@@ -13,14 +12,7 @@ __all__ = ["TransformerEncoder", "TransformerEncoderLayer"]
 
 
 class TransformerEncoderLayer(nn.Module):
-    """Self-attention and a feed-forward network, each with its norm after it.
-
-    Args:
-        channels: C.
-        num_heads: attention heads.
-        ffn_dim: hidden units of the feed-forward network.
-        dropout: see `Attention` and `FeedForward`.
-    """
+    """Self-attention and a feed-forward network; see `TransformerEncoder`."""
 
     def __init__(self, channels: int, num_heads: int, ffn_dim: int, dropout: float) -> None:
         super().__init__()
@@ -28,34 +20,33 @@ class TransformerEncoderLayer(nn.Module):
         self.ffn = FeedForward(channels, ffn_dim, dropout)
 
     def forward(self, table: Tensor, positions: Tensor, padding: Tensor | None) -> Tensor:
-        """One layer.
+        """Apply the layer.
 
         Args:
-            table: (B, ΣHW, C).
+            table: (B, ΣHW, C) features.
             positions: (B, ΣHW, C), added to queries and keys.
-            padding: (B, ΣHW) bool, True for rows that are not attended to.
+            padding: (B, ΣHW) bool, True for rows to ignore; None if there are none.
 
         Returns:
-            (B, ΣHW, C).
+            (B, ΣHW, C), undefined in the padding.
         """
         return self.ffn(self.self_attention(table, positions, padding=padding))
 
 
 @ENCODER_REGISTRY.register()
 class TransformerEncoder(nn.Module):
-    """A stack of transformer layers over all positions of all levels at once; no norm at its end.
+    """Stack of transformer layers over the positions of all levels, without a final norm.
 
     Args:
         channels: C, divisible by 4.
-        num_layers: layers in the stack.
-        num_heads: heads of the self-attention.
-        ffn_dim: hidden units of the feed-forward network.
-        dropout: probability.
-        checkpoint_layers: in training, keep only the input of each layer and compute it again in
-            the backward pass.
+        num_layers: number of layers.
+        num_heads: attention heads.
+        ffn_dim: hidden units of the feed-forward networks.
+        dropout: probability, see `Attention` and `FeedForward`.
+        checkpoint_layers: recompute each layer in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     @configurable
@@ -92,12 +83,10 @@ class TransformerEncoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Pyramid to pyramid of the same shape, with zeros beyond the true sizes."""
+        """Return a pyramid of the same shape, with zeros in the padding."""
         table, padding = pyramid.masked().table(), padding_mask(pyramid)
         positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
         recompute = self.checkpoint_layers and self.training
         for layer in self.layers:
             table = apply_layer(layer, table, positions, padding, recompute=recompute)
-        if padding is not None:
-            table = table.masked_fill(padding[..., None], 0)
-        return pyramid.with_table(table)
+        return pyramid.with_table(table).masked()

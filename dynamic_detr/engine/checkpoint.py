@@ -8,6 +8,7 @@ A file holds tensors and plain types only (``torch.load(weights_only=True)`` rea
 | ``model_training`` | with a moving average: the weights that training goes on from |
 | ``trainer`` | iteration, optimiser, schedule, loss scale, seed (see ``trainer.py``) |
 | ``iteration`` | the last finished iteration, from 0 |
+| ``run`` | ``id`` of the run, when it ``started`` (Unix time), with how many ``processes`` |
 | ``class_names`` | names of the classes by index, where the data set has them (for the demo) |
 
 So whatever loads a Detectron2 checkpoint (``MODEL.WEIGHTS``, the demo, Detectron2's predictor)
@@ -22,24 +23,18 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer, detection_checkpoint
-from torch import nn
+from detectron2.utils import comm
+from torch import Tensor, nn
 
 from ..errors import UserError, one_line
 from ..plain_pickle import plain_pickles
+from .checkpoint_folder import LAST, CheckpointFolder
 from .disk import reason
 from .ema import ModelEMA
 from .model_file import is_model_file, locate_model, read_model
-from .reading import (
-    BrokenCheckpoint,
-    broken,
-    check_archive,
-    check_class_names,
-    check_weights,
-    read_checkpoint,
-)
+from .reading import broken, check_archive, check_class_names, check_weights
+from .sharing import from_main_process
 
-_PERIODIC = re.compile(r"model_\d{7}\.pth")
-_LAST = "last_checkpoint"
 # Detectron2's class layers are called cls_score, and with class-wise boxes or masks also bbox_pred
 # and predictor.
 _CLASS_LAYER = re.compile("class|cls|pred|logits")
@@ -74,7 +69,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     Args:
         model: the model, wrapped for data parallelism or not.
         save_dir: local directory of the run; empty to save nothing.
-        keep: how many periodic checkpoints stay; 0 keeps all.
+        keep: how many periodic checkpoints of the run stay; 0 keeps all.
         ema: average to save as the model's weights.
         strict_classes: class layers that do not fit are an error (evaluation) rather than
             initialised anew (fine-tuning).
@@ -103,11 +98,12 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"SOLVER.KEEP_CHECKPOINTS is {keep}; it must be 2 or more (the one before the last "
                 "is what a broken last one falls back to), or 0 to keep all"
             )
-        self.keep = keep
+        self.files = CheckpointFolder(save_dir, keep)
         self.ema = ema
         self.strict_classes = strict_classes
         self.class_names = class_names
         self.last_iteration = -1  # of the file that `--resume` would take
+        self.last_file = ""
 
     def save(self, name: str, **extra: Any) -> None:
         """Write ``<save_dir>/<name>.pth`` and make it the one that ``--resume`` takes.
@@ -115,7 +111,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         Raises:
             UserError: it could not be written (a full disk); the files before it are untouched.
         """
+        path = Path(self.save_dir) / f"{name}.pth"
         if not self.save_dir or not self.save_to_disk:
+            self.last_file = str(path)  # which process 0 writes
             return
         data: dict[str, Any] = {}
         if self.ema is None:
@@ -128,32 +126,31 @@ class SafeCheckpointer(DetectionCheckpointer):
             data[key] = value.state_dict()
         if self.class_names is not None and (names := self.class_names()):
             data["class_names"] = names
+        data["run"] = self.files.run
         data.update(extra)
-        path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info(f"Saving checkpoint to {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self.files.make_way(path)
             write_atomically(path, lambda file: torch.save(data, file))
             self.tag_last_checkpoint(path.name)
         except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
             raise UserError(f"could not write {path} ({reason(error)})") from error
-        self.last_iteration = extra.get("iteration", -1)
-        self._prune()
+        self.last_iteration, self.last_file = extra.get("iteration", -1), str(path)
+        self.files.written(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the file that ``--resume`` takes first."""
-        tag = Path(self.save_dir) / _LAST
+        """Name the last file that was written; Detectron2's tools look for that."""
+        tag = Path(self.save_dir) / LAST
         write_atomically(tag, lambda file: file.write(last_filename_basename.encode()))
 
-    def _periodic_files(self) -> list[Path]:
-        """Periodic checkpoints, the newest first."""
-        files = [p for p in Path(self.save_dir).glob("model_*.pth") if _PERIODIC.fullmatch(p.name)]
-        return sorted(files, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+    def has_checkpoint(self) -> bool:
+        """Whether there is one in the directory, of whichever run."""
+        return bool(self.save_dir) and bool(self.files)
 
-    def _prune(self) -> None:
-        if self.keep:
-            for path in self._periodic_files()[self.keep :]:
-                path.unlink(missing_ok=True)
+    def get_checkpoint_file(self) -> str:
+        """The file that this run has saved or resumed; else the one of ``last_checkpoint``."""
+        return self.last_file or super().get_checkpoint_file()
 
     def last_whole_file(self) -> str:
         """The checkpoint that ``--resume`` would take.
@@ -163,24 +160,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         """
         if not self.has_checkpoint():
             raise UserError(f"there is no checkpoint in OUTPUT_DIR {self.save_dir} to resume")
-        return self._last_whole()[0]
-
-    def _last_whole(self) -> tuple[str, dict[str, Any]]:
-        """The last checkpoint that can be read, and what is in it."""
-        last = Path(self.get_checkpoint_file())
-        candidates = [last, *(path for path in self._periodic_files() if path.name != last.name)]
-        for path in candidates:
-            try:
-                return str(path), read_checkpoint(path, self.checkpointables)
-            except BrokenCheckpoint as error:
-                self.logger.warning(f"{error}; falling back to the checkpoint before it")
-        raise BrokenCheckpoint(
-            f"none of the {len(candidates)} checkpoints in {self.save_dir} can be read; "
-            "start again without --resume"
-        )
+        return str(self.files.last_whole(self.checkpointables)[0])
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the last whole checkpoint with everything in it.
+        """Load the newest whole checkpoint of the latest run with everything in it, as process 0
+        finds it; called by every process.
 
         Returns:
             What was in it beyond the model and the checkpointables; None if the directory has no
@@ -188,10 +172,11 @@ class SafeCheckpointer(DetectionCheckpointer):
 
         Raises:
             BrokenCheckpoint: there are checkpoints, and none of them is whole.
+            UserError: it does not fit the model, the data or the checkpointables.
         """
-        if not self.has_checkpoint():
+        path, checkpoint = from_main_process(self._last_whole)
+        if checkpoint is None:
             return None
-        path, checkpoint = self._last_whole()
         average = None
         if "model_training" in checkpoint:
             average = checkpoint["model"]
@@ -218,8 +203,33 @@ class SafeCheckpointer(DetectionCheckpointer):
                 self.ema.restart()
             else:
                 self.ema.load(average, checkpoint.pop("ema_updates"))
-        self.last_iteration = checkpoint.get("iteration", -1)
+        self.last_iteration, self.last_file = checkpoint.get("iteration", -1), path
+        if self.save_to_disk:
+            self.files.go_on(checkpoint.get("run"))
         return checkpoint
+
+    def _last_whole(self) -> tuple[str, dict[str, Any] | None]:
+        if not self.has_checkpoint():
+            return "", None
+        path, checkpoint = self.files.last_whole(self.checkpointables)
+        return str(path), checkpoint
+
+    def load_for_all(self, path: str) -> None:
+        """Load weights in process 0 and hand them to all; called by every process.
+
+        Raises:
+            UserError: in every process; see :meth:`load`.
+        """
+
+        def weights() -> dict[str, Tensor]:
+            self.load(path, checkpointables=[])
+            return self.model.state_dict()
+
+        received = from_main_process(weights)
+        if not comm.is_main_process():
+            self.model.load_state_dict(received)
+            if self.ema is not None:
+                self.ema.restart()
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load weights, by default also the checkpointables, from a path or an address.

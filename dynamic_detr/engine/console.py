@@ -10,7 +10,7 @@ import contextlib
 import logging
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import detectron2
 import torch
@@ -19,10 +19,17 @@ from detectron2.engine import HookBase, default_setup
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from .model_file import is_model_file
 
-__all__ = ["LOGGERS", "FirstLines", "in_the_log_alone", "start_logging"]
+__all__ = [
+    "LOGGERS",
+    "FirstLines",
+    "log_model",
+    "records_kept",
+    "start_logging",
+]
 
 LOGGERS = ("dynamic_detr", "detectron2", "fvcore")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -58,12 +65,48 @@ def in_the_log_alone() -> Iterator[None]:
             handler.setLevel(level)
 
 
-def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
+@contextlib.contextmanager
+def records_kept() -> Iterator[list[logging.LogRecord]]:
+    """Within this context, entered before any logging is set up, nothing is logged.
+
+    Yields:
+        What would have been, for :func:`start_logging`.
+    """
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    settings = [(each.level, each.propagate) for each in loggers]
+    for each in loggers:
+        each.addHandler(handler)
+        each.setLevel(logging.DEBUG)
+        each.propagate = False
+    try:
+        yield records
+    finally:
+        for each, (level, propagate) in zip(loggers, settings, strict=True):
+            each.removeHandler(handler)
+            each.setLevel(level)
+            each.propagate = propagate
+
+
+def log_model(model: nn.Module) -> None:
+    """The structure of a model for the log, its size for the terminal too."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with in_the_log_alone():
+        logger.info(f"Model:\n{model}")
+    logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
+
+
+def start_logging(
+    cfg: CfgNode, args: argparse.Namespace, kept: Iterable[logging.LogRecord] = ()
+) -> None:
     """Detectron2's ``default_setup``, with a short summary on the terminal.
 
     Args:
         cfg: of the run.
         args: the command line.
+        kept: from :func:`records_kept`; are logged now.
     """
     for name in LOGGERS[::-1]:  # called as `default_setup` does, which then finds them cached
         options = {} if name == "detectron2" else {"name": name}
@@ -76,6 +119,8 @@ def start_logging(cfg: CfgNode, args: argparse.Namespace) -> None:
         args = argparse.Namespace(**{**vars(args), "config_file": ""})
     with in_the_log_alone():
         default_setup(cfg, args)
+    for record in kept:
+        logging.getLogger(record.name).handle(record)
     device = cfg.MODEL.DEVICE
     if device.startswith("cuda"):
         device = torch.cuda.get_device_name()

@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -102,29 +102,36 @@ def _warn(what: str, error: BaseException) -> None:
 
 
 class PatientWriter(EventWriter):
-    """A writer of metrics that training outlives.
+    """A writer of metrics that training outlives, and that makes its file only when opened.
 
     Args:
-        writer: one of Detectron2's.
+        make: one of Detectron2's.
     """
 
-    def __init__(self, writer: EventWriter) -> None:
-        self.writer = writer
+    def __init__(self, make: Callable[[], EventWriter]) -> None:
+        self._make = make
+        self.writer: EventWriter | None = None
         self._warned = False
 
-    def _try(self, action) -> None:
+    def open(self) -> None:
+        """Make the writer; before that nothing is written."""
+        self.writer = self._make()
+
+    def _try(self, name: str) -> None:
+        if self.writer is None:
+            return
         try:
-            action()
+            getattr(self.writer, name)()
         except OSError as error:
             if not self._warned:
                 _warn(f"what {type(self.writer).__name__} has of the metrics", error)
             self._warned = True
 
     def write(self) -> None:
-        self._try(self.writer.write)
+        self._try("write")
 
     def close(self) -> None:
-        self._try(self.writer.close)
+        self._try("close")
 
 
 @contextlib.contextmanager

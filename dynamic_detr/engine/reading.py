@@ -5,6 +5,7 @@ before anything is made of them.
 look at: a flipped bit on a disk becomes a weight of 1e30.
 """
 
+import re
 import zipfile
 from collections.abc import Iterable
 from os import PathLike
@@ -17,17 +18,22 @@ from torch import Tensor, nn
 from ..errors import UserError, one_line
 
 __all__ = [
+    "UNNAMED_RUN",
     "BrokenCheckpoint",
     "broken",
     "check_archive",
     "check_class_names",
     "check_weights",
+    "peek_checkpoint",
     "read_checkpoint",
     "require_finite",
 ]
 
 _ZIP_MAGIC = b"PK\x03\x04"
 _CHUNK = 1 << 20
+_RUN_ID = re.compile("[0-9a-f]{8}")
+_RUN_TYPES = {"id": str, "started": float, "processes": int}
+UNNAMED_RUN = {"id": "0" * 8, "started": 0.0, "processes": 0}  # of checkpoints that name none
 
 
 class BrokenCheckpoint(UserError):
@@ -97,6 +103,23 @@ def check_class_names(names: Any) -> None:
         raise ValueError(f"its class_names are {names!r:.40}, not a list of strings")
 
 
+def peek_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str, Any]:
+    """As :func:`read_checkpoint`, but no tensor's numbers are read, nor their checksums compared.
+
+    Returns:
+        Its content; the tensors are maps of the file, which must not be written to meanwhile.
+    """
+    try:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # a disk that cannot be mapped, or none of a file
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        _check_contents(checkpoint, parts)
+    except Exception as error:  # torch, pickle and zip each have their own errors
+        raise broken(path, error) from error
+    return checkpoint
+
+
 def read_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str, Any]:
     """A checkpoint of this project with everything that resuming needs.
 
@@ -134,6 +157,11 @@ def _check_contents(checkpoint: Any, parts: Iterable[str]) -> None:
         value = checkpoint.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**53:
             raise ValueError(f"its {name} is {value!r:.40}")
+    run = checkpoint.get("run", UNNAMED_RUN)
+    if not isinstance(run, dict) or {k: type(v) for k, v in run.items()} != _RUN_TYPES:
+        raise ValueError(f"its run is {run!r:.40}")
+    if not _RUN_ID.fullmatch(run["id"]) or not 0 <= run["processes"] < 2**31:
+        raise ValueError(f"its run is {run!r:.80}")
     for name in parts:
         if not isinstance(checkpoint[name], dict):
             raise ValueError(f"its {name} is a {type(checkpoint[name]).__name__}")

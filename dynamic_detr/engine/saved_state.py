@@ -11,7 +11,7 @@ from torch import Tensor
 
 # Tensors that each optimiser keeps for a parameter, of the parameter's shape.
 _LIKE_PARAMETER = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
-_OPTIONAL = ("grad_scaler", "hooks")  # the precision, or Detectron2, may have changed
+_OPTIONAL = ("grad_scaler", "hooks", "windows")  # the precision, or Detectron2, may have changed
 
 
 def check_trainer_state(saved: Any, own: dict, optimizer: torch.optim.Optimizer) -> None:

@@ -10,12 +10,13 @@ from ..errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
+def scale_schedule(cfg: CfgNode, world_size: int, scale_to: int | None = None) -> CfgNode:
     """Scale batch, learning rate and iterations as Detectron2 does for ``REFERENCE_WORLD_SIZE``.
 
     Args:
         cfg: left as it is.
         world_size: processes of this run.
+        scale_to: number of processes to scale to; ``world_size`` when None.
 
     Raises:
         UserError: a batch that does not divide among the processes, or an empty schedule.
@@ -27,7 +28,9 @@ def scale_schedule(cfg: CfgNode, world_size: int) -> CfgNode:
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} does not divide among the "
             f"SOLVER.REFERENCE_WORLD_SIZE {reference} processes"
         )
-    cfg = DefaultTrainer.auto_scale_workers(cfg, world_size)
+    cfg = DefaultTrainer.auto_scale_workers(cfg, scale_to or world_size)
+    if reference and scale_to not in (None, world_size):
+        logger.info(f"The schedule stays that of the {scale_to} processes of the run's start")
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % world_size:
         raise UserError(

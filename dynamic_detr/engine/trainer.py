@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from .. import compat
 from ..data.loader import TrainLoader, build_test_loader, build_train_loader
@@ -22,13 +22,14 @@ from ..errors import UserError, one_line
 from .checkpoint import SafeCheckpointer
 from .class_names import data_class_names
 from .clipping import build_clipper
-from .console import FirstLines, in_the_log_alone
+from .console import FirstLines, log_model
 from .disk import PatientWriter, reason, telling_of
 from .ema import ModelEMA
 from .evaluation import EvaluationInterrupted, Interruptible, build_evaluator
 from .exits import EXIT_DIVERGED, EXIT_UNFORESEEN, EXIT_USER_ERROR, TrainingStopped
 from .failed_step import FOLDER, FailedStep, save_failed_step
 from .guard import is_out_of_memory, likely_cause, what_fits, where
+from .metric_windows import check_windows, fill_windows, take_windows
 from .model_writer import ModelWriter
 from .optimizer import build_optimizer
 from .saved_state import check_trainer_state
@@ -46,18 +47,23 @@ class Trainer(DefaultTrainer):
     """Train any Detectron2 detector so that it can be stopped at any time and resumed exactly.
 
     Args:
-        cfg: frozen or not; scaled to the number of processes if ``SOLVER.REFERENCE_WORLD_SIZE``
-            is set.
+        cfg: frozen or not; scaled if ``SOLVER.REFERENCE_WORLD_SIZE`` is set.
+        scale_to: number of processes to scale to, those that there are when None. A run that is
+            resumed takes those that it was started with (``started_with``).
 
     Raises:
         UserError: the configuration cannot be built.
     """
 
-    def __init__(self, cfg: CfgNode):
+    def __init__(self, cfg: CfgNode, scale_to: int | None = None):
         TrainerBase.__init__(self)
-        self.cfg = cfg = scale_schedule(cfg, comm.get_world_size())
+        self.cfg = cfg = scale_schedule(cfg, comm.get_world_size(), scale_to)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.finished = -1  # the last iteration whose update is in the weights
+        self._windows: dict[str, Tensor] = {}  # of metrics, from a checkpoint
+        self._writers: list[PatientWriter] = []  # of process 0
+        self._train_loader: TrainLoader | None = None
+        self._joins_others = False  # a new run where another one has checkpoints
         self.stop = stop_request
         self.watch = current_watch()
         self._stopped = False
@@ -95,12 +101,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
         """Build the model on ``MODEL.DEVICE``."""
-        model = build_detector(cfg)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        with in_the_log_alone():
-            logger.info(f"Model:\n{model}")
-        logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
-        return model
+        return build_detector(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module):
@@ -132,11 +133,17 @@ class Trainer(DefaultTrainer):
         """What :meth:`train` built; the first iteration is not known before resuming."""
         yield from self._train_loader
 
-    def build_writers(self) -> list:
+    def build_writers(self) -> list[PatientWriter]:
+        """Writers that :meth:`train` opens: a run that is refused before it writes nothing."""
+        makers = compat.writer_makers(self.cfg.OUTPUT_DIR, self.max_iter)
+        self._writers = [PatientWriter(make) for make in makers]
+        return self._writers
+
+    def _open_writers(self) -> None:
         with telling_of(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}"):
-            os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
-            writers = compat.build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
-        return [PatientWriter(writer) for writer in writers]
+            for writer in self._writers:
+                os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
+                writer.open()
 
     def build_hooks(self) -> list:
         """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted, and
@@ -184,14 +191,22 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the last whole checkpoint in ``OUTPUT_DIR``, or load ``MODEL.WEIGHTS``."""
-        if resume:
-            if self.checkpointer.resume() is not None:
-                self.start_iter = self.finished + 1
-                self.models.resume()
-                return
-            logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
-        self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        """Go on from the newest whole checkpoint of the latest run in ``OUTPUT_DIR``, or load
+        ``MODEL.WEIGHTS``. Process 0 reads, and hands everything to the others.
+        """
+        resumed = resume and self.checkpointer.resume() is not None
+        if resumed:
+            self.start_iter = self.finished + 1
+            self.models.resume()
+        else:
+            if resume:
+                logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
+            self.checkpointer.load_for_all(self.cfg.MODEL.WEIGHTS)
+        self._joins_others = not resumed and self.checkpointer.has_checkpoint()
+        self._build_train_loader()
+
+    def _build_train_loader(self) -> None:
+        self._train_loader = self.build_train_loader(self.cfg, self.start_iter, self.seed)
 
     def train(self):
         """Train from ``start_iter`` to ``max_iter``.
@@ -199,14 +214,24 @@ class Trainer(DefaultTrainer):
         Raises:
             TrainingStopped: after a signal or a non-finite step, with the state saved.
         """
-        self._train_loader = self.build_train_loader(self.cfg, self.start_iter, self.seed)
+        if self._train_loader is None or self._train_loader.start_iter != self.start_iter:
+            self._build_train_loader()
+        self._open_writers()
+        log_model(self.detector)
         images = len(self._train_loader.dataset)
         logger.info(describe_schedule(self.cfg, comm.get_world_size(), self.seed, images))
+        if self._joins_others:
+            logger.warning(
+                f"{self.cfg.OUTPUT_DIR} has checkpoints of an earlier run; they stay, and --resume "
+                "goes on with this run"
+            )
+            self._save()  # from now on, not only from its first checkpoint on
         with self.stop.listening(), self.watch.saving_with(self._save_from_outside):
             return super().train()
 
     def before_train(self) -> None:
         super().before_train()
+        fill_windows(self.storage, self._windows)
         compat.report_rate(self._hooks, self.cfg.SOLVER.BASE_LR)
 
     def before_step(self) -> None:
@@ -348,6 +373,7 @@ class Trainer(DefaultTrainer):
         state["optimizer_name"] = type(self.optimizer).__name__
         state["seed"] = self.seed
         state["images_per_batch"] = self.cfg.SOLVER.IMS_PER_BATCH
+        state["windows"] = take_windows(self.storage) if hasattr(self, "storage") else {}
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -364,6 +390,7 @@ class Trainer(DefaultTrainer):
             )
         try:
             check_trainer_state(state_dict, self.state_dict(), self.optimizer)
+            check_windows(state_dict.get("windows", {}))
         except ValueError as error:
             raise UserError(
                 f"the checkpoint's trainer does not fit ({one_line(error)}); resume with the "
@@ -382,6 +409,7 @@ class Trainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["step"])
         self._keep_configured_rates(wanted)
         self.finished = state_dict["iteration"]
+        self._windows = state_dict.get("windows", {})
         if self.cfg.SEED >= 0 and state_dict["seed"] != self.cfg.SEED:
             logger.warning(
                 f"SEED is {self.cfg.SEED}; the resumed run keeps its {state_dict['seed']}"

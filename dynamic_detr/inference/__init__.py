@@ -1,4 +1,4 @@
-"""A trained detector in use: pictures in, detections out."""
+"""Inference with a trained detector on images, videos and arrays."""
 
 from .detections import Detection, Detections
 from .detector import Detector, load

@@ -1,4 +1,4 @@
-"""A configured detector with its weights, ready for use."""
+"""Building a configured detector with its weights for inference."""
 
 import logging
 from typing import Any
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Checkpointer(SafeCheckpointer):
-    """Loads weights that must fit, and says in one line which do not."""
+    """Checkpointer that reports weights that do not match the model in one line."""
 
     def __init__(self, model: nn.Module, path: str) -> None:
         super().__init__(model, strict_classes=True)
@@ -42,15 +42,18 @@ class _Checkpointer(SafeCheckpointer):
 
 
 def build_with_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
-    """Builds `MODEL` and loads `MODEL.WEIGHTS` (a path, a shipped model's name, `detectron2://`
-    or `https://`); without a GPU on the CPU, which is said.
+    """Build `MODEL` and load `MODEL.WEIGHTS`, on the CPU if there is no GPU.
+
+    Args:
+        cfg: `MODEL.WEIGHTS` is a path, the name of a shipped model, or a URL (`https://`,
+            `detectron2://`).
 
     Returns:
-        The model in evaluation mode, and what the file holds beside the weights.
+        The model in evaluation mode, and the content of the file except the weights.
 
     Raises:
-        UserError: the model cannot be built, or the weights are missing, broken, not finite, or
-            of another number of classes.
+        UserError: the model cannot be built, or the weights are missing, damaged, not finite, or
+            have another number of classes.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -59,7 +62,7 @@ def build_with_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
         cfg.MODEL.DEVICE = "cpu"
     model = build_detector(cfg)
     if not cfg.MODEL.WEIGHTS:
-        logger.warning("MODEL.WEIGHTS is empty: the detector knows nothing yet")
+        logger.warning("MODEL.WEIGHTS is empty: the detector is not trained")
     rest = _Checkpointer(model, cfg.MODEL.WEIGHTS).load(cfg.MODEL.WEIGHTS, checkpointables=[])
     require_finite(model, cfg.MODEL.WEIGHTS)
     return model.eval(), rest

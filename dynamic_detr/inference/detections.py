@@ -1,4 +1,4 @@
-"""What a detector found in one picture: as numbers, as a drawing, as COCO results."""
+"""Detections of one image, as arrays, as a drawing and as COCO results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ __all__ = ["Detection", "Detections"]
 
 
 class Detection(NamedTuple):
-    """One detected object: its box (left, top, right, bottom in pixels of the picture), score,
-    class index and class name."""
+    """One detected object; its box is (x0, y0, x1, y1) in pixels of the image."""
 
     box: tuple[float, float, float, float]
     score: float
@@ -35,16 +34,16 @@ class Detection(NamedTuple):
 
 
 class Detections:
-    """The objects that a detector found in one picture, best first.
+    """Detections of one image, by descending score.
 
-    Everything but `to_coco` leaves out what scores below the threshold.
+    All attributes and methods except `best_score` and `to_coco` omit scores below the threshold.
 
     Args:
-        detector: that found them.
-        picture: where.
-        found: all of them, of the picture's size, on the CPU.
-        threshold: lowest score that counts.
-        image: pixels of the picture (H, W, 3) uint8, RGB; read again when None.
+        detector: the detector.
+        picture: the image.
+        found: all instances, in pixels of the image, on the CPU.
+        threshold: lowest score of a detection.
+        image: pixels (H, W, 3) uint8, RGB; None to read them when needed.
     """
 
     def __init__(
@@ -61,32 +60,32 @@ class Detections:
 
     @property
     def path(self) -> Path | None:
-        """The picture's file; None where it has none of its own."""
+        """File of the image; None for arrays and video frames."""
         return self._picture.path
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the picture in pixels."""
+        """(height, width) of the image in pixels."""
         return self._found.image_size
 
     @property
     def image(self) -> np.ndarray:
-        """The picture, (H, W, 3) uint8, RGB."""
+        """Pixels, (H, W, 3) uint8, RGB."""
         return self._picture.read() if self._image is None else self._image
 
     @cached_property
     def instances(self) -> Instances:
-        """Those that count, as Detectron2 knows them (with masks where there are any)."""
+        """The detections as Detectron2's `Instances`, with masks if there are any."""
         return self._found[self._found.scores >= self.threshold]
 
     @property
     def boxes(self) -> np.ndarray:
-        """(N, 4) float32: left, top, right, bottom in pixels of the picture."""
+        """(N, 4) float32: x0, y0, x1, y1 in pixels of the image."""
         return self.instances.pred_boxes.tensor.numpy()
 
     @property
     def scores(self) -> np.ndarray:
-        """(N,) float32, from 0 to 1."""
+        """(N,) float32 in [0, 1]."""
         return self.instances.scores.numpy()
 
     @property
@@ -96,12 +95,12 @@ class Detections:
 
     @property
     def names(self) -> list[str]:
-        """The name of each one's class."""
+        """Class name of each detection."""
         return [self._detector.class_names[k] for k in self.class_ids]
 
     @property
     def best_score(self) -> float:
-        """The highest score of all, below the threshold too; 0 where there is nothing."""
+        """Highest score, also if it is below the threshold; 0 without instances."""
         return max(self._found.scores.tolist(), default=0.0)
 
     def __len__(self) -> int:
@@ -116,20 +115,20 @@ class Detections:
         return f"<{self._picture.name}: {counts or 'nothing'} (scores from {self.threshold:.3g})>"
 
     def without_image(self) -> Detections:
-        """The same without the pixels, which are read again when they are asked for."""
+        """Return a copy that does not keep the pixels but reads them when needed."""
         return Detections(self._detector, self._picture, self._found, self.threshold)
 
     def where(
         self, *, threshold: float | None = None, classes: Sequence[str] | None = None
     ) -> Detections:
-        """The same with another threshold, or of some classes alone.
+        """Return a copy with another threshold, or with some of the classes.
 
         Args:
-            threshold: lowest score that counts; unchanged when None.
-            classes: names; all when None.
+            threshold: lowest score of a detection; None for no change.
+            classes: class names; None for all.
 
         Raises:
-            UserError: the detector has no such class.
+            UserError: a class does not exist.
         """
         found = self._found
         if classes is not None:
@@ -140,20 +139,22 @@ class Detections:
 
     @cached_property
     def stages(self) -> list[Detections]:
-        """For a system that refines its boxes stage by stage: the same queries at every stage,
-        those that the last stage is sure of.
+        """The same queries at every decoder stage, selected by their score at the last one.
 
         Raises:
-            UserError: the detector has no stages.
+            UserError: the detector has no decoder stages.
         """
         stages = self._detector.follow(self.image, self.threshold)
         return [Detections(self._detector, self._picture, s, 0.0, self._image) for s in stages]
 
     def draw(self, *, stages: bool = False) -> np.ndarray:
-        """The picture with its detections: (H', W', 3) uint8, RGB. Small ones are enlarged.
+        """Draw the detections on the image; small images are enlarged.
 
         Args:
-            stages: draw the boxes of every stage side by side instead.
+            stages: draw the boxes of every decoder stage side by side.
+
+        Returns:
+            (H', W', 3) uint8, RGB.
         """
         metadata = self._detector.metadata
         if stages:
@@ -161,30 +162,28 @@ class Detections:
         return draw_detections(self.image, self.instances, metadata, 0.0)
 
     def save(self, path: str | os.PathLike[str], *, stages: bool = False) -> Path:
-        """Writes the drawing; the suffix says the format, and folders are made.
+        """Write the drawing; the suffix selects the format, and folders are created.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         write_image(path, self.draw(stages=stages))
         return Path(path)
 
     def show(self, *, stages: bool = False) -> None:
-        """Shows the drawing: in a notebook's cell, in a window until a key is pressed, or without
-        a display as a file whose path is printed."""
+        """Show the drawing in a notebook cell or a window; without a display, print its path."""
         show(self.draw(stages=stages), self._picture.name)
 
     def to_coco(self, image_id: int | str | None = None) -> list[dict[str, Any]]:
-        """COCO results of all scores, for the COCO tools to score against annotations.
+        """Return the detections of all scores in COCO's result format.
 
         Args:
-            image_id: of the picture in the annotations; by default the number that is its file's
-                name, as COCO's are, or else the name.
+            image_id: id of the image in the annotations; by default the file name without suffix
+                as a number, as in COCO, or else the file name.
 
         Returns:
-            Dictionaries with image_id, category_id (as in the annotations that the detector was
-            trained on), bbox (left, top, width, height in pixels) and score; beside them category
-            (its name) and file_name.
+            Dictionaries with image_id, category_id (of the training annotations), bbox (x, y,
+            width, height in pixels), score, category (class name) and file_name.
         """
         from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 

@@ -1,4 +1,4 @@
-"""A trained detector: `load` one, call it on pictures.
+"""Loading a trained detector and calling it on images.
 
 detector = dynamic_detr.load("output/model_best.safetensors")
 detector("photo.jpg").show()
@@ -46,19 +46,18 @@ def load(
     device: str | torch.device | None = None,
     threshold: float | None = None,
 ) -> Detector:
-    """Loads a detector from one file.
+    """Load a detector from a model file.
 
     Args:
         source: a model file of a training run (``model_best.safetensors``), or the name of a
-            detector that comes with the project, such as "quickstart", found from any folder. For
-            other weights see `Detector.from_config`.
-        device: where it runs; by default a GPU if there is one.
-        threshold: lowest score that counts as a detection; by default the file's, which had the
-            best F1 when the detector was evaluated.
+            shipped detector, such as "quickstart". For other weights see `Detector.from_config`.
+        device: device of the model; by default a GPU if there is one.
+        threshold: lowest score of a detection; by default the one with the best F1 in the
+            detector's evaluation, which the file holds.
 
     Raises:
-        UserError: there is no such file, it is damaged or of another tool, or there is no such
-            device.
+        UserError: the file does not exist, is damaged or is not a model file, or the device does
+            not exist.
     """
     source = os.fspath(source)
     if not is_model_file(source):
@@ -75,13 +74,13 @@ def load(
 
 
 def require_stages(architecture: str) -> None:
-    """See that a meta-architecture refines its boxes stage by stage.
+    """Check that a meta-architecture has decoder stages.
 
     Args:
-        architecture: its name, as in `MODEL.META_ARCHITECTURE`.
+        architecture: name as in `MODEL.META_ARCHITECTURE`.
 
     Raises:
-        UserError: it does not.
+        UserError: it has none.
     """
     if CLASS_COUNTS.get(architecture) != "SET_DETECTOR":
         raise UserError(
@@ -91,18 +90,20 @@ def require_stages(architecture: str) -> None:
 
 
 class Detector:
-    """Detects objects in pictures, with any detector of Detectron2 that finds instances.
+    """Callable detector for images, from any Detectron2 model that outputs instances.
+
+    Detectron2's `DefaultPredictor` takes one BGR array at a time.
 
     Args:
-        model: the detector, which is put into evaluation mode.
-        class_names: of its classes, in their order.
-        category_ids: of its classes in annotations; 1, 2, ... when None.
-        threshold: lowest score that counts as a detection.
-        min_size, max_size: the shorter side is scaled to min_size pixels (0: as it is), the longer
-            is at most max_size.
-        image_format: "RGB" or "BGR", what the model wants.
-        cfg: of the model; needed by `evaluate`.
-        info: what the model's file says of it, where it is a model file.
+        model: the model, which is set to evaluation mode.
+        class_names: class names by class index.
+        category_ids: ids in the annotations by class index; None for 1, 2, ...
+        threshold: lowest score of a detection.
+        min_size: the shorter side is scaled to this size in pixels; 0 for no scaling.
+        max_size: upper bound of the longer side after scaling.
+        image_format: channel order that the model expects, "RGB" or "BGR".
+        cfg: configuration of the model; `evaluate` needs it.
+        info: header of the model file, if there is one.
 
     Raises:
         UserError: threshold or image_format is out of range.
@@ -136,14 +137,14 @@ class Detector:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, *, threshold: float | None = None) -> Detector:
-        """Builds `MODEL` and loads `MODEL.WEIGHTS`, as `build_with_weights` does.
+        """Build a detector with `build_with_weights`.
 
-        Class names are those that the weights hold, else those of `DATASETS.TEST` if they are as
-        many as the detector's classes, else numbers.
+        Class names are those of the weights, else those of `DATASETS.TEST` if their number fits,
+        else numbers.
 
         Args:
-            cfg: of the detector.
-            threshold: lowest score that counts; by default the model file's, or 0.5.
+            cfg: configuration of the detector.
+            threshold: lowest score of a detection; by default the model file's, or 0.5.
 
         Raises:
             UserError: see `build_with_weights`.
@@ -178,20 +179,20 @@ class Detector:
         channel_order: str = "RGB",
         batch_size: int = 1,
     ) -> Detections | list[Detections] | Iterator[Detections]:
-        """Detects.
+        """Detect objects in one or several images.
 
         Args:
-            source: a picture or several; see `collect`.
-            threshold: lowest score that counts here; the detector's when None.
-            channel_order: of arrays and tensors, "RGB" or "BGR".
-            batch_size: pictures that the network sees at a time.
+            source: one or several images; see `collect`.
+            threshold: lowest score of a detection; None for the detector's.
+            channel_order: channel order of arrays and tensors, "RGB" or "BGR".
+            batch_size: number of images per forward pass.
 
         Returns:
-            The detections of a single picture; a list of them for a folder, a pattern, a list or a
-            batch; for a video an iterator over its frames, as `stream` gives it.
+            The detections of one image; a list for a folder, a pattern, a list or a batch; an
+            iterator, as of `stream`, for a video.
 
         Raises:
-            UserError: the source is no picture, or cannot be read.
+            UserError: the source is not an image or cannot be read.
         """
         pictures = collect(source, channel_order)
         stream = self._stream(pictures, threshold, batch_size, progress=False, on_error=None)
@@ -211,16 +212,19 @@ class Detector:
         progress: bool | None = None,
         on_error: Callable[[Picture, UserError], None] | None = None,
     ) -> Iterator[Detections]:
-        """Detects in any number of pictures, one after the other, keeping none of them.
+        """Detect objects in any number of images without keeping them in memory.
 
         Args:
-            source, threshold, channel_order, batch_size: as for a call.
-            progress: show progress and the time left; by default where there is a terminal.
-            on_error: called with a picture that cannot be read, which is then passed over; without
-                it the error is raised.
+            source: as for a call.
+            threshold: as for a call.
+            channel_order: as for a call.
+            batch_size: as for a call.
+            progress: show a progress bar; by default in a terminal.
+            on_error: called for each image that cannot be read, which is then skipped; by default
+                the error is raised.
 
         Yields:
-            The detections of each picture, in order.
+            The detections of each image, in order.
         """
         pictures = collect(source, channel_order)
         return self._stream(pictures, threshold, batch_size, progress, on_error)
@@ -240,16 +244,16 @@ class Detector:
 
     @torch.no_grad()
     def detect(self, images: Sequence[np.ndarray]) -> list[Instances]:
-        """Detects in a batch.
+        """Run the model on a batch.
 
         Args:
-            images: (H, W, 3) uint8 each, RGB.
+            images: B arrays (H, W, 3) uint8, RGB.
 
         Returns:
-            For each what the detector found, best first, on the CPU, in pixels of the image.
+            B `Instances` on the CPU, in pixels of the image, by descending score.
 
         Raises:
-            UserError: the detector finds no instances (semantic segmentation, proposals).
+            UserError: the model does not output instances (semantic segmentation, proposals).
         """
         outputs = self.model([self._input(image) for image in images])
         for output in outputs:
@@ -261,55 +265,50 @@ class Detector:
         return [output["instances"].to("cpu") for output in outputs]
 
     def follow(self, image: np.ndarray, threshold: float) -> list[Instances]:
-        """What every decoder stage says of the queries that the last one is sure of.
+        """Return the same queries at every decoder stage, as `follow_queries` does.
 
         Args:
             image: (H, W, 3) uint8, RGB.
             threshold: lowest score at the last stage.
 
-        Returns:
-            For each stage the instances of `follow_queries`, in pixels of the image.
-
         Raises:
-            UserError: the detector has no stages.
+            UserError: the detector has no decoder stages.
         """
         require_stages(type(self.model).__name__)
         _, predictions = self.model.predict([self._input(image)])
         return follow_queries(predictions, image.shape[:2], self.model.class_head, threshold)
 
     def class_indices(self, names: Sequence[str]) -> set[int]:
-        """Indices of classes.
+        """Return the indices of classes.
 
         Raises:
-            UserError: there is no class of one of these names.
+            UserError: a class does not exist.
         """
         for name in names:
             if name not in self.class_names:
                 hint = did_you_mean(name, self.class_names)
                 known = ", ".join(self.class_names[:10])
                 more = ", ..." if len(self.class_names) > 10 else ""
-                raise UserError(
-                    f"the detector knows no class {name!r}{hint}; it knows {known}{more}"
-                )
+                raise UserError(f"the detector has no class {name!r}{hint}; it has {known}{more}")
         return {index for index, name in enumerate(self.class_names) if name in names}
 
     def evaluate(
         self, json_file: str | os.PathLike[str], images: str | os.PathLike[str]
     ) -> dict[str, float]:
-        """COCO's numbers for annotated pictures, as `train_net.py --eval-only` gives them.
+        """Compute COCO's metrics, as `train_net.py --eval-only` does.
 
         Categories are paired with the detector's classes by name.
 
         Args:
-            json_file: annotations in COCO's format.
-            images: folder of the pictures.
+            json_file: annotations in COCO format.
+            images: folder of the images.
 
         Returns:
-            AP, AP50, ... in percent, of each class too; the threshold with the best F1, and that
-            F1 in percent.
+            AP, AP50, ... and the AP of each class in percent; the threshold with the best F1, and
+            that F1 in percent.
 
         Raises:
-            UserError: the annotations cannot be used, or have a class that the detector has not.
+            UserError: the annotations cannot be used, or have classes that the detector lacks.
         """
         from ..data.coco_json import apply_json_datasets
         from ..engine.trainer import Trainer
@@ -348,7 +347,7 @@ def _read(pictures, on_error) -> Iterator[tuple[Picture, np.ndarray]]:
 
 
 def _classes(cfg: CfgNode, saved: list[str] | None) -> tuple[list[str], list[int] | None]:
-    """Names of the classes, and their ids in the annotations where those are known."""
+    """Return the class names, and their category ids if `DATASETS.TEST` defines them."""
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
     known = metadata.get("thing_classes")
     names, count = saved or known, class_count(cfg)

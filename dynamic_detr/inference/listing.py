@@ -1,4 +1,4 @@
-"""Which pictures a command line means: files, folders, patterns, or the images of annotations."""
+"""Images named on a command line: files, folders, patterns, or the images of annotations."""
 
 import json
 import os
@@ -15,12 +15,12 @@ __all__ = ["Listing", "list_pictures", "use_category_ids"]
 
 @dataclass(frozen=True)
 class Listing:
-    """Pictures, with what their annotations say of them.
+    """Image files, with ids if they come from annotations.
 
     Args:
-        paths: of the pictures.
-        image_ids: of each picture in the annotations; None without annotations.
-        category_ids: by name, in the annotations; None without annotations.
+        paths: the files.
+        image_ids: id of each image; None without annotations.
+        category_ids: category ids by name; None without annotations.
     """
 
     paths: list[Path]
@@ -29,14 +29,14 @@ class Listing:
 
 
 def list_pictures(inputs: Sequence[str], folder: str | None = None) -> Listing:
-    """The pictures that the arguments name.
+    """Return the images that the arguments name.
 
     Args:
-        inputs: what `find_images` takes, or one JSON of annotations in COCO's format.
-        folder: of the pictures in such a JSON; by default the JSON's own folder.
+        inputs: arguments of `find_images`, or one JSON file of annotations in COCO format.
+        folder: folder of the images of a JSON file; by default the folder of the file.
 
     Raises:
-        UserError: an argument names nothing, or the JSON is none of COCO's.
+        UserError: an argument matches no file, or the JSON file is not in COCO format.
     """
     annotations = [name for name in inputs if name.lower().endswith(".json")]
     if not annotations:
@@ -65,17 +65,17 @@ def _read(path: Path, folder: str | None) -> Listing:
 
 
 def use_category_ids(detector: Detector, category_ids: dict[str, int]) -> list[str]:
-    """Lets a detector give its classes the ids that annotations give their names.
+    """Set the category ids of a detector to those of annotations, by name.
 
     Args:
         detector: changed in place.
-        category_ids: by name.
+        category_ids: category ids of the annotations by name.
 
     Returns:
-        The names that both have.
+        The class names that both have.
 
     Raises:
-        UserError: there is none.
+        UserError: there are none.
     """
     shared = [name for name in detector.class_names if name in category_ids]
     if not shared:

@@ -1,5 +1,4 @@
-"""Whatever people have pictures in, as 8-bit RGB: files, folders, patterns, videos, Pillow's
-images, arrays, tensors, and lists of all these."""
+"""Images from any source as 8-bit RGB: files, videos, Pillow images, arrays, tensors, lists."""
 
 import glob
 import logging
@@ -24,17 +23,17 @@ logger = logging.getLogger(__name__)
 
 
 class WrongPicture(UserError, ValueError):
-    """An array or a tensor that is no picture."""
+    """Argument that cannot be used as an image."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture, perhaps still to be read.
+    """One image, read on demand.
 
     Args:
-        name: for messages.
-        path: its file; None where it has none of its own.
-        read: gives the pixels, (H, W, 3) uint8, RGB.
+        name: name in messages.
+        path: file of the image; None for arrays and video frames.
+        read: returns the pixels, (H, W, 3) uint8, RGB.
     """
 
     name: str
@@ -44,13 +43,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a source holds.
+    """Images of one source.
 
     Args:
-        items: the pictures, read only once they are asked for.
-        total: how many there are; None where that is not known.
-        is_one: whether the source is a single picture, rather than a list of one.
-        is_stream: whether there may be too many to keep, as the frames of a video.
+        items: the images.
+        total: number of images; None if unknown.
+        is_one: whether the source is a single image, rather than a list of one.
+        is_stream: whether the images may not fit into memory, as the frames of a video.
     """
 
     items: Iterable[Picture]
@@ -60,17 +59,17 @@ class Pictures:
 
 
 def collect(source: Any, channel_order: str = "RGB") -> Pictures:
-    """The pictures of a source.
+    """Return the images of a source.
 
     Args:
-        source: a path of a picture, a folder or a video; a pattern such as ``"in/*.jpg"``; an
-            image of Pillow; an array (H, W), (H, W, C) or (B, H, W, C); a tensor (H, W),
-            (C, H, W) or (B, C, H, W); a list of these, or any iterable. C is 1 (grey), 3, or 4
-            (with alpha, which lies on white); values are uint8, or floats from 0 to 1.
-        channel_order: of arrays and tensors, "RGB" or "BGR".
+        source: the path of an image, a folder or a video; a pattern such as ``"in/*.jpg"``; a
+            Pillow image; an array (H, W), (H, W, C) or (B, H, W, C); a tensor (H, W), (C, H, W) or
+            (B, C, H, W); a list of these, or any iterable. C is 1 (grey), 3, or 4 (with alpha,
+            placed on white). Values are uint8, or floats in [0, 1].
+        channel_order: channel order of arrays and tensors, "RGB" or "BGR".
 
     Raises:
-        UserError: it is none of these, or a path leads nowhere.
+        UserError: the source is none of these, or a path does not exist.
     """
     if channel_order not in ("RGB", "BGR"):
         raise WrongPicture(f"channel_order is {channel_order!r}; it must be 'RGB' or 'BGR'")
@@ -109,7 +108,7 @@ def _named(name: str) -> Pictures:
 
 
 def file_picture(path: Path) -> Picture:
-    """The picture of a file, which is not looked at yet."""
+    """Return the image of a file without reading it."""
     return Picture(str(path), path, lambda: read_image(path))
 
 
@@ -130,13 +129,19 @@ def _held(source: Any, channel_order: str, name: str) -> Picture:
 
 
 def to_picture(source: Any, channel_order: str = "RGB") -> np.ndarray:
-    """Pixels of an image of Pillow, an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W).
+    """Convert an image to 8-bit RGB.
+
+    torchvision's `to_pil_image` neither checks the range of floats nor places alpha on white.
+
+    Args:
+        source: a Pillow image, an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W).
+        channel_order: channel order of arrays and tensors, "RGB" or "BGR".
 
     Returns:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        WrongPicture: shape, type or values are not those of a picture.
+        WrongPicture: shape, dtype or values are not those of an image.
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
@@ -153,7 +158,7 @@ def to_picture(source: Any, channel_order: str = "RGB") -> np.ndarray:
         raise WrongPicture(
             f"the {kind} has shape {tuple(source.shape)}; a picture has {wanted} with C 1, 3 or 4"
         )
-    pixels = _to_eight_bits(pixels, kind)
+    pixels = _as_uint8(pixels, kind)
     if channels == 1:
         return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
     if channel_order == "BGR":
@@ -162,7 +167,7 @@ def to_picture(source: Any, channel_order: str = "RGB") -> np.ndarray:
     return to_rgb(Image.fromarray(pixels)) if channels == 4 else pixels
 
 
-def _to_eight_bits(pixels: np.ndarray, kind: str) -> np.ndarray:
+def _as_uint8(pixels: np.ndarray, kind: str) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind != "f":
@@ -170,7 +175,7 @@ def _to_eight_bits(pixels: np.ndarray, kind: str) -> np.ndarray:
             f"the {kind} has values of type {pixels.dtype}; they must be uint8, or floats in 0 to 1"
         )
     low, high = float(pixels.min()), float(pixels.max())
-    if not (low >= 0 and high <= 1):  # also where they are NaN
+    if not (low >= 0 and high <= 1):  # also true for NaN
         raise WrongPicture(
             f"the {kind} has floats from {low:g} to {high:g}; they must be in 0 to 1, or uint8"
         )

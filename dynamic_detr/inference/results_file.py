@@ -1,4 +1,4 @@
-"""A file of COCO results that grows picture by picture and can be gone on with after a stop."""
+"""Resumable file of COCO results, written image by image."""
 
 import json
 import os
@@ -12,14 +12,14 @@ __all__ = ["ResultsFile"]
 
 
 class ResultsFile:
-    """COCO results of many pictures.
+    """COCO results of many images.
 
-    Until `finish` they lie in a journal beside the file, one line for each picture.
+    A journal beside the file holds one line per image until `finish` writes the file.
 
     Args:
-        path: of the JSON.
-        origin: says where results come from, so that those of another model are not mixed in.
-        resume: go on with the journal of a run that was stopped.
+        path: the JSON file.
+        origin: JSON value that identifies the detector; a journal with another origin is refused.
+        resume: continue the journal of an interrupted run.
 
     Raises:
         UserError: the file cannot be written, or the journal has another origin.
@@ -38,7 +38,7 @@ class ResultsFile:
         self.done = {line["picture"] for line in lines[1:]}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Written anew, as the last line of a stopped run may be half of one.
+            # Rewritten, because the last line of an interrupted run may be incomplete.
             self._file = open(self.journal, "w", encoding="utf-8")  # noqa: SIM115
             for line in lines or [{"origin": origin}]:
                 self._write(line)
@@ -63,10 +63,10 @@ class ResultsFile:
         return UserError(f"--json {self.path} cannot be written ({one_line(error)})")
 
     def add(self, picture: str, results: list[dict]) -> None:
-        """Adds a picture's results.
+        """Append the results of an image.
 
         Raises:
-            UserError: they cannot be written.
+            UserError: the journal cannot be written.
         """
         try:
             self._write({"picture": picture, "results": results})
@@ -74,10 +74,10 @@ class ResultsFile:
             raise self._unwritable(error) from error
 
     def finish(self) -> None:
-        """Makes the JSON of the journal.
+        """Write the JSON file from the journal and remove the journal.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: the file cannot be written.
         """
         self._file.close()
         aside = self.path.with_name(f".{self.path.name}")

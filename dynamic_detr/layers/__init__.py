@@ -1,4 +1,4 @@
-"""Learnable blocks that more than one room uses."""
+"""Layers shared by several encoders and decoders."""
 
 from .attention import Attention, check_heads, padding_mask
 from .box_head import MLP, inverse_sigmoid

@@ -1,4 +1,4 @@
-"""Multi-head attention of a transformer layer, with its residual and norm after it."""
+"""Multi-head attention with residual connection and layer norm (post-norm)."""
 
 from torch import Tensor, nn
 
@@ -8,13 +8,15 @@ __all__ = ["Attention", "check_heads", "padding_mask"]
 
 
 def check_heads(node: str, num_heads: int, channels: int) -> None:
-    """Checks that the heads divide the channels.
+    """Check that the number of heads divides the number of channels.
 
     Args:
-        node: of the key NUM_HEADS, for example "MODEL.TRANSFORMER_ENCODER".
+        node: config node with the key NUM_HEADS, for example "MODEL.TRANSFORMER_ENCODER".
+        num_heads: attention heads.
+        channels: C.
 
     Raises:
-        ValueError: they do not; the line names the keys.
+        ValueError: it does not.
     """
     if channels % num_heads:
         raise ValueError(
@@ -24,10 +26,10 @@ def check_heads(node: str, num_heads: int, channels: int) -> None:
 
 
 def padding_mask(pyramid: Pyramid) -> Tensor | None:
-    """The rows of the pyramid's table that belong to no image, which no query attends to.
+    """Return the padding mask of the pyramid's table.
 
     Returns:
-        (B, ΣHW) bool, True for padding; None if there is provably none.
+        (B, ΣHW) bool, True for padding; None if there is provably no padding.
     """
     if all(pyramid.is_unpadded(level) for level in range(len(pyramid))):
         return None
@@ -39,8 +41,8 @@ class Attention(nn.Module):
 
     Args:
         channels: C.
-        num_heads: attention heads, a divisor of C; see `check_heads`.
-        dropout: probability, of the attention weights and of what is added to x.
+        num_heads: attention heads, a divisor of C.
+        dropout: probability, for the attention weights and the output.
     """
 
     def __init__(self, channels: int, num_heads: int, dropout: float) -> None:
@@ -59,15 +61,14 @@ class Attention(nn.Module):
         values: Tensor | None = None,
         padding: Tensor | None = None,
     ) -> Tensor:
-        """Self-attention, with positions added to queries and keys; or with keys and values of
-        another table, cross-attention.
+        """Apply self-attention, or cross-attention if keys and values are given.
 
         Args:
             x: (B, N, C).
-            positions: (B, N, C), added to x for the queries.
-            keys: (B, M, C), with positions of their own already added.
+            positions: (B, N, C), added to x for the queries; in self-attention also for the keys.
+            keys: (B, M, C), with position embeddings already added.
             values: (B, M, C).
-            padding: (B, M) bool, True for keys that are not attended to; None to attend to all.
+            padding: (B, M) bool, True for keys to ignore; None if there are none.
 
         Returns:
             (B, N, C).

@@ -1,4 +1,4 @@
-"""The box head of the DETR family, and the space that boxes are refined in."""
+"""Box head of the DETR family, and the inverse sigmoid for box refinement."""
 
 from itertools import pairwise
 
@@ -10,12 +10,12 @@ __all__ = ["MLP", "inverse_sigmoid"]
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them.
+    """Multi-layer perceptron with ReLU; its weights have DETR's names, unlike torchvision's `MLP`.
 
     Args:
-        channels: of the input and of the hidden layers.
-        out_channels: of the output.
-        num_layers: linear layers; 3 in the box heads of DETR and its relatives.
+        channels: channels C of the input and of the hidden layers.
+        out_channels: channels of the output.
+        num_layers: linear layers.
     """
 
     def __init__(self, channels: int, out_channels: int, num_layers: int) -> None:
@@ -24,13 +24,16 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., out_channels)."""
+        """Map (..., C) to (..., out_channels)."""
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """log(x / (1 - x)) of numbers in [0, 1], both terms at least eps."""
+    """Return log(max(x, eps) / max(1 - x, eps)) for x clamped to [0, 1], as Deformable DETR.
+
+    `torch.logit` clamps x to [eps, 1 - eps] instead.
+    """
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))

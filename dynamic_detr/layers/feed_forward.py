@@ -1,4 +1,4 @@
-"""The feed-forward network of a transformer layer, with its residual and norm after it."""
+"""Feed-forward network with residual connection and layer norm (post-norm)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +23,6 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., C) to (..., C)."""
+        """Map (..., C) to (..., C)."""
         hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
         return self.norm(x + self.dropout(self.linear2(hidden)))

@@ -9,14 +9,14 @@ __all__ = ["apply_layer"]
 
 
 def apply_layer(layer: nn.Module, *inputs: Any, recompute: bool) -> Any:
-    """Calls a layer.
+    """Call a layer with its inputs.
 
     Args:
-        layer: of a stack.
-        inputs: its arguments.
-        recompute: keep only the inputs, and compute the layer again in the backward pass.
+        layer: layer of a stack.
+        inputs: positional arguments of the layer.
+        recompute: keep only the inputs, and recompute the layer in the backward pass.
 
     Returns:
-        What the layer returns.
+        The output of the layer.
     """
     return checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)

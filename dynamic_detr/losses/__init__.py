@@ -1,4 +1,4 @@
-"""The set loss: matching of predictions and objects, and the losses of the matched pairs."""
+"""The set loss: bipartite matching, and the losses of the matched pairs."""
 
 from .boxes import generalized_iou
 from .costs import SetCosts

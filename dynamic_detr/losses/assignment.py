@@ -1,8 +1,7 @@
-"""Assignment problems of least cost, solved by a few threads next to the one that trains.
+"""Linear sum assignment on a few worker threads.
 
-The costs are awaited and the problems solved on these threads (SciPy's solver lets other Python
-threads run), so that the training thread goes on giving work to the device until it needs the
-answer.
+The workers wait for the costs and solve the problems. SciPy's solver releases the GIL, so the
+training thread keeps launching work on the device until it needs the result.
 """
 
 import functools
@@ -27,16 +26,16 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(THREADS, thread_name_prefix="assignment")
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has the pool, but none of its threads
+if hasattr(os, "register_at_fork"):  # a forked process inherits the pool without its threads
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 class PendingAssignment:
-    """The best pairs of queries and objects of S stages and B images, being searched for.
+    """Assignment of queries to objects, in progress, for S stages and B images.
 
     Args:
-        costs: (T, S, Q) finite, of the T objects of all images, image by image.
-        counts: objects T_b of each image; their sum is T.
+        costs: (T, S, Q) finite costs of the T objects of all images, image by image.
+        counts: number of objects T_b of each image; the sum is T.
     """
 
     def __init__(self, costs: Tensor, counts: list[int]) -> None:
@@ -63,13 +62,12 @@ class PendingAssignment:
         ]
 
     def wait(self) -> tuple[Tensor, Tensor]:
-        """The pairs, when they are found.
+        """Wait for the workers and return the pairs.
 
         Returns:
-            rows, objects: (S, M) int64 on the device of the costs, M = Σ min(T_b, Q). A row is
-            (stage · B + image) · Q + query, the place of the query in a table of all stages,
-            images and queries; an object is counted over all images. Images in their order, the
-            queries of each ascending.
+            rows: (S, M) int64 on the device of the costs, with M = Σ min(T_b, Q): the indices
+            (stage · B + image) · Q + query. Pairs are sorted by image, then by query.
+            objects: (S, M) int64, the indices in [0, T) of the matched objects.
         """
         for future in self._futures:
             future.result()
@@ -84,7 +82,7 @@ def _solve(
     batch: int,
     problems: list[tuple[int, int, slice, slice]],
 ) -> None:
-    """Solves some of the problems and writes each answer to its own place in the index."""
+    """Solve some of the problems and write the pairs to their slices of the index."""
     arrived()
     queries = costs.shape[2]
     for stage, image, objects, pairs in problems:

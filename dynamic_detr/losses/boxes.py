@@ -1,4 +1,8 @@
-"""Generalised IoU that no box can trip."""
+"""Generalised IoU for the matcher and the box loss.
+
+The losses of torchvision and fvcore index with boolean masks, which synchronises with the GPU, and
+fvcore's asserts ordered corners.
+"""
 
 import torch
 from torch import Tensor
@@ -7,13 +11,14 @@ __all__ = ["generalized_iou"]
 
 
 def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Generalised intersection over union, with broadcasting.
+    """Return the generalised intersection over union of broadcastable boxes.
 
-    Boxes without area, inverted or far outside give numbers in [-1, 1]; boxes that are not finite
-    give NaN. Nothing is asserted, so that a diverging run can be stopped in an orderly way.
+    Empty and inverted boxes are valid input. Boxes that are not finite may give NaN and raise no
+    error, so the trainer can stop a diverging run.
 
     Args:
-        boxes, others: (..., 4) corners, broadcastable to each other.
+        boxes: (..., 4) corners x1, y1, x2, y2.
+        others: (..., 4) corners.
 
     Returns:
         (...) in [-1, 1].

@@ -1,8 +1,7 @@
-"""Class loss and class cost of the two kinds of class head: `FocalClassLoss` and
-`SoftmaxClassLoss`, with the same methods.
+"""Class loss and class cost of sigmoid logits (focal loss) and softmax logits (cross-entropy).
 
-The loss is computed in two parts. `negatives` is the loss if no query were matched, and needs no
-matching; `total` replaces the terms of the matched queries.
+The loss is computed in two parts. `negatives` treats every query as unmatched, so it does not
+depend on the matching. `total` then replaces the terms of the matched queries.
 """
 
 from dataclasses import dataclass
@@ -27,26 +26,26 @@ class FocalClassLoss:
     gamma: float
 
     def cost(self, logits: Tensor) -> Tensor:
-        """The matching cost of every class, of any shape (…, K): the focal loss that the query
-        would add."""
+        """Return the matching costs (..., K): the change of the focal loss if the query matches."""
         positive = focal_positive(logits, self.alpha, self.gamma)
         return positive - focal_negative(logits, self.alpha, self.gamma)
 
     def entries(self, logits: Tensor) -> Tensor:
-        """What the other methods take, (S, B, Q, K)."""
+        """Return the input of the other methods, (S, B, Q, K)."""
         return logits
 
     def negatives(self, entries: Tensor) -> Tensor:
-        """(S, B, Q, K), the loss of each logit if no query were matched."""
+        """Return the loss of each logit if no query matches, (S, B, Q, K)."""
         return focal_negative(entries, self.alpha, self.gamma)
 
     def total(self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """(S,), the sum over images and queries.
+        """Return the sums over images and queries, (S,).
 
         Args:
-            entries, negatives: see above.
-            rows: (S, M) int64, the matched queries, counted over stages, images and queries.
-            labels: (S, M) int64, the classes of their objects.
+            entries: (S, B, Q, K), from `entries`.
+            negatives: (S, B, Q, K), from `negatives`.
+            rows: (S, M) int64, matched queries, see `PendingAssignment.wait`.
+            labels: (S, M) int64, classes of the matched objects.
         """
         matched = entries.flatten(0, 2)[rows, labels]
         positives = focal_positive(matched, self.alpha, self.gamma)
@@ -54,45 +53,45 @@ class FocalClassLoss:
         return negatives.flatten().index_put((place,), positives).view_as(negatives).sum((1, 2, 3))
 
     def normalizer(self, objects: int, matched: int, queries: int) -> float:
-        """The number that the sum is divided by, of one process: its objects.
+        """Return the divisor of the sum on one process: the number of objects.
 
         Args:
-            objects: all objects of the batch.
-            matched: queries that are matched, at most as many.
-            queries: all queries of the batch, B · Q.
+            objects: number of objects in the batch.
+            matched: number of matched queries, at most `objects`.
+            queries: number of queries in the batch, B · Q.
         """
         return objects
 
 
 @dataclass(frozen=True)
 class SoftmaxClassLoss:
-    """Cross-entropy over K classes and "no object", the last logit.
+    """Cross-entropy of K classes and "no object", the last logit.
 
     Args:
-        no_object_weight: weight of "no object"; classes have weight 1.
+        no_object_weight: weight of "no object"; the classes have weight 1.
     """
 
     no_object_weight: float
 
     def cost(self, logits: Tensor) -> Tensor:
-        """The matching cost of every class, (…, K + 1): minus its probability."""
+        """Return the matching costs (..., K + 1): the negated probabilities."""
         return -logits.softmax(dim=-1)
 
     def entries(self, logits: Tensor) -> Tensor:
-        """Logarithms of the probabilities, (S, B, Q, K + 1)."""
+        """Return the log-probabilities, (S, B, Q, K + 1)."""
         return logits.log_softmax(dim=-1)
 
     def negatives(self, entries: Tensor) -> Tensor:
-        """(S, B, Q), the loss of each query if none were matched."""
+        """Return the loss of each query if no query matches, (S, B, Q)."""
         return -self.no_object_weight * entries[..., -1]
 
     def total(self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """(S,); arguments as in `FocalClassLoss.total`."""
+        """Return the sums over images and queries, (S,); see `FocalClassLoss.total`."""
         matched = -entries.flatten(0, 2)[rows, labels]
         return negatives.flatten().index_put((rows,), matched).view_as(negatives).sum((1, 2))
 
     def normalizer(self, objects: int, matched: int, queries: int) -> float:
-        """The sum of the weights of all queries; arguments as in `FocalClassLoss.normalizer`."""
+        """Return the sum of the weights of all queries; see `FocalClassLoss.normalizer`."""
         return matched + self.no_object_weight * (queries - matched)
 
 

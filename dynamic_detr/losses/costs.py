@@ -1,12 +1,12 @@
-"""What a wrong class and a wrong box cost: one value that matcher and criterion share."""
+"""Class, L1 and GIoU terms, shared by the matcher and the criterion."""
 
 from dataclasses import dataclass
 
 from detectron2.config import CfgNode
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from ..config import check_arguments
-from ..structures import box_cxcywh_to_xyxy
 from .boxes import generalized_iou
 from .class_loss import ClassLoss, FocalClassLoss, SoftmaxClassLoss
 
@@ -15,17 +15,20 @@ __all__ = ["SetCosts"]
 
 @dataclass(frozen=True)
 class SetCosts:
-    """Kinds and weights of the three losses, which are also the costs of the matching.
+    """Types and weights of the three losses, which are also the matching costs.
 
     Args:
         class_head: "focal" or "softmax".
-        class_weight, l1_weight, giou_weight: weights of the three.
-        l1_format: "cxcywh" or "xyxy", the coordinates, both normalised, that L1 is taken of.
-        focal_alpha, focal_gamma: of the focal loss.
-        no_object_weight: of the class "no object" with softmax.
+        class_weight: weight of the class loss.
+        l1_weight: weight of the L1 loss.
+        giou_weight: weight of the GIoU loss.
+        l1_format: box format of the L1 loss, "cxcywh" or "xyxy"; both normalised.
+        focal_alpha: weight of positives in the focal loss, in [0, 1].
+        focal_gamma: exponent of the focal loss.
+        no_object_weight: weight of "no object" in the cross-entropy.
 
     Raises:
-        ValueError: a value is out of its range; the line names its key in `MODEL.SET_DETECTOR`.
+        ValueError: a value is out of the range of its key in `MODEL.SET_DETECTOR`.
     """
 
     class_head: str
@@ -44,23 +47,28 @@ class SetCosts:
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "SetCosts":
-        """From `MODEL.SET_DETECTOR.CLASS_HEAD` and `MODEL.SET_DETECTOR.LOSS`."""
+        """Build from `MODEL.SET_DETECTOR.CLASS_HEAD` and `MODEL.SET_DETECTOR.LOSS`."""
         node = cfg.MODEL.SET_DETECTOR
         losses = {name.lower(): value for name, value in node.LOSS.items()}
         return cls(class_head=node.CLASS_HEAD, **losses)
 
     @property
     def class_loss(self) -> ClassLoss:
+        """Return the class loss of the class head."""
         if self.class_head == "softmax":
             return SoftmaxClassLoss(self.no_object_weight)
         return FocalClassLoss(self.focal_alpha, self.focal_gamma)
 
     def box_losses(self, boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Unweighted losses of boxes (..., 4) in cx, cy, w, h that broadcast to each other.
+        """Return the unweighted box losses of broadcastable boxes.
+
+        Args:
+            boxes: (..., 4) cx, cy, w, h, normalised.
+            others: (..., 4) cx, cy, w, h, normalised.
 
         Returns:
-            L1, summed over the coordinates, and 1 - GIoU: (...) each.
+            L1 summed over the coordinates, and 1 - GIoU: (...) each.
         """
-        corners, other_corners = box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(others)
+        corners, other_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, others))
         difference = corners - other_corners if self.l1_format == "xyxy" else boxes - others
         return difference.abs().sum(dim=-1), 1 - generalized_iou(corners, other_corners)

@@ -1,7 +1,7 @@
-"""The set loss of DETR with deep supervision: every stage is matched and trained on its own.
+"""The set loss of DETR with deep supervision: each stage has its own matching and losses.
 
-Stages of equally many queries are computed together, with all images. What does not depend on the
-matching is given to the device while the assignment is solved; the host waits for the device once,
+Stages with the same number of queries are computed in one batch. All terms that do not depend on
+the matching are launched while the assignment is solved. The host waits for the device only once,
 for the costs.
 """
 
@@ -20,19 +20,19 @@ from .matcher import HungarianMatcher
 
 __all__ = ["SetCriterion", "Target"]
 
-# labels (T,) int64 and boxes (T, 4) cx, cy, w, h, normalised, of the objects of one image
+# labels (T,) int64 and boxes (T, 4) cx, cy, w, h, normalised, of one image
 Target = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Predictions of one Q, computed together.
+    """Stages with the same Q, computed together.
 
     Args:
-        suffixes: of the names of their losses.
+        suffixes: suffix of the loss names of each stage.
         logits: (S, B, Q, K) float32.
         boxes: (S, B, Q, 4) float32.
-        labels: (T,), the class that is wanted of a match, for each object.
+        labels: (T,) target class of each object.
     """
 
     suffixes: list[str]
@@ -44,13 +44,13 @@ class _Group:
 class SetCriterion(nn.Module):
     """Class, L1 and GIoU losses of matched predictions.
 
-    Sums are divided by the number of objects over all processes (the softmax class loss: by the
-    sum of the class weights), so that the gradient that DistributedDataParallel averages is that
-    of one process with the whole batch.
+    Each sum is divided by the mean number of objects per process; that of the softmax class loss by
+    the mean sum of the class weights. The gradient averaged by DistributedDataParallel then equals
+    the gradient of one process with the whole batch.
 
     Args:
-        costs: kinds and weights of the losses.
-        matcher: pairs predictions and objects.
+        costs: types and weights of the losses.
+        matcher: assigns predictions to objects.
     """
 
     def __init__(self, costs: SetCosts, matcher: HungarianMatcher) -> None:
@@ -60,22 +60,22 @@ class SetCriterion(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "SetCriterion":
-        """From `MODEL.SET_DETECTOR`; costs and losses share their weights."""
+        """Build from `MODEL.SET_DETECTOR`; matching costs and losses share their weights."""
         costs = SetCosts.from_config(cfg)
         return cls(costs, HungarianMatcher(costs))
 
     def forward(self, predictions: list[Prediction], targets: list[Target]) -> dict[str, Tensor]:
-        """Weighted losses of every stage.
+        """Return the weighted losses of every stage.
 
         Args:
-            predictions: one per stage. Proposals of a two-stage decoder are trained to tell
-                objects, as class 0, from everything else.
+            predictions: one per stage. The target class of all objects is 0 for proposals of a
+                two-stage decoder.
             targets: one per image.
 
         Returns:
-            `loss_class`, `loss_l1`, `loss_giou` of the last stage; with the suffix `_0`, `_1`, …
-            those of the stages before it, with `_proposals` those of proposals. A prediction that
-            is not finite makes its losses not finite; nothing is raised.
+            `loss_class`, `loss_l1` and `loss_giou` of the last stage; the same names with the
+            suffix `_0`, `_1`, … for the earlier stages and `_proposals` for proposals. A prediction
+            that is not finite gives losses that are not finite, and no error.
         """
         counts = [len(labels) for labels, _ in targets]
         labels = torch.cat([labels for labels, _ in targets])
@@ -91,9 +91,12 @@ class SetCriterion(nn.Module):
         return {name: found[name] for name in _names(predictions)}
 
     def _prepare(self, group: _Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What needs no matches: entries and negatives of the class loss, and two zeros (S,) that
-        are not finite where a prediction is not, as those that are not matched have no other
-        say in the losses of boxes."""
+        """Compute the terms that do not depend on the matching.
+
+        Returns:
+            Entries and negatives of the class loss; and two zeros (S,), which are NaN if any logit
+            or box is not finite, because unmatched boxes contribute to no other term.
+        """
         entries = self.costs.class_loss.entries(group.logits)
         negatives = self.costs.class_loss.negatives(entries)
         return (
@@ -113,13 +116,16 @@ class SetCriterion(nn.Module):
         objects: float | Tensor,
         class_total: float | Tensor,
     ) -> dict[str, Tensor]:
-        """The losses of a group, by name.
+        """Return the losses of a group by name.
 
         Args:
-            group, parts: and what `_prepare` made of it.
-            rows, matched: (S, M), see `PendingAssignment.wait`.
-            boxes: (S, M, 4) of the matched objects.
-            objects, class_total: by which box losses and class losses are divided.
+            group: stages with the same Q.
+            parts: result of `_prepare` for the group.
+            rows: (S, M), see `PendingAssignment.wait`.
+            boxes: (S, M, 4), boxes of the matched objects.
+            matched: (S, M), indices of the matched objects.
+            objects: divisor of the box losses.
+            class_total: divisor of the class loss.
         """
         entries, negatives, logits_zero, boxes_zero = parts
         classes = self.costs.class_loss.total(entries, negatives, rows, group.labels[matched])
@@ -136,9 +142,9 @@ class SetCriterion(nn.Module):
         }
 
     def _normalizers(self, groups: list[_Group], counts: list[int]) -> list[float] | list[Tensor]:
-        """The numbers that box losses, and the class losses of each group, are divided by.
+        """Return the divisors of the box losses and of the class loss of each group.
 
-        They are known before the matching: every image pairs min(Q, T_b) queries.
+        They do not depend on the matching: every image matches min(Q, T_b) queries.
         """
         objects = sum(counts)
         totals = [float(objects)]
@@ -150,7 +156,7 @@ class SetCriterion(nn.Module):
 
 
 def _suffixes(predictions: list[Prediction]) -> list[str]:
-    """One for each prediction: none for the last, "_proposals", or the number of the stage."""
+    """Return the suffix of each prediction: "_proposals", the stage index, or "" for the last."""
     stages = sum(not p.is_proposal for p in predictions)
     numbers = iter([f"_{stage}" for stage in range(stages - 1)] + [""])
     return ["_proposals" if p.is_proposal else next(numbers) for p in predictions]
@@ -162,7 +168,7 @@ def _names(predictions: list[Prediction]) -> list[str]:
 
 
 def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
-    """Predictions that are computed together: stages of one Q; proposals apart."""
+    """Group the stages by Q; proposals form groups of their own."""
     together: dict[tuple[bool, int], list[tuple[str, Prediction]]] = {}
     for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
         key = prediction.is_proposal, prediction.pred_logits.shape[1]
@@ -178,8 +184,7 @@ def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
 
 
 def _mean_over_processes(totals: list[float], device: torch.device) -> list[float] | list[Tensor]:
-    """For each total max(sum over all processes, 1) / number of processes, so that no process
-    divides by 0."""
+    """Return max(sum over all processes, 1) / number of processes for each total."""
     world = comm.get_world_size()
     if world == 1:
         return [max(total, 1.0) for total in totals]

@@ -1,5 +1,4 @@
-"""Bipartite matching of predictions and objects (End-to-End Object Detection with Transformers,
-equation 1), for all stages and images at once."""
+"""Bipartite matching of predictions and objects (DETR, equation 1), for all stages and images."""
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +9,16 @@ from .costs import SetCosts
 
 __all__ = ["HungarianMatcher"]
 
-BAD_COST = 1e6  # of a pair whose cost is not a number: matched last
+BAD_COST = 1e6  # replaces costs that are not finite, so that these pairs are matched last
 
 
 class HungarianMatcher(nn.Module):
-    """Finds the pairs of least cost.
+    """Bipartite matching with the least total cost.
+
+    The cost of a pair is the weighted sum of the class cost, L1 and 1 - GIoU.
 
     Args:
-        costs: the cost of a pair is the weighted sum of its class cost, L1 and 1 - GIoU. The class
-            cost of sigmoid logits is the focal loss that the match would add; of softmax logits,
-            minus the probability.
+        costs: terms and weights of the cost.
     """
 
     def __init__(self, costs: SetCosts) -> None:
@@ -29,17 +28,17 @@ class HungarianMatcher(nn.Module):
     def forward(
         self, logits: Tensor, pred_boxes: Tensor, labels: Tensor, boxes: Tensor, counts: list[int]
     ) -> PendingAssignment:
-        """Starts to match every stage and image on its own.
+        """Start the matching of every stage and image.
 
         Args:
-            logits: (S, B, Q, K) of all stages.
+            logits: (S, B, Q, K).
             pred_boxes: (S, B, Q, 4) cx, cy, w, h, normalised.
             labels: (T,) int64, classes of the objects of all images, image by image.
-            boxes: (T, 4) of the objects, as the predicted ones.
-            counts: the number of objects of each image.
+            boxes: (T, 4) cx, cy, w, h of the objects, normalised.
+            counts: number of objects T_b of each image.
 
         Returns:
-            The search; its `wait` gives min(T_b, Q) pairs for each stage and image of T_b objects.
+            The assignment in progress, min(T_b, Q) pairs for each stage and image.
         """
         return PendingAssignment(self.pair_costs(logits, pred_boxes, labels, boxes, counts), counts)
 
@@ -47,11 +46,13 @@ class HungarianMatcher(nn.Module):
     def pair_costs(
         self, logits: Tensor, pred_boxes: Tensor, labels: Tensor, boxes: Tensor, counts: list[int]
     ) -> Tensor:
-        """(T, S, Q) float32, finite: the cost of matching an object to each query of its own
-        image. Arguments as in `forward`."""
+        """Return the cost of each object and each query of its image: (T, S, Q) float32, finite.
+
+        See `forward` for the arguments.
+        """
         image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         image = to_device(image, logits.device)
-        # each object beside the predictions for its own image: nothing is computed for padding
+        # objects are indexed, not padded to the largest count of the batch
         pred_boxes = pred_boxes.float().transpose(0, 1)[image]  # (T, S, Q, 4)
         l1, giou_loss = self.costs.box_losses(pred_boxes, boxes.float()[:, None, None])
         cost = (
@@ -62,5 +63,5 @@ class HungarianMatcher(nn.Module):
         return torch.nan_to_num(cost, nan=BAD_COST, posinf=BAD_COST, neginf=BAD_COST)
 
     def _class_cost(self, logits: Tensor, image: Tensor, labels: Tensor) -> Tensor:
-        """(T, S, Q) from (S, B, Q, K)."""
+        """Return the unweighted class costs (T, S, Q) of logits (S, B, Q, K)."""
         return self.costs.class_loss.cost(logits).transpose(0, 1)[image, :, :, labels]

@@ -1,4 +1,4 @@
-"""What a person looks at: pictures read and written, drawings, decoder stages, videos."""
+"""Visualization: image files, drawn detections, decoder stages, videos and windows."""
 
 from .draw import draw_detections
 from .images import read_image, write_image

@@ -1,6 +1,6 @@
-"""Detections drawn on their picture, by Detectron2's `Visualizer`.
+"""Detections drawn on their image with Detectron2's `Visualizer`.
 
-Colours are the same in every run: one per class, or one per query where stages are compared.
+Colours are the same in every run: one per class, or one per query to compare stages.
 """
 
 import colorsys
@@ -15,7 +15,6 @@ from ..errors import UserError, one_line
 __all__ = [
     "class_names",
     "color",
-    "confident",
     "draw_boxes",
     "draw_detections",
     "labels",
@@ -24,19 +23,18 @@ __all__ = [
     "resized",
 ]
 
-# Sides of a drawing in pixels. A picture of at most SMALL is enlarged by a whole factor to LEGIBLE
-# or a little more, so that letters next to its objects do not cover them; the upper limit is what
-# other programs open without trouble.
+# Longer side in pixels. Images up to SMALL are enlarged by the smallest integer factor that reaches
+# LEGIBLE, or labels would cover the objects. Larger drawings than LARGEST fail to open elsewhere.
 SMALL, LEGIBLE, LARGEST = 256, 512, 8192
-_MARGIN = 1  # pixels around a text
-_STEPS = 12  # of its height that a text may be moved up or down
+_MARGIN = 1  # pixels around a label
+_STEPS = 12  # largest vertical shift of a label, in label heights
 
 
 def new_canvas(image: np.ndarray, metadata=None):
-    """Detectron2's `Visualizer` of a picture (H, W, 3) uint8, RGB.
+    """Return Detectron2's `Visualizer` of an image (H, W, 3) uint8, RGB.
 
     Raises:
-        UserError: its packages are not installed.
+        UserError: matplotlib or OpenCV is not installed.
     """
     try:
         from detectron2.utils.visualizer import Visualizer
@@ -49,39 +47,39 @@ def new_canvas(image: np.ndarray, metadata=None):
 
 
 def color(index: int) -> tuple[float, float, float]:
-    """A bright colour (red, green, blue in 0 to 1), far from those of neighbouring indices."""
-    hue = (0.58 + index * 0.618034) % 1  # the golden ratio never returns near a recent hue
+    """Return a bright colour (red, green, blue in [0, 1]), distinct for neighbouring indices.
+
+    Detectron2's `colormap` also has dark and grey colours, which are hard to see on photographs.
+    """
+    hue = (0.58 + index * 0.618034) % 1  # steps of the golden ratio keep successive hues apart
     return colorsys.hsv_to_rgb(hue, (0.85, 0.55)[index // 8 % 2], 1.0)
 
 
 def class_names(metadata, classes: list[int]) -> list[str]:
-    """Names of class indices by Detectron2's metadata; "class 3" where it has none."""
+    """Return the names of class indices from Detectron2's metadata, "class 3" if unnamed."""
     names = getattr(metadata, "thing_classes", None) or []
     return [names[k] if k < len(names) else f"class {k}" for k in classes]
 
 
 def labels(instances: Instances, metadata) -> list[str]:
-    """Class and score of each, such as "cat 93%"."""
+    """Return a label for each instance, such as "cat 93%"."""
     names = class_names(metadata, instances.pred_classes.tolist())
     return [
         f"{name} {score:.0%}" for name, score in zip(names, instances.scores.tolist(), strict=True)
     ]
 
 
-def confident(instances: Instances, threshold: float) -> Instances:
-    """Those of at least this score, on the CPU."""
-    instances = instances.to("cpu")
-    return instances[instances.scores >= threshold]
-
-
 def resized(image: np.ndarray, factor: float) -> np.ndarray:
-    """A picture enlarged or shrunk, to at least one pixel."""
+    """Return the image scaled by a factor, at least one pixel a side."""
     height, width = (max(round(side * factor), 1) for side in image.shape[:2])
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def rescaled(instances: Instances, size: tuple[int, int]) -> Instances:
-    """Boxes for the picture at another (height, width); other fields stay as they are."""
+    """Return the instances with boxes scaled to an image of size (height, width).
+
+    Unlike Detectron2's `detector_postprocess`, empty boxes are kept, so the order is unchanged.
+    """
     boxes = instances.pred_boxes.clone()
     boxes.scale(size[1] / instances.image_size[1], size[0] / instances.image_size[0])
     return Instances(size, **{**instances.get_fields(), "pred_boxes": boxes})
@@ -103,10 +101,10 @@ def draw_boxes(
     texts: list[str] | None,
     metadata=None,
 ) -> np.ndarray:
-    """Draws each instance in its colour, with its text; masks and keypoints where it has them.
+    """Draw each instance in its colour and with its label, if any; see `draw_detections`.
 
-    Lines get a dark edge, as no colour stands out from every picture; texts are moved inside and
-    off one another.
+    Lines get a dark edge to stand out from any background. Labels are moved into the image and
+    apart from each other.
     """
     canvas = new_canvas(image, metadata)
     canvas.overlay_instances(
@@ -128,10 +126,10 @@ def draw_boxes(
 
 
 def _arrange(texts, renderer, size: tuple[int, int]) -> None:
-    """Moves texts into the picture, and up or down where they would cover one another.
+    """Move labels into the image, and up or down so that they do not overlap.
 
-    The first text is that of the best detection and stays nearest to its box. Where there is no
-    room within `_STEPS` of its height, a text goes where it covers the least.
+    The first label belongs to the best detection and stays closest to its box. If all positions
+    within `_STEPS` overlap, the one with the smallest overlap is used.
     """
     height, width = size
     taken = np.zeros((0, 4))  # left, top, right, bottom
@@ -149,7 +147,7 @@ def _arrange(texts, renderer, size: tuple[int, int]) -> None:
         low = np.maximum(places[:, None, :2], taken[:, :2])
         high = np.minimum(places[:, None, 2:], taken[:, 2:])
         covered = np.prod(np.clip(high - low, 0, None), axis=2).sum(axis=1)
-        best = int(covered.argmin())  # of equals the first, which is the nearest
+        best = int(covered.argmin())  # the first minimum is the smallest shift
         x, y = text.get_position()
         text.set_position((x + shift_x, y + shift_y + shifts[best]))
         taken = np.vstack([taken, places[best] + [-_MARGIN, -_MARGIN, _MARGIN, _MARGIN]])
@@ -158,19 +156,19 @@ def _arrange(texts, renderer, size: tuple[int, int]) -> None:
 def draw_detections(
     image: np.ndarray, instances: Instances, metadata=None, threshold: float = 0.5
 ) -> np.ndarray:
-    """Draws boxes, class names and scores; masks and keypoints where there are any.
+    """Draw boxes, class names and scores, and masks and keypoints if present.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        instances: of the picture's size, with pred_boxes (corners in pixels), scores and
+        instances: with pred_boxes (x0, y0, x1, y1 in pixels of the image), scores and
             pred_classes.
-        metadata: Detectron2's, for class names; "class 3" without.
+        metadata: Detectron2's, for class names.
         threshold: lowest score that is drawn.
 
     Returns:
-        (H', W', 3) uint8, RGB: of the picture's size, or for small pictures a multiple of it.
+        (H', W', 3) uint8, RGB; small images are enlarged, very large ones are scaled down.
     """
-    instances = confident(instances, threshold)
+    instances = instances[instances.scores >= threshold].to("cpu")
     factor = _factor(image, instances)
     if factor != 1:
         image = resized(image, factor)

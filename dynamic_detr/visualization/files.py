@@ -1,4 +1,4 @@
-"""Which pictures the command line means, and under which names their drawings are written."""
+"""Image files named on a command line, and the file names of their drawings."""
 
 import glob
 import os
@@ -7,28 +7,29 @@ from pathlib import Path
 
 from ..errors import UserError, one_line
 
-__all__ = ["IMAGE_SUFFIXES", "find_images", "output_paths"]
+__all__ = ["find_images", "output_paths"]
 
+# Not all of Pillow's registered extensions: these include PDF, HDF5 and MPEG.
 _NAMES = ("avif", "bmp", "gif", "jfif", "jp2", "jpe", "jpeg", "jpg", "pbm", "pgm", "png", "pnm")
 _NAMES += ("ppm", "tga", "tif", "tiff", "webp")
-IMAGE_SUFFIXES = tuple(f".{name}" for name in _NAMES)
-# Others, that may hold no 8-bit RGB or lose too much, are written as PNG.
-_WRITTEN_AS_THEY_ARE = (".jpg", ".jpeg", ".png")
+_IMAGE_SUFFIXES = tuple(f".{name}" for name in _NAMES)
+# Other formats may not hold 8-bit RGB, or lose too much: their drawings are written as PNG.
+_OUTPUT_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def find_images(inputs: Iterable[str]) -> list[Path]:
-    """The files that the arguments name, each once.
+    """Return the files that the arguments name, without duplicates.
 
     Args:
-        inputs: files, whatever their suffix; folders, whose pictures are taken (not those of
-            folders inside); patterns such as ``"dir/*.jpg"`` or ``"dir/**/*.jpg"``.
+        inputs: files with any suffix; folders, searched for images without their subfolders;
+            patterns such as ``"dir/*.jpg"`` or ``"dir/**/*.jpg"``.
 
     Raises:
-        UserError: an argument names nothing.
+        UserError: an argument matches no file.
     """
     found: dict[str, Path] = {}
     for name in inputs:
-        # Of os.path, as Path's methods stumble over long names and loops of links.
+        # Path's methods raise on names that are too long and on loops of links; os.path's do not.
         path = Path(os.path.expanduser(name))
         if os.path.isdir(path):
             files = sorted(file for file in _entries(path) if _is_picture(file))
@@ -55,24 +56,24 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _is_picture(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+    return file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
 def output_paths(images: Sequence[Path], output: str) -> list[Path]:
-    """Where the drawing of each picture goes.
+    """Return the path of each image's drawing.
 
-    A folder receives them under their own names; where two would collide, or an input would be
-    overwritten, ``_2``, ``_3``, ... is added.
+    In a folder, drawings have the names of their images. ``_2``, ``_3``, ... is added if a name is
+    taken or would overwrite an input.
 
     Args:
-        images: the inputs.
-        output: a folder, made where it does not exist; or a picture's name for a single input.
+        images: the input files.
+        output: a folder, which need not exist; or a file name if there is one image.
 
     Raises:
-        UserError: one file for several pictures, or for the input itself.
+        UserError: one file is given for several images, or is the input itself.
     """
     target = Path(os.path.expanduser(output))
-    if target.suffix.lower() in IMAGE_SUFFIXES and not os.path.isdir(target):
+    if target.suffix.lower() in _IMAGE_SUFFIXES and not os.path.isdir(target):
         if len(images) > 1:
             raise UserError(
                 f"--output {output} is one file and there are {len(images)} pictures; name a folder"
@@ -82,12 +83,12 @@ def output_paths(images: Sequence[Path], output: str) -> list[Path]:
         return [target]
     if os.path.lexists(target) and not os.path.isdir(target):
         raise UserError(f"--output {output} is neither a folder nor a picture's name")
-    # In lower case, as some file systems take a.jpg and A.JPG for the same.
+    # In lower case: on some file systems, a.jpg and A.JPG are one file.
     taken = {os.path.realpath(image).lower() for image in images}
     folder = Path(os.path.realpath(target))
     paths = []
     for image in images:
-        suffix = image.suffix if image.suffix.lower() in _WRITTEN_AS_THEY_ARE else ".png"
+        suffix = image.suffix if image.suffix.lower() in _OUTPUT_SUFFIXES else ".png"
         name, count = f"{image.stem}{suffix}", 1
         while str(folder / name).lower() in taken:
             count += 1

@@ -1,4 +1,4 @@
-"""Pictures of any kind that people have, read as 8-bit RGB; and pictures written."""
+"""Reading image files of any format as 8-bit RGB, and writing them."""
 
 import os
 import warnings
@@ -12,18 +12,19 @@ from ..errors import UserError, one_line
 __all__ = ["read_image", "to_rgb", "write_image"]
 
 JPEG_QUALITY = 95
-# What is white, by the kind of number that the file holds: the least of these that no value
-# exceeds. Other values have no customary white, and their own range is used.
+# Candidates for the value of white, by the type of the pixels: the smallest that no pixel exceeds.
+# If there is none, the largest pixel is white and the smallest is black.
 _WHITE_OF_INTEGERS = (65535,)
 _WHITE_OF_FLOATS = (1, 255, 65535)
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Reads a picture as a person sees it.
+    """Read the first frame of an image file as 8-bit RGB.
 
-    Turned as its EXIF orientation says; what is transparent lies on white; palettes, grey, CMYK
-    and 16 bits become RGB of 8 bits. Of several frames or pages, the first.
+    The EXIF orientation is applied, transparent images are placed on white, and palette, grey,
+    CMYK and 16-bit images are converted. Detectron2's `read_image` drops transparency and clips 16
+    bits.
 
     Args:
         path: a file of any format that Pillow opens.
@@ -32,7 +33,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         (H, W, 3) uint8, RGB.
 
     Raises:
-        UserError: there is no such file, or it is not a whole picture.
+        UserError: the file does not exist or cannot be decoded.
     """
     path = Path(path)
     if os.path.islink(path) and not os.path.exists(path):
@@ -41,7 +42,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # damaged metadata, and sizes short of the limit
+            warnings.simplefilter("ignore")  # about damaged metadata and large sizes
             with Image.open(path) as image:
                 image.load()
                 return to_rgb(image)
@@ -50,7 +51,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             f"{path} is too large ({Path(path).stat().st_size} bytes hold more than "
             f"{2 * Image.MAX_IMAGE_PIXELS} pixels); make it smaller first"
         ) from error
-    except Exception as error:  # every format of Pillow has its own errors
+    except Exception as error:  # each format of Pillow raises its own errors
         reason = "unknown format" if "cannot identify" in str(error) else one_line(error)[:100]
         raise UserError(f"{path} cannot be read as a picture ({reason})") from error
 
@@ -58,12 +59,12 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
+    except Exception:  # the pixels are valid even if the EXIF block is damaged
         return image
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
-    """Pixels of an image of any mode, upright, what is transparent on white: (H, W, 3) uint8."""
+    """Convert an image of any mode to (H, W, 3) uint8, upright and on white if transparent."""
     image = _upright(image)
     if image.mode == "F" or image.mode.startswith("I"):
         return np.repeat(_to_eight_bits(image)[..., None], 3, axis=2)
@@ -85,17 +86,17 @@ def _to_eight_bits(image: Image.Image) -> np.ndarray:
 
 
 def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a picture, and the folders above it.
+    """Write an image and create its parent folders.
 
     Args:
-        path: its suffix says the format.
+        path: the suffix selects the format.
         image: (H, W, 3) uint8, RGB.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the file cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f".part.{path.name}")  # a stop leaves no half of a picture behind
+    aside = path.with_name(f".part.{path.name}")  # an interruption leaves no partial file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(aside, quality=JPEG_QUALITY)

@@ -1,4 +1,4 @@
-"""Several pictures side by side on white, each under its title."""
+"""Contact sheets: a grid of images with titles."""
 
 import math
 from collections.abc import Sequence
@@ -9,19 +9,19 @@ from PIL import Image, ImageDraw, ImageFont
 
 __all__ = ["contact_sheet"]
 
-GAP = 8  # pixels between pictures
+GAP = 8  # pixels between images
 INK = (32, 32, 32)
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib  # has the one font file that is there on every system
+    import matplotlib  # ships a font, so titles look the same on every system
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     return ImageFont.truetype(str(path), size)
 
 
 def _write_title(draw: ImageDraw.ImageDraw, text: str, center: tuple[float, float], box) -> None:
-    """Writes the text centred, as large as the box (width, height) allows."""
+    """Draw a centred title in the largest size that fits into the box (width, height)."""
     width, height = box
     for size in range(max(round(height * 0.6), 6), 5, -1):
         font = _font(size)
@@ -33,21 +33,20 @@ def _write_title(draw: ImageDraw.ImageDraw, text: str, center: tuple[float, floa
 def contact_sheet(
     images: Sequence[np.ndarray], columns: int, titles: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Puts pictures on one sheet, row by row; each in the middle of a cell of the largest's size.
+    """Arrange images in a grid, row by row, without scaling them.
 
-    Draw first: the pictures are not scaled here, so that lines and letters stay sharp
-    (`draw_detections` enlarges small pictures by itself).
+    torchvision's `make_grid` needs images of one size and has no titles.
 
     Args:
-        images: (H, W, 3) uint8 each, RGB.
-        columns: pictures in a row, at least 1.
-        titles: one for each picture, written above it.
+        images: (H, W, 3) uint8 each, RGB; each is centred in a cell of the largest size.
+        columns: number of images in a row, at least 1.
+        titles: one per image, drawn above it.
 
     Returns:
         (H', W', 3) uint8, RGB.
 
     Raises:
-        ValueError: no pictures, no columns, or another number of titles.
+        ValueError: there are no images or no columns, or the number of titles differs.
     """
     if not images or columns < 1:
         raise ValueError(f"a sheet of {len(images)} pictures in {columns} columns is empty")

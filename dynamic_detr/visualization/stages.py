@@ -1,7 +1,6 @@
-"""How the boxes of each query move from stage to stage, side by side: Figure 4 of the paper.
+"""Boxes of the same queries at every decoder stage, side by side: Figure 4 of the paper.
 
-The queries are chosen by what the last stage says of them, and keep their colours, so that a box
-can be followed back to the first stage, where it still covers most of the picture.
+The scores of the last stage select the queries. Each query has one colour in all stages.
 """
 
 from collections.abc import Sequence
@@ -17,9 +16,8 @@ from .sheet import contact_sheet
 
 __all__ = ["draw_stages", "follow_queries"]
 
-# Longer side of each stage's picture in pixels; smaller and larger ones are scaled to these.
-PANEL = (384, 640)
-MAX_QUERIES = 20  # more boxes than that hide each other
+PANEL = (384, 640)  # smallest and largest longer side of each stage's image, pixels
+MAX_QUERIES = 20  # more boxes hide each other
 
 
 def follow_queries(
@@ -29,22 +27,22 @@ def follow_queries(
     threshold: float = 0.5,
     limit: int = MAX_QUERIES,
 ) -> list[Instances]:
-    """The same queries at every stage, chosen by their best score at the last one.
+    """Return the same queries at every stage, selected by their score at the last stage.
 
     Args:
-        predictions: of the stages, for one image (B = 1).
-        image_size: (height, width) in pixels that the boxes are wanted in.
+        predictions: one per stage, for one image (B = 1).
+        image_size: (height, width) of the image in pixels.
         class_head: "focal" (K sigmoids) or "softmax" (K classes and "no object").
         threshold: lowest score at the last stage.
-        limit: the most queries that are chosen.
+        limit: largest number of queries.
 
     Returns:
-        For each stage N instances, in the same order, the best of the last stage first: queries
-        (indices), pred_boxes (corners in pixels), and the scores and pred_classes of that stage.
+        N instances per stage, in the order of their scores at the last stage, with queries
+        (indices), pred_boxes (x0, y0, x1, y1 in pixels), and the stage's scores and pred_classes.
     """
     stages, finite = [], True
     for prediction in predictions:
-        if prediction.is_proposal:  # proposals are of other queries
+        if prediction.is_proposal:  # made before the queries
             continue
         logits = prediction.pred_logits[0].float()  # (Q, K)
         scores = class_scores(logits, class_head)
@@ -74,12 +72,12 @@ def follow_queries(
 
 
 def draw_stages(image: np.ndarray, stages: Sequence[Instances], metadata=None) -> np.ndarray:
-    """Draws the boxes of every stage in one row; the last picture names their classes.
+    """Draw the boxes of every stage in one row, with labels at the last stage.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        stages: of `follow_queries` or `Detector.follow`, in the picture's size.
-        metadata: Detectron2's, for class names; "class 3" without.
+        stages: result of `follow_queries`, in pixels of the image.
+        metadata: Detectron2's, for class names.
 
     Returns:
         (H', W', 3) uint8, RGB.

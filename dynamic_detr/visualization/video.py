@@ -1,4 +1,4 @@
-"""Videos and cameras, through OpenCV: frames in, frames out."""
+"""Reading and writing videos, and reading cameras, with OpenCV."""
 
 import importlib
 import os
@@ -12,23 +12,26 @@ from ..errors import UserError, one_line
 
 __all__ = ["VideoReader", "VideoWriter", "is_video", "open_camera", "require_cv2"]
 
-# MPEG-4 is in every build of OpenCV that has FFmpeg; MJPG in AVI in every build at all.
+# Every build of OpenCV with FFmpeg writes MPEG-4; every build writes MJPG in AVI.
 _CODECS = ("mp4v", "MJPG")
 _LAST_RESORT = ".avi"
 _SUFFIXES = (".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv")
-_DEFAULT_RATE = 25.0  # frames a second, where the file does not say
+_DEFAULT_RATE = 25.0  # frames per second if the file has none
 
 
 def is_video(name: str) -> bool:
-    """Whether a file is a video, by its name."""
+    """Return whether a file name has the suffix of a video."""
     return name.lower().endswith(_SUFFIXES)
 
 
 def require_cv2(purpose: str) -> ModuleType:
-    """OpenCV's module, told to keep its warnings to itself: what matters is told in one line.
+    """Import OpenCV with its warnings turned off; callers report errors themselves.
+
+    Args:
+        purpose: subject of the error message.
 
     Raises:
-        UserError: it is not installed.
+        UserError: OpenCV is not installed.
     """
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # FFmpeg's "quiet"
     try:
@@ -42,14 +45,14 @@ def require_cv2(purpose: str) -> ModuleType:
 
 
 class VideoReader:
-    """The frames of a video as (H, W, 3) uint8, RGB.
+    """Iterator over the frames of a video, (H, W, 3) uint8, RGB.
 
     Args:
-        source: OpenCV's name of it.
-        name: for messages.
+        source: a file name, or the number of a camera.
+        name: subject of error messages.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: the source cannot be opened.
     """
 
     def __init__(self, source: str | int, name: str) -> None:
@@ -60,16 +63,16 @@ class VideoReader:
             raise UserError(f"{name} cannot be opened")
         rate = self.capture.get(cv2.CAP_PROP_FPS)
         self.rate = rate if 0 < rate < 1000 else _DEFAULT_RATE
-        # What the file says of itself: an estimate in some formats, nothing for a camera.
+        # An estimate in some formats, 0 for a camera.
         self.expected = max(int(self.capture.get(cv2.CAP_PROP_FRAME_COUNT)), 0)
         self.read = 0
 
     @classmethod
     def open_file(cls, path: str) -> "VideoReader":
-        """A file's frames.
+        """Open a video file.
 
         Raises:
-            UserError: there is no such file, or it is no video.
+            UserError: the file does not exist or is not a video.
         """
         if not os.path.isfile(path):
             raise UserError(f"{path:.300} does not exist")
@@ -88,29 +91,29 @@ class VideoReader:
 
     @property
     def is_cut_short(self) -> bool:
-        """After the last frame: whether clearly fewer came than the file promised."""
+        """Whether none or less than 90 % of the expected frames could be read, after iteration."""
         return self.read == 0 or self.read < 0.9 * self.expected
 
 
 def open_camera(number: int = 0) -> VideoReader:
-    """The frames of a camera.
+    """Open a camera.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: the camera cannot be opened.
     """
     return VideoReader(number, f"the camera {number}")
 
 
 class VideoWriter:
-    """Writes frames with the first codec that this OpenCV has.
+    """Video file, written with the first codec that OpenCV supports.
 
     Args:
-        path: where to; `path` of the object is where it really goes, an AVI if no codec fits.
-        rate: frames a second.
+        path: the file; the attribute `path` has the suffix .avi if no codec supports this one.
+        rate: frames per second.
         size: (height, width) of the frames in pixels.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: the file cannot be written.
     """
 
     def __init__(self, path: Path, rate: float, size: tuple[int, int]) -> None:
@@ -132,7 +135,7 @@ class VideoWriter:
         raise UserError(f"{path} cannot be written, or OpenCV has no codec for it; see --output")
 
     def write(self, frame: np.ndarray) -> None:
-        """Adds a frame, (H, W, 3) uint8, RGB."""
+        """Append a frame (H, W, 3) uint8, RGB."""
         self.writer.write(self.cv2.cvtColor(frame, self.cv2.COLOR_RGB2BGR))
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Pictures on a screen: in a window, or in a notebook."""
+"""Showing images in a window or a notebook."""
 
 import os
 import sys
@@ -18,13 +18,13 @@ _WITHOUT = "add --output FOLDER to write files"
 
 
 class Window:
-    """OpenCV's window.
+    """Window of OpenCV.
 
     Args:
-        title: of the window.
+        title: title of the window.
 
     Raises:
-        UserError: there is no screen, or this OpenCV knows no windows.
+        UserError: there is no display, or OpenCV is built without windows.
     """
 
     def __init__(self, title: str) -> None:
@@ -41,8 +41,11 @@ class Window:
             ) from error
 
     def show(self, image: np.ndarray, milliseconds: int = 0) -> bool:
-        """Shows a picture (H, W, 3) uint8, RGB until a key is pressed or the time is over (0: no
-        limit); False if the key was Esc or q."""
+        """Show an image (H, W, 3) uint8, RGB for some time (0: no limit) or until a key is pressed.
+
+        Returns:
+            False if the key was Esc or q.
+        """
         try:
             self.cv2.imshow(self.title, self.cv2.cvtColor(image, self.cv2.COLOR_RGB2BGR))
             return self.cv2.waitKey(milliseconds) & 0xFF not in _STOP_KEYS
@@ -51,12 +54,13 @@ class Window:
 
 
 def show(image: np.ndarray, title: str) -> None:
-    """Shows a picture in a notebook's cell, or in a window until a key is pressed; without a
-    display it is written to a temporary file, whose path is printed.
+    """Show an image in a notebook cell, or in a window until a key is pressed.
+
+    Without a display, the image is written to a temporary file and its path is printed.
 
     Args:
         image: (H, W, 3) uint8, RGB.
-        title: of the window.
+        title: title of the window.
     """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None

@@ -1,4 +1,4 @@
-"""DETR from the layers of PyTorch and torchvision, whose names the published checkpoints have."""
+"""Reference of DETR from layers of PyTorch and torchvision, with the published names."""
 
 import math
 
@@ -11,7 +11,7 @@ HEADS = 8
 
 
 def sine_positions(height: int, width: int, channels: int) -> Tensor:
-    """(H·W, C), entry by entry."""
+    """Return the sine embedding (HW, C), one entry at a time."""
     table = torch.zeros(height, width, channels)
     half = channels // 2
     for row in range(height):
@@ -25,11 +25,14 @@ def sine_positions(height: int, width: int, channels: int) -> Tensor:
 
 
 class DETR(nn.Module):
-    """Without dropout; `forward` takes one unpadded image.
+    """DETR without dropout, for one unpadded image.
 
     Args:
-        rows: of the class head.
-        channels, ffn_dim, queries, layers: sizes of the transformer.
+        rows: rows of the class head.
+        channels: channels C of the transformer.
+        ffn_dim: hidden units of the feed-forward networks.
+        queries: Q.
+        layers: layers of encoder and decoder.
         width: channels of the first 3×3 convolution of the ResNet-50.
     """
 
@@ -56,7 +59,7 @@ class DETR(nn.Module):
         )
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """(1, 3, H, W) to the last layer's logits (Q, rows) and boxes (Q, 4)."""
+        """Map (1, 3, H, W) to logits (Q, rows) and boxes (Q, 4) of the last layer."""
         x = image
         for layer in self.backbone[0]["body"].children():
             x = layer(x)

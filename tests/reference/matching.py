@@ -1,4 +1,4 @@
-"""The cost of a pair, and the cheapest set of pairs by trying all of them."""
+"""Reference of the matcher: pair costs in Python, and the cheapest of all matchings."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ def corners(box) -> tuple[float, float, float, float]:
 
 
 def giou(box, other) -> float:
-    """Generalised IoU of two boxes in cx, cy, w, h."""
+    """Return the generalised IoU of two boxes cx, cy, w, h."""
     ax1, ay1, ax2, ay2 = corners(box)
     bx1, by1, bx2, by2 = corners(other)
     overlap_x = max(0.0, min(ax2, bx2) - max(ax1, bx1))
@@ -30,7 +30,7 @@ def l1(box, other, box_format: str) -> float:
 
 
 def focal(logit: float, is_object: bool, alpha: float = 0.25, gamma: float = 2.0) -> float:
-    """-α_t · (1 - p_t)^γ · log p_t."""
+    """Return -α_t · (1 - p_t)^γ · log p_t."""
     p = 1 / (1 + math.exp(-logit))
     p_t, alpha_t = (p, alpha) if is_object else (1 - p, 1 - alpha)
     return -alpha_t * (1 - p_t) ** gamma * math.log(p_t)
@@ -44,7 +44,7 @@ def class_cost(logits, label: int, class_head: str) -> float:
 
 
 def cost_matrix(logits, boxes, labels, objects, class_head: str, box_format: str) -> np.ndarray:
-    """(Q, T): 2 · class + 5 · L1 - 2 · GIoU."""
+    """Return the costs 2 · class + 5 · L1 - 2 · GIoU, (Q, T)."""
     cost = np.empty((len(boxes), len(objects)))
     for i, (scores, box) in enumerate(zip(logits, boxes, strict=True)):
         for j, (label, wanted) in enumerate(zip(labels, objects, strict=True)):
@@ -57,7 +57,7 @@ def cost_matrix(logits, boxes, labels, objects, class_head: str, box_format: str
 
 
 def cheapest_pairs(cost: np.ndarray) -> list[tuple[int, int]]:
-    """All ways to pair min(Q, T) rows and columns; the pairs of the cheapest."""
+    """Return the pairs of the cheapest matching of min(Q, T) rows and columns."""
     rows, columns = cost.shape
     if rows < columns:
         return sorted((i, j) for j, i in cheapest_pairs(cost.T))

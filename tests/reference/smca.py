@@ -1,5 +1,4 @@
-"""SMCA's encoder and decoder (SMCA, equations 1 to 12), position by position and query by query,
-for one unpadded image in float64."""
+"""Reference of SMCA (equations 1 to 12): loops over positions and queries of one unpadded image."""
 
 import math
 
@@ -11,7 +10,7 @@ Levels = list[np.ndarray]  # (C, H, W) each
 
 
 def within(weights: Weights, prefix: str) -> Weights:
-    """The weights of a part, by their names in it."""
+    """Return the weights with a prefix, without the prefix."""
     return {k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)}
 
 
@@ -25,12 +24,12 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def rows(level: np.ndarray) -> np.ndarray:
-    """(C, H, W) to (HW, C), row by row."""
+    """Flatten (C, H, W) to (HW, C)."""
     return np.array([level[:, y, x] for y in range(level.shape[1]) for x in range(level.shape[2])])
 
 
 def positions(level: np.ndarray) -> np.ndarray:
-    """DETR's sine embedding: (HW, C)."""
+    """Return DETR's sine embedding, (HW, C)."""
     channels, height, width = level.shape
     table = []
     for y in range(height):
@@ -47,7 +46,7 @@ def positions(level: np.ndarray) -> np.ndarray:
 def attention(
     query: np.ndarray, keys: np.ndarray, values: np.ndarray, heads: int, log_prior: np.ndarray
 ) -> np.ndarray:
-    """Equation 1, and 5 and 6 with a prior (heads, N), for one projected query (C,)."""
+    """Return equation 1, or 5 and 6 with a prior (heads, N), for one projected query (C,)."""
     size = len(query) // heads
     out = []
     for head in range(heads):
@@ -58,10 +57,10 @@ def attention(
 
 
 def encoder_block(levels: Levels, weights: Weights, heads: int, kind: str) -> list[np.ndarray]:
-    """The block's new features, (HW, C) for each level."""
+    """Return the output of a block, (HW, C) for each level."""
 
     def own(part: str, index: int) -> str:
-        """The name of a level's copy of a part, or of the one that all levels share."""
+        """Return the name of the copy of a module for a level, or of the shared one."""
         copy = f"{part}.levels.{index}"
         return copy if any(name.startswith(copy) for name in weights) else f"{part}.levels.0"
 
@@ -111,7 +110,7 @@ def multi_head(
     heads: int,
     log_prior: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Projections and attention of queries (Q, C), with priors (Q, heads, N)."""
+    """Return the attention of queries (Q, C) with priors (Q, heads, N)."""
     wq, wk, wv = np.split(weights["in_proj_weight"], 3)
     bq, bk, bv = np.split(weights["in_proj_bias"], 3)
     keys, values = keys @ wk.T + bk, values @ wv.T + bv
@@ -132,7 +131,7 @@ def log_prior(
     heads: int,
     beta: float,
 ) -> np.ndarray:
-    """Equations 3, 4 and 6 for one query: (heads, HW)."""
+    """Return equations 3, 4 and 6 for one query, (heads, HW)."""
     _, height, width = level.shape
     offsets = linear(guide, weights, "offsets").reshape(-1, 2)
     scales = np.ones_like(offsets)
@@ -191,7 +190,7 @@ def co_attention(
 def decoder(
     levels: Levels, weights: Weights, heads: int, beta: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (S, Q, K) and boxes (S, Q, 4)."""
+    """Return logits (S, Q, K) and boxes (S, Q, 4)."""
     query_positions = weights["query_embed.weight"]
     queries = np.zeros_like(query_positions)
     references = None

@@ -1,5 +1,5 @@
-"""Whole detectors in one run: those of any configurations, the first one put together from the
-usual operators, and Detectron2's own detectors."""
+"""Whole detectors in one run: those of any configurations, what bounds the first one, the same put
+together from the usual operators, and Detectron2's own detectors."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -10,39 +10,44 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
-from torch import nn
+from torch import Tensor, nn
 
 from dynamic_detr.engine.setup import find_config, read_config
 
-from .costs import count_gmac, count_parameters
+from .costs import config_products, count_gmac, count_parameters
+from .products import PlainProducts, dtypes_of
 from .timing import Timing, time_in_turns
 from .usual import usual_operators
 
 __all__ = ["measure_models", "profile_model"]
 
+BOUND = "bound: backbone, plain products"
 OBJECTS = 8  # in each training image
+SMALL = (128, 160)  # pixels: dtypes do not depend on the size
 SHOWN = 12  # operations in a profile
 
 
 def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
-    """A row for each detector; ratios are to the first one and to the first peer."""
+    """A row for each detector; ratios are to the first one, to its bound and to the first peer."""
     runs = {Path(config).stem: _Run(config, args, device) for config in args.config_file}
     first = next(iter(runs))
+    runs[BOUND] = _Bound(runs[first], args)
     if not args.no_naive:
         runs["usual operators"] = _Run(runs[first], args, device)
     runs |= {Path(config).stem: _Run(config, args, device) for config in args.peer}
     peer = Path(args.peer[0]).stem
 
     def timings(
-        title: str, function: Callable[["_Run"], Callable], slow: tuple[str, ...] = ()
+        title: str, function: Callable[["_Run"], Callable], without: tuple[str, ...] = ()
     ) -> dict[str, Timing]:
-        calls = {name: function(run) for name, run in runs.items() if name not in slow}
+        calls = {name: function(run) for name, run in runs.items() if name not in without}
         return time_in_turns(calls, device, args.repeats, args.budget, title)
 
     latency = timings("one image", lambda run: lambda: run.infer(1))
     # one image alone takes the usual operators more than a minute on a CPU
     slow = ("usual operators",) if device == "cpu" else ()
-    throughput = timings(f"{args.batch} images", lambda run: lambda: run.infer(args.batch), slow)
+    several = (*slow, BOUND)
+    throughput = timings(f"{args.batch} images", lambda run: lambda: run.infer(args.batch), several)
     training = timings("training step", lambda run: lambda: run.train(args.train_batch), slow)
     rows = []
     for name, run in runs.items():
@@ -53,14 +58,17 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
                 "latency_s": latency[name].median,
                 "latency_spread": latency[name].spread,
                 "latency_to_first": latency[name].median / latency[first].median,
+                "latency_to_bound": latency[name].median / latency[BOUND].median,
                 "latency_to_peer": latency[name].median / latency[peer].median,
                 "images_per_s": batch and args.batch / batch.median,
                 "train_step_s": step and step.median,
                 "train_step_to_first": step and step.median / training[first].median,
+                "train_step_to_bound": step and step.median / training[BOUND].median,
                 "train_step_to_peer": step and step.median / training[peer].median,
                 "train_peak_gb": step and step.peak_bytes and step.peak_bytes / 1e9,
-                "parameters_m": count_parameters(run.model),
+                "parameters_m": None if name == BOUND else count_parameters(run.model),
                 "gmac": run.gmac(),
+                "ran_in": run.dtypes(),
             }
         )
     return rows
@@ -113,9 +121,12 @@ class _Run:
             yield
 
     def infer(self, batch: int) -> object:
-        inputs = [{"image": self.image, "height": self.size[0], "width": self.size[1]}] * batch
+        return self._infer(self.image, batch)
+
+    def _infer(self, image: Tensor, batch: int) -> object:
+        height, width = image.shape[1:]
         with torch.no_grad(), self._settings():
-            return self.model.eval()(inputs)
+            return self.model.eval()([{"image": image, "height": height, "width": width}] * batch)
 
     def train(self, batch: int) -> None:
         """Forward and backward; what the optimiser adds is the same for all."""
@@ -130,6 +141,49 @@ class _Run:
         if self.operators is usual_operators:
             return None
         return count_gmac(self.model, lambda: self.infer(1))
+
+    def dtypes(self) -> str:
+        """In which dtypes it infers, as `dtypes_of` says it."""
+        image = self.image[:, : SMALL[0], : SMALL[1]]
+        return dtypes_of(lambda: self._infer(image, 1))
+
+
+class _Bound(_Run):
+    """The backbone of another run, and its other products as plain ones of the same sizes."""
+
+    def __init__(self, run: _Run, args: argparse.Namespace) -> None:
+        self.__dict__.update(vars(run))
+        self.products = {
+            batch: PlainProducts(
+                config_products(args.config_file[0], args.size, batch), self.dtype, self.device
+            )
+            for batch in {1, args.train_batch}
+        }
+
+    def infer(self, batch: int) -> None:
+        self.model.eval()
+        with torch.no_grad():
+            self._features(batch)
+        self.products[batch].forward()
+
+    def train(self, batch: int) -> None:
+        self.model.train()
+        sum(feature.sum() for feature in self._features(batch)).backward()
+        self.model.zero_grad()
+        self.products[batch].forward_and_backward()
+
+    def _features(self, batch: int) -> list[Tensor]:
+        multiple = max(self.model.backbone.size_divisibility, 1)
+        padded = (-(-side // multiple) * multiple for side in self.size)
+        images = torch.randn(batch, 3, *padded, device=self.device)
+        with self._settings():
+            return list(self.model.backbone(images).values())
+
+    def gmac(self) -> None:
+        """Those of the detector that it bounds."""
+
+    def dtypes(self) -> str:
+        return dtypes_of(lambda: self.infer(1))
 
 
 def _build(config: str, device: str) -> nn.Module:

@@ -22,6 +22,7 @@ from dynamic_detr.ops import (
     pyramid_roi_align,
 )
 
+from .products import dtypes_of
 from .timing import time_in_turns
 from .usual import (
     pool_levels,
@@ -31,7 +32,13 @@ from .usual import (
     usual_ms_deform_attn,
 )
 
-__all__ = ["measure_operators"]
+__all__ = [
+    "attention_case",
+    "attention_shapes",
+    "deform_conv_case",
+    "measure_operators",
+    "timed_call",
+]
 
 CHANNELS = 256
 STRIDES = (4, 8, 16, 32, 64)
@@ -71,12 +78,12 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
     dtype = getattr(torch, args.dtype)
     rows = []
     for build in (
-        _deform_conv,
+        deform_conv_case,
         _grouped_deform_conv,
         _fuse_levels,
         _roi_align,
         _dynamic_conv,
-        _attention,
+        attention_case,
         _matching,
     ):
         case = build(args.size, dtype, device)
@@ -86,14 +93,17 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
 
 
 def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> dict:
-    calls = {"ours": _call(case.ours, case.tensors, backward)}
-    calls["bound"] = _call(*case.bound[1:], backward)
+    calls = {"ours": timed_call(case.ours, case.tensors, backward)}
+    calls["bound"] = timed_call(*case.bound[1:], backward)
     if case.usual:
-        calls["usual"] = _call(case.usual[1], case.tensors, backward)
+        calls["usual"] = timed_call(case.usual[1], case.tensors, backward)
     name = f"{case.name}, " + ("forward + backward" if backward else "forward")
     timings = time_in_turns(calls, device, args.repeats, args.budget, name)
     ours, bound = timings["ours"], timings["bound"]
     usual = timings.get("usual")
+    ran_in = {}
+    if args.dtype != "float32":  # some have no other dtype, or sum in it
+        ran_in = {kind: dtypes_of(call) for kind, call in calls.items()}
     return {
         "operator": name,
         "milliseconds": 1e3 * ours.median,
@@ -103,10 +113,14 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
         "times_bound": ours.median / bound.median,
         "usual": case.usual[0] if case.usual else None,
         "faster_than_usual": usual.median / ours.median if usual else None,
+        "ran_in": ran_in,
     }
 
 
-def _call(function: Function, tensors: tuple[Tensor, ...], backward: bool) -> Callable[[], object]:
+def timed_call(
+    function: Function, tensors: tuple[Tensor, ...], backward: bool
+) -> Callable[[], object]:
+    """A function without arguments: forward, or with `backward` all gradients as well."""
     if not backward:
 
         def forward() -> Tensor | list[Tensor]:
@@ -136,7 +150,9 @@ def _copy(elements: int, dtype: torch.dtype, device: str) -> tuple[Function, tup
     return lambda numbers: numbers * 2, (torch.ones(elements, dtype=dtype, device=device),)
 
 
-def _deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str, groups: int = 1) -> Case:
+def deform_conv_case(
+    size: tuple[int, int], dtype: torch.dtype, device: str, groups: int = 1
+) -> Case:
     height, width = size[0] // STRIDES[0], size[1] // STRIDES[0]
     weight = 0.02 * torch.randn(CHANNELS, CHANNELS // groups, 3, 3, dtype=dtype, device=device)
     tensors = (
@@ -168,7 +184,7 @@ def _deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str, groups:
 
 def _grouped_deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     """As res3 of a ResNeXt-101 32x8d, at half of the resolution."""
-    return _deform_conv((size[0] // 2, size[1] // 2), dtype, device, groups=32)
+    return deform_conv_case((size[0] // 2, size[1] // 2), dtype, device, groups=32)
 
 
 def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
@@ -241,8 +257,12 @@ def _dynamic_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Cas
     )
 
 
-def _attention(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    shapes = [(size[0] // s, size[1] // s) for s in STRIDES[1:]]
+def attention_shapes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    return [(size[0] // stride, size[1] // stride) for stride in STRIDES[1:]]
+
+
+def attention_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    shapes = attention_shapes(size)
     rows = sum(height * width for height, width in shapes)
     value = torch.randn(1, rows, HEADS, CHANNELS // HEADS, dtype=dtype, device=device)
     locations = torch.rand(1, rows, HEADS, len(shapes), POINTS, 2, device=device)

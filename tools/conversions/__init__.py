@@ -1,11 +1,11 @@
-"""Published weights of other projects under this project's names: one table for each system.
+"""Conversion of published weights to the names of this project, one module for each system.
 
-Each system's module, named like the system, has a function
+Each module has a function
 
     def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]
 
-from the published names to those of the model's `state_dict`; `rename` does most of it. It keeps
-the rows of class heads as they are published: `tools/convert_weights.py` selects them.
+from the published names to those of the model's `state_dict`. It keeps all rows of the class heads;
+`tools/convert_weights.py` selects the rows of the 80 classes.
 """
 
 import re
@@ -20,31 +20,31 @@ from dynamic_detr.errors import UserError
 __all__ = ["CONFIGS", "SYSTEMS", "rename", "select_coco_classes"]
 
 SYSTEMS = ("detr", "deformable-detr", "smca", "sparse-rcnn", "dyhead", "huggingface")
-CONFIGS = {  # what each is converted for where --config-file does not say
+CONFIGS = {  # default of --config-file
     "detr": "DETR/detr_R_50.yaml",
     "deformable-detr": "Deformable-DETR/deformable_detr_R_50.yaml",
     "smca": "SMCA/smca_single_scale_R_50.yaml",
     "sparse-rcnn": "Sparse-RCNN/sparse_rcnn_R_50.yaml",
     "dyhead": "DyHead/faster_rcnn_R_50_FPN_dyhead.yaml",
 }
-COCO_ROWS = 91  # the DETR family's class heads have a row for each COCO id from 0 to 90
+COCO_ROWS = 91  # class heads of the DETR family have a row for each COCO id from 0 to 90
 
 
 def rename(
     weights: dict[str, Tensor], rules: Iterable[tuple[str, str | None]]
 ) -> dict[str, Tensor]:
-    r"""Weights under other names.
+    r"""Rename weights.
 
     Args:
-        weights: by name.
-        rules: a pattern that a whole name must match, and the new name, in which \1 stands for
-            the pattern's first group; None leaves the weight out. The first rule that fits counts.
+        weights: weights by name.
+        rules: pairs of a pattern for the whole name and the new name, in which \1 is the first
+            group of the pattern; None drops the weight. The first match applies.
 
     Returns:
-        The weights by their new names.
+        Weights by their new names.
 
     Raises:
-        UserError: no rule fits a name, or two different weights get the same name.
+        UserError: no rule matches a name, or two different weights get the same name.
     """
     compiled = [(re.compile(pattern), name) for pattern, name in rules]
     renamed = {}
@@ -64,13 +64,13 @@ def rename(
 
 
 def select_coco_classes(rows: Tensor) -> Tensor:
-    """The rows of a class head by COCO id, reduced to the 80 classes in the order of their ids.
+    """Select the rows of the 80 COCO classes, sorted by id.
 
     Args:
-        rows: (91, …), row i for the category with id i; or (92, …) with "no object" last.
+        rows: (91, ...), row i for the category with id i; or (92, ...) with "no object" last.
 
     Returns:
-        (80, …), or (81, …) with "no object" last.
+        (80, ...), or (81, ...) with "no object" last.
     """
     ids = sorted(category["id"] for category in COCO_CATEGORIES if category["isthing"])
     return rows[[*ids, *range(COCO_ROWS, len(rows))]]

@@ -1,9 +1,9 @@
-"""DETR: names of the published checkpoints, and of Hugging Face's `DetrForObjectDetection`."""
+"""DETR: weights of its released code and of Hugging Face's `DetrForObjectDetection`."""
 
-import torch
 from torch import Tensor
 
 from . import rename
+from .huggingface import join_projections
 from .resnet import resnet_rules
 
 __all__ = ["convert", "convert_huggingface"]
@@ -26,7 +26,7 @@ PUBLISHED = [
     *resnet_rules(r"backbone\.0\.body\."),
 ]
 
-# Older releases say conv_encoder, out_proj and fc1, newer ones nothing, o_proj and mlp.fc1.
+# Older releases have the names conv_encoder, out_proj and fc1; newer ones have o_proj and mlp.fc1.
 HUGGING_FACE = [
     (rf"model\.{LAYER}self_attn\.(?:o|out)_proj\.(.+)", r"\1self_attention.attention.out_proj.\2"),
     (
@@ -49,15 +49,10 @@ HUGGING_FACE = [
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published names to ours."""
+    """Rename the weights of the released code."""
     return rename(weights, PUBLISHED)
 
 
 def convert_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Hugging Face's names to ours; projections to queries, keys and values become one."""
-    weights = dict(weights)
-    for name in [name for name in weights if ".q_proj." in name]:
-        parts = [name.replace("q_proj", f"{part}_proj") for part in "qkv"]
-        if all(part in weights for part in parts):
-            weights[name.replace("q_proj", "in_proj")] = torch.cat([weights.pop(p) for p in parts])
-    return rename(weights, HUGGING_FACE)
+    """Rename the weights of Hugging Face's class."""
+    return rename(join_projections(weights), HUGGING_FACE)

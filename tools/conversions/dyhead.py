@@ -1,9 +1,8 @@
-"""DyHead's own code: Dynamic Head in a Detectron2 backbone, under Faster R-CNN or RetinaNet.
+"""DyHead: weights of its released code, for Faster R-CNN and RetinaNet.
 
-Its `DyConv` holds three convolutions, of strides 1, 1 and 2. Its forward pass applies the second
-one to the level itself, the third one, whose result is half as large, to the finer level, and
-upsamples that of the first one, which so is for the coarser level. The weights were trained with
-`MODEL.DYNAMIC_ENCODER.OFFSETS` "legacy".
+`DyConv` has three convolutions of strides 1, 1 and 2. Its forward pass applies the first one to the
+coarser level and upsamples the result, the second one to the level itself, and the third one to the
+finer level. The weights need `MODEL.DYNAMIC_ENCODER.OFFSETS` "legacy".
 """
 
 from torch import Tensor
@@ -34,9 +33,9 @@ RULES = [
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names to those of the model of configs/DyHead."""
+    """Rename the weights of the released code."""
     renamed = rename(weights, RULES)
     for name, weight in renamed.items():
-        if name.endswith(".scale.weight"):  # a 1×1 convolution there, a linear layer here
+        if name.endswith(".scale.weight"):  # from a 1×1 convolution to a linear layer
             renamed[name] = weight.flatten(1)
     return renamed

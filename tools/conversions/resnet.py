@@ -1,35 +1,27 @@
-"""Names of a ResNet: torchvision's (and timm's) and Hugging Face's to Detectron2's."""
+"""ResNet: weights of torchvision, timm and Hugging Face under the names of Detectron2."""
 
 __all__ = ["resnet_rules"]
 
 BOTTOM_UP = "backbone.bottom_up."
-NORM = r"(weight|bias|running_mean|running_var)"  # frozen or not
+NORM = r"(weight|bias|running_mean|running_var)"
 
 
 def resnet_rules(prefix: str, target: str = BOTTOM_UP) -> list[tuple[str, str | None]]:
-    r"""Rules for `rename`, of all weights of a ResNet of bottleneck or basic blocks.
+    r"""Return the rules of `rename` for a ResNet without classifier.
 
     Args:
-        prefix: pattern that the published names start with, such as r"backbone\.0\.body\.".
-        target: what Detectron2's names start with.
-
-    Returns:
-        Rules that take every weight but that of the classifier; running counts are left out.
+        prefix: pattern of the prefix of the published names, such as r"backbone\.0\.body\.".
+        target: prefix of Detectron2's names.
     """
     rules: list[tuple[str, str | None]] = [
         (rf"{prefix}.*num_batches_tracked", None),
-        # torchvision, timm
         (rf"{prefix}conv1\.weight", rf"{target}stem.conv1.weight"),
         (rf"{prefix}bn1\.{NORM}", rf"{target}stem.conv1.norm.\1"),
-        # Hugging Face
-        (
-            rf"{prefix}embedder\.embedder\.convolution\.weight",
-            rf"{target}stem.conv1.weight",
-        ),
-        (
-            rf"{prefix}embedder\.embedder\.normalization\.{NORM}",
-            rf"{target}stem.conv1.norm.\1",
-        ),
+    ]
+    embedder = rf"{prefix}embedder\.embedder\."  # of Hugging Face
+    rules += [
+        (rf"{embedder}convolution\.weight", rf"{target}stem.conv1.weight"),
+        (rf"{embedder}normalization\.{NORM}", rf"{target}stem.conv1.norm.\1"),
     ]
     for stage in range(4):
         new = f"{target}res{stage + 2}."

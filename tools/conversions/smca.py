@@ -1,14 +1,12 @@
-"""SMCA: names of the checkpoints that its released code writes for the single-scale system.
+"""SMCA: weights of its released code for the single-scale system.
 
-That code is DETR's with additions, and so are its names: those of backbone, encoder and heads, and
-of the decoder's attentions (the modulated one holds its weights as PyTorch's does), linear layers
-and first three norms, are DETR's. A decoder layer also has `norm4`, the norm of content plus
-position, `point2`, the offsets, and `point3`, the scales: of all heads, x before y in each. The
-first layer has `point1`, the perceptron of the reference points. Fixed scales have no `point3`.
+The released code extends DETR's and keeps its names. Each decoder layer also has `norm4`, the norm
+of content plus position; `point2`, which predicts the offsets; and `point3`, which predicts the
+scales: x before y for each head. Fixed scales have no `point3`. The first layer has `point1`, the
+MLP of the reference points.
 
-These additions are known by name, and have not been compared with a published file: whoever
-converts one is told of each name that is missing or left over. The released multi-scale code is not
-the system of the paper; it is not converted.
+The names are those of the released code; they have not been checked on a published file. The
+released multi-scale code differs from the paper and is not supported.
 """
 
 from torch import Tensor
@@ -32,5 +30,5 @@ RULES = [
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published names to those of the single-scale `SetDetector`."""
+    """Rename the weights of the released code."""
     return rename(weights, RULES)

@@ -1,4 +1,4 @@
-"""Sparse R-CNN: its backbone has Detectron2's names already, its head is the dynamic decoder."""
+"""Sparse R-CNN: weights of its released code; the backbone has the names of Detectron2."""
 
 from torch import Tensor
 
@@ -7,7 +7,7 @@ from . import rename
 __all__ = ["convert"]
 
 STAGE = r"head\.head_series\.(\d+)\."
-LAYERS = {  # of a stage
+LAYERS = {  # names in a stage
     r"self_attn\.": "self_attention.",
     r"norm1\.": "norm_attention.",
     r"inst_interact\.dynamic_layer\.": "interaction.filters.",
@@ -34,5 +34,5 @@ RULES = [
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Published names to those of `SetDetector` with the dynamic decoder and no encoder."""
+    """Rename the weights of the released code."""
     return rename(weights, RULES)

@@ -38,7 +38,7 @@ def forward(
     for block in _blocks(features, offset, mask, geometry):
         block_out = out[block.images, block.rows].flatten(0, 2)
         for chunk in block.chunks(len(matrices)):
-            _multiply(block.columns(chunk).to(input.dtype), matrices, block_out[chunk])
+            _multiply(block.columns(chunk), matrices, block_out[chunk])
     if bias is not None:
         out += bias
     return out.permute(0, 3, 1, 2)
@@ -60,7 +60,9 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of input, offset, mask and weight; None for those that are not needed."""
     features, grad_out = _features(input), grad_out.permute(0, 2, 3, 1)
-    grad_input = torch.zeros_like(features) if needs_input else None
+    # bfloat16 loses most of what is added to it, and of what differs little
+    wide = features.to(torch.promote_types(input.dtype, torch.float32))
+    grad_input = torch.zeros_like(wide) if needs_input else None
     grad_offset, grad_mask = (
         torch.empty_like(t, memory_format=torch.channels_last)
         if needs_sampling and t is not None
@@ -68,28 +70,31 @@ def backward(
         for t in (offset, mask)
     )
     packed, packs = _packed(weight, groups)
-    grad_packed = packed.new_zeros(packed.shape, dtype=features.dtype) if needs_weight else None
     matrices = _matrices(packed, packs)
+    grad_matrices = torch.zeros_like(matrices, dtype=wide.dtype) if needs_weight else None
     geometry = (weight.shape[2:], stride, padding, dilation)
     for block in _blocks(features, offset, mask, geometry):
         block_grad = grad_out[block.images, block.rows].flatten(0, 2)
         for chunk in block.chunks(len(matrices)):
             grad = block_grad[chunk]
             if needs_weight:
-                columns = block.columns(chunk).to(input.dtype)
-                grad_packed += _weight_grad(grad, columns, packed, packs)
+                grad_matrices += _matrices_grad(grad, block.columns(chunk), packs)
             if needs_input or needs_sampling:
-                grad_columns = _column_grad(grad, matrices, block.taps)
+                grad_columns = _column_grad(grad, matrices, block.taps).to(wide.dtype)
             if needs_input:
                 block.add_input_gradient(grad_input, grad_columns, chunk)
             if needs_sampling:
-                block.keep_weight_gradient(grad_columns, chunk)
+                block.keep_weight_gradient(wide, grad_columns, chunk)
         if needs_sampling:
             block.write_sampling_gradients(grad_offset, grad_mask)
     grad_weight = None
     if needs_weight:
-        grad_weight = _blocks_on_diagonal(grad_packed, weight.shape[1], groups)
-        grad_weight = grad_weight.reshape(weight.shape)
+        # the inverse of `_matrices`
+        grad_packed = grad_matrices.view(weight.shape[0], -1, packed.shape[1]).transpose(1, 2)
+        grad_weight = _blocks_on_diagonal(
+            grad_packed.reshape(packed.shape), weight.shape[1], groups
+        )
+        grad_weight = grad_weight.reshape(weight.shape).contiguous()
     return (
         None if grad_input is None else grad_input.to(input.dtype).permute(0, 3, 1, 2),
         grad_offset,
@@ -105,9 +110,8 @@ def _columns_bytes() -> int:
 
 
 def _features(input: Tensor) -> Tensor:
-    """(B, H, W, C), contiguous, in float32 or wider: what is gathered, and added up."""
-    wide = torch.promote_types(input.dtype, torch.float32)
-    return input.detach().permute(0, 2, 3, 1).contiguous().to(wide)
+    """(B, H, W, C), contiguous: what is gathered."""
+    return input.detach().permute(0, 2, 3, 1).contiguous()
 
 
 def _blocks(
@@ -129,7 +133,7 @@ class _Block:
     """Some rows of some images of the output, and the samples that they are made of.
 
     Args:
-        features: (B, H, W, C), contiguous, in float32 or wider.
+        features: (B, H, W, C), contiguous.
         offset, mask: as given to `deform_conv2d`.
         images, rows: which part of the output it is.
         kernel, stride, padding, dilation: of the convolution.
@@ -180,7 +184,7 @@ class _Block:
         are copied for their product."""
         positions = step = len(self.index)
         if self.table.device.type == "cpu":
-            column = self.taps * self.table.shape[1] * self.table.itemsize
+            column = self.taps * self.table.shape[1] * max(4, self.table.itemsize)  # as gradients
             step = max(1, _columns_bytes() // (column * min(groups, 2)))
         for first in range(0, positions, step):
             yield slice(first, min(first + step, positions))
@@ -200,12 +204,15 @@ class _Block:
         grad_table = grad_input[self.images].view(self.table.shape)
         add_table_gradient(grad_table, grad_columns.flatten(0, 1), index, weight)
 
-    def keep_weight_gradient(self, grad_columns: Tensor, chunk: slice) -> None:
-        """Keeps that of the samples' weights, for `write_sampling_gradients`."""
+    def keep_weight_gradient(self, features: Tensor, grad_columns: Tensor, chunk: slice) -> None:
+        """Keeps that of the samples' weights, for `write_sampling_gradients`; features (B, H, W, C)
+        in the dtype of the gradient."""
         if self.grad_weight is None:
             self.grad_weight = torch.empty_like(self.weight)
         grad = weight_gradient(
-            grad_columns.flatten(0, 1), self.table, self._of_taps(self.index, chunk)
+            grad_columns.flatten(0, 1),
+            features[self.images].view(self.table.shape),
+            self._of_taps(self.index, chunk),
         )
         self.grad_weight[chunk] = grad.view(-1, self.taps * 4)
 
@@ -274,12 +281,9 @@ def _column_grad(grad_out: Tensor, matrices: Tensor, taps: int) -> Tensor:
     return grad.unflatten(2, (taps, -1)).permute(1, 2, 0, 3).flatten(2)
 
 
-def _weight_grad(grad_out: Tensor, columns: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Gradient of the weight, in its own shape."""
+def _matrices_grad(grad_out: Tensor, columns: Tensor, groups: int) -> Tensor:
+    """Gradient of the matrices."""
     if groups == 1:
-        grad = product.weight_gradient(grad_out, columns.flatten(1))
-    else:
-        per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
-        grad = product.grouped_product(per_group, _grouped(columns, groups))
-    out_channels, channels = weight.shape[:2]  # grad: (groups, C_out / groups, taps · C / groups)
-    return grad.view(out_channels, -1, channels).transpose(1, 2).reshape(weight.shape)
+        return product.weight_gradient(grad_out, columns.flatten(1))[None]
+    per_group = grad_out.unflatten(1, (groups, -1)).permute(1, 2, 0)
+    return product.grouped_product(per_group, _grouped(columns, groups))

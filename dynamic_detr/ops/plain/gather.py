@@ -13,13 +13,16 @@ from ..check import check_tensor
 
 __all__ = ["add_table_gradient", "weight_gradient", "weighted_gather"]
 
+NARROW = 64  # channels up to which PyTorch's operator takes longer than a copy of the rows
+GATHERED = 2**19  # elements copied at a time: two megabytes of float32
+
 
 def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     """Sums chosen rows of a table with weights: out[m] = Σ_j weight[m, j] · table[index[m, j]].
 
-    Differentiable in the table and the weights. Gather and gradients run in float32, because
-    gradients accumulate in the table's dtype and bfloat16 loses most of them where many rows
-    meet; the result has the table's dtype.
+    Sums are taken in float32 or wider and rounded to the table's dtype, as are the weights.
+    Differentiable in the table and the weights; but a table's gradients are added up in its dtype,
+    and bfloat16 loses most of them where many rows meet. `add_table_gradient` does not.
 
     Args:
         table: (N, C) floating point.
@@ -37,12 +40,8 @@ def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
     check_tensor("weighted_gather: weight", weight, tuple(index.shape), table.device)
     if index.shape[0] == 0:
         return table.new_zeros((0, table.shape[1])) + 0 * table[:0].sum()
-    dtype = torch.promote_types(table.dtype, torch.float32)
     with torch.autocast(table.device.type, enabled=False):
-        rows = F.embedding_bag(
-            index, table.to(dtype), per_sample_weights=weight.to(dtype), mode="sum"
-        )
-    return rows.to(table.dtype)
+        return F.embedding_bag(index, table, per_sample_weights=weight.to(table.dtype), mode="sum")
 
 
 def add_table_gradient(grad_table: Tensor, grad_out: Tensor, index: Tensor, weight: Tensor) -> None:
@@ -78,11 +77,20 @@ def weight_gradient(grad_out: Tensor, table: Tensor, index: Tensor) -> Tensor:
         grad_out: (M, C).
         table, index: as given to `weighted_gather`, M at least 1.
     """
-    dtype = torch.promote_types(table.dtype, torch.float32)
+    table = table.to(torch.promote_types(table.dtype, torch.float32))
+    grad_out = grad_out.to(table.dtype)
     bags, rows = index.shape
+    if table.device.type == "cpu" and table.shape[1] <= NARROW:
+        grad = table.new_empty(bags, rows)
+        step = max(1, GATHERED // (rows * table.shape[1]))
+        for first in range(0, bags, step):
+            part = slice(first, first + step)
+            chosen = table.index_select(0, index[part].flatten()).view(-1, rows, table.shape[1])
+            torch.sum(chosen.mul_(grad_out[part, None]), dim=-1, out=grad[part])
+        return grad
     first = torch.arange(0, bags * rows, rows, device=index.device, dtype=index.dtype)
     bag = torch.arange(bags, device=index.device, dtype=index.dtype).repeat_interleave(rows)
     grad = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        grad_out.to(dtype).contiguous(), table.to(dtype), index.flatten(), first, bag, 0
+        grad_out.contiguous(), table, index.flatten(), first, bag, 0
     )
     return grad.view(bags, rows)

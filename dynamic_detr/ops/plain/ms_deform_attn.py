@@ -85,7 +85,10 @@ class _Samples:
         locations, attention = locations.to(dtype), weights.to(dtype)
         areas = [height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
         first_rows = [sum(areas[:level]) for level in range(len(areas))]
-        self.height, self.width = _column(shapes[::2], device), _column(shapes[1::2], device)
+        points = locations.shape[-2]
+        self.height, self.width, first_row = (
+            _grid(numbers, points, device) for numbers in (shapes[::2], shapes[1::2], first_rows)
+        )
         self.bilinear = BilinearSamples(
             locations[..., 1] * self.height - 0.5,
             locations[..., 0] * self.width - 0.5,
@@ -94,7 +97,7 @@ class _Samples:
             attention,
         )  # (n, heads, L, P)
         head = torch.arange(heads, device=device, dtype=torch.int32)[:, None, None, None]
-        index = self.bilinear.index(self.width).add_(_column(first_rows, device)[..., None])
+        index = self.bilinear.index(self.width).add_(first_row[..., None])
         self.index = index.mul_(heads).add_(head).flatten(2).flatten(0, 1)
         self.weight = self.bilinear.weight().flatten(2).flatten(0, 1)
 
@@ -105,6 +108,8 @@ class _Samples:
         grad_weights.copy_(grad_attention)
 
 
-def _column(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """(L, 1) int32, filled on the device: a copy from the host would stall it."""
-    return torch.cat([torch.full((1, 1), n, device=device, dtype=torch.int32) for n in numbers])
+def _grid(numbers: Sequence[int], points: int, device: torch.device) -> Tensor:
+    """(L, P) int32, filled on the device: a copy from the host would stall it. It is written out,
+    as operations on (..., L, P) are slow where they broadcast along P."""
+    of_levels = [torch.full((1, points), n, device=device, dtype=torch.int32) for n in numbers]
+    return torch.cat(of_levels)

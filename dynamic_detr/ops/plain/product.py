@@ -11,7 +11,6 @@ import platform
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["grouped_product", "mkl_is_slow", "product", "row_gradient", "weight_gradient"]
@@ -86,8 +85,12 @@ def mkl_is_slow() -> bool:
 
 
 def _convolved(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (M, K) times weight (N, K) transposed, (M, N), as a convolution."""
-    out = F.conv2d(_as_image(rows), weight[:, :, None, None])
+    """rows (M, K) times weight (N, K) transposed, (M, N), as a convolution. oneDNN's operator is
+    named, as `conv2d` takes MKL for 1×1 convolutions on one thread."""
+    geometry = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+    out = torch.ops.aten.mkldnn_convolution(
+        _as_image(rows), weight[:, :, None, None], None, *geometry
+    )
     return out.permute(0, 2, 3, 1).flatten(0, 2)
 
 

@@ -1,0 +1,167 @@
+"""The checkpoints in ``OUTPUT_DIR``: which run each is of, which one ``--resume`` takes, which may
+go.
+
+A run has an id, which its checkpoints hold. ``--resume`` takes the newest whole checkpoint, by
+iteration, of the run that was started last, whatever the file ``last_checkpoint`` says: that one is
+written for Detectron2's tools. A run deletes only its own checkpoints. Where it needs a name that a
+checkpoint of another run has, that one is renamed to ``<name>_<id>.pth``.
+"""
+
+import contextlib
+import logging
+import re
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from detectron2.utils import comm
+
+from .reading import UNNAMED_RUN, BrokenCheckpoint, peek_checkpoint, read_checkpoint
+from .sharing import from_main_process
+
+__all__ = ["LAST", "CheckpointFolder", "SavedCheckpoint", "started_with"]
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"model_(\d{7}|start|final)(_[0-9a-f]{8})?\.pth")
+_FEW = re.compile(r"model_(\d{7}|start)\.pth")  # of which the newest few are kept
+LAST = "last_checkpoint"
+
+
+class SavedCheckpoint(NamedTuple):
+    """A checkpoint that can be opened.
+
+    Args:
+        path: of the file.
+        run: ``id`` of the run that wrote it, when it ``started``, in seconds since 1970, and with
+            how many ``processes``.
+        iteration: the last one that it holds, from 0.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    iteration: int
+
+
+class CheckpointFolder:
+    """The checkpoints of a run among those of others.
+
+    Args:
+        folder: may not exist yet.
+        keep: how many of the run's own periodic checkpoints stay; 0 keeps all.
+    """
+
+    def __init__(self, folder: str, keep: int = 0) -> None:
+        self.folder = Path(folder)
+        self.keep = keep
+        self.run: dict[str, Any] = {
+            "id": secrets.token_hex(4),
+            "started": time.time(),
+            "processes": comm.get_world_size(),
+        }
+        self._own: list[Path] = []  # the oldest first
+
+    def _files(self) -> list[Path]:
+        files = {path for path in self.folder.glob("model_*.pth") if _NAME.fullmatch(path.name)}
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # it is not needed
+            if last := (self.folder / LAST).read_text().strip():
+                files.add(self.folder / last)
+        return sorted(files)
+
+    def __bool__(self) -> bool:
+        """Whether there is any checkpoint, or was one."""
+        return bool(self._files())
+
+    def open_all(
+        self, parts: Iterable[str] = ()
+    ) -> tuple[list[SavedCheckpoint], list[BrokenCheckpoint]]:
+        """The checkpoints, those of the latest run first and the newest first among these, and the
+        errors of those that cannot be opened.
+
+        Args:
+            parts: see :func:`read_checkpoint`.
+        """
+        found, errors = [], []
+        for path in self._files():
+            try:
+                content = peek_checkpoint(path, parts)
+            except BrokenCheckpoint as error:
+                errors.append(error)
+            else:
+                run = content.get("run", UNNAMED_RUN)
+                found.append(SavedCheckpoint(path, run, content["iteration"]))
+        found.sort(key=lambda saved: (saved.run["started"], saved.iteration, saved.path.name))
+        return found[::-1], errors
+
+    def last_whole(self, parts: Iterable[str] = ()) -> tuple[Path, dict[str, Any]]:
+        """The newest whole checkpoint of the latest run, and what is in it.
+
+        Raises:
+            BrokenCheckpoint: none of its checkpoints is whole.
+        """
+        found, errors = self.open_all(parts)
+        for error in errors:
+            logger.warning(f"{error}; falling back to another checkpoint")
+        candidates = [saved.path for saved in found if saved.run == found[0].run]
+        for path in candidates:
+            try:
+                return path, read_checkpoint(path, parts)
+            except BrokenCheckpoint as error:
+                logger.warning(f"{error}; falling back to the checkpoint before it")
+                errors.append(error)
+        raise BrokenCheckpoint(
+            f"none of the {len(errors)} checkpoints in {self.folder} can be read (the last one: "
+            f"{errors[-1]}); start again without --resume"
+        )
+
+    def go_on(self, run: dict[str, Any] | None) -> None:
+        """Become the run that a checkpoint is of.
+
+        Args:
+            run: of a checkpoint; None where it holds none.
+        """
+        self.run = run or UNNAMED_RUN
+        found, _ = self.open_all()
+        self._own = [saved.path for saved in reversed(found) if saved.run == self.run]
+
+    def make_way(self, path: Path) -> None:
+        """See that a checkpoint may be written under this name: one of another run is renamed.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        if path in self._own or not path.exists():
+            return
+        try:
+            run = peek_checkpoint(path).get("run", UNNAMED_RUN)
+        except BrokenCheckpoint:
+            return
+        if run != self.run:
+            kept = path.with_stem(f"{path.stem}_{run['id']}")
+            path.rename(kept)
+            logger.warning(f"{path} was written by another run; it is now {kept}")
+
+    def written(self, path: Path) -> None:
+        """Note a checkpoint of this run, and delete the oldest ones beyond ``keep``."""
+        self._own = [own for own in self._own if own != path] + [path]
+        few = [own for own in self._own if _FEW.fullmatch(own.name)]
+        for old in few[: -self.keep] if self.keep else ():
+            old.unlink(missing_ok=True)
+            self._own.remove(old)
+
+
+def started_with(folder: str) -> int | None:
+    """With how many processes the run that ``--resume`` takes was started, as process 0 finds it;
+    called by every process.
+
+    Returns:
+        None if there is no such run, or its checkpoints do not say.
+    """
+
+    def read() -> int | None:
+        found, _ = CheckpointFolder(folder).open_all()
+        return found[0].run["processes"] or None if found else None
+
+    return from_main_process(read)

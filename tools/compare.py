@@ -1,0 +1,176 @@
+#!/usr/bin/env python
+"""Trains any set of detectors on equal terms, Detectron2's own too, and writes one page about them.
+
+python tools/compare.py --config-file A.yaml --config-file B.yaml --iterations 1000 --output DIR
+python tools/compare.py --output DIR --config-file C.yaml   # adds one; only that is trained
+python tools/compare.py --output DIR --seeds 3              # adds seeds
+python tools/compare.py --output DIR --page-only            # trains nothing, draws the page again
+
+The first configuration's data, input, batch, schedule, average and starting weights hold for all;
+each keeps its optimiser, with the rate scaled to the batch (tools/comparison/terms.py). A command
+that was stopped goes on when it is given again.
+"""
+
+import argparse
+import json
+import logging
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from benchmark import machine
+from comparison.page import write_page
+from comparison.pictures import truth_boxes, wrong_or_right
+from comparison.plan import DATA, Plan
+from comparison.results import METRICS, detections, gather, measure, threshold, truth
+from comparison.runs import train_all
+from detectron2.data import MetadataCatalog
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+
+from dynamic_detr import compat
+from dynamic_detr.engine.exits import EXIT_USER_ERROR, report_user_errors
+
+PROGRAM = "compare.py"
+COSTS = {  # columns of the table: key of a detector's results, digits
+    "ms an image": ("inference_ms", 1),
+    "s a step": ("step_s", 3),
+    "peak MB": ("peak_mb", 0),
+    "parameters, M": ("parameters_m", 1),
+    "GMAC": ("gmac", 2),
+}
+_EPILOG = "exit codes: 0 all runs are finished; 2 wrong arguments, or a run failed or was stopped"
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--config-file",
+        action="append",
+        help="of a detector: a path, or a name of Detectron2's model zoo; may be repeated",
+    )
+    for name in DATA:
+        kind = "FILE" if name.endswith("json") else "DIR"
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar=kind, help="as for train_net.py")
+    parser.add_argument("--iterations", type=count, help="of each run (default: the first's)")
+    parser.add_argument("--evaluations", type=count, help="of each run (default: 5)")
+    parser.add_argument("--seeds", type=count, help="runs of each detector (default: 1)")
+    parser.add_argument("--num-gpus", type=int, help="of each run, as for train_net.py")
+    parser.add_argument("--num-processes", type=int, help="of each run, as for train_net.py")
+    parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
+    parser.add_argument("--budget-minutes", type=float, help="for training; the rest is left")
+    parser.add_argument("--note", metavar="TEXT", help="for the page, such as what else ran")
+    parser.add_argument("--page-only", action="store_true", help="draw the page of what is there")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration keys, for all")
+    return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    args = build_parser().parse_args(argv)
+    flags = {"--num-gpus": args.num_gpus, "--num-processes": args.num_processes}
+    args.devices = [str(w) for pair in flags.items() if pair[1] is not None for w in pair]
+    return args
+
+
+def terms_table(plan: Plan) -> str:
+    rows = [
+        [
+            name,
+            terms.optimizer,
+            f"{terms.rate:.3g} = {terms.rule}",
+            terms.clip,
+            terms.start,
+        ]
+        for name in plan.configs
+        for terms in [plan.terms_of(name)]
+    ]
+    headers = ["detector", "optimiser", "rate", "clipping", "backbone"]
+    return tabulate(rows, headers, "pipe", disable_numparse=True)
+
+
+def result_table(results: dict) -> str:
+    rows = []
+    for name, detector in results["detectors"].items():
+        final = [detector["final"][metric] for metric in METRICS]
+        cells = [f"{value['mean']:.1f}" if value else "" for value in final]
+        if final[0] and final[0]["deviation"] is not None:
+            cells[0] += f" ± {final[0]['deviation']:.1f}"
+        for key, digits in COSTS.values():
+            value = detector.get(key)
+            cells.append("" if value is None else f"{value:.{digits}f}")
+        done = sum(run["status"] == "finished" for run in detector["runs"])
+        rows.append([name, *cells, f"{done} of {len(detector['runs'])}"])
+    headers = ["detector", *METRICS, *COSTS, "runs finished"]
+    return tabulate(rows, headers, "pipe", disable_numparse=True)
+
+
+def boxes_of(plan: Plan, annotations: dict) -> dict[str, Callable[[dict], list[dict]]]:
+    """The rows of the page's pictures: for each, the boxes that are drawn in a picture."""
+    rows = {"annotated": partial(truth_boxes, annotations)}
+    for run in plan.runs():
+        if run.name not in rows and run.final():
+            by_image = defaultdict(list)
+            for box in wrong_or_right(annotations, detections(run), threshold(run)):
+                by_image[box["image_id"]].append(box)
+            rows[run.name] = lambda record, found=by_image: found[record["id"]]
+    return rows
+
+
+def stored(folder: Path) -> tuple[dict[str, dict], str]:
+    """Speed and costs that an earlier command has measured, and its machine."""
+    path = folder / "results.json"
+    if not path.is_file():
+        return {}, ""
+    results = json.loads(path.read_text())
+    return results["detectors"], results["machine"]
+
+
+def this_machine() -> str:
+    about = machine("cuda" if torch.cuda.is_available() else "cpu")
+    return ", ".join([about.pop("machine"), *(f"{name} {text}" for name, text in about.items())])
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    compat.ignore_known_warnings()
+    setup_logger(name="dynamic_detr").setLevel(logging.WARNING)
+    with report_user_errors(PROGRAM):
+        plan = Plan.merge(args.output, args, shlex.join(["python", "tools/compare.py", *words]))
+        if not args.page_only:
+            plan.compose()
+            print(terms_table(plan), flush=True)
+        configs = plan.composed(register=args.page_only)
+        annotations = truth(configs)
+        if args.page_only:
+            measured, where = stored(args.output)
+        else:
+            train_all(plan.runs(), plan.flags(), args.budget_minutes)
+            measured, where = measure(plan, configs), this_machine()
+        results = {**gather(plan, configs, annotations, measured), "machine": where}
+        pictures = MetadataCatalog.get(results["data_set"]).image_root
+        page = write_page(results, annotations, Path(pictures), boxes_of(plan, annotations))
+        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.output / "index.html").write_text(page)
+        print(f"\n{result_table(results)}\n\n{args.output / 'index.html'}")
+        unfinished = [run for run in plan.runs() if run.status() != "finished"]
+        for run in unfinished:
+            print(f"{PROGRAM}: {run.title}: {run.status()}", file=sys.stderr)
+        if unfinished:
+            sys.exit(EXIT_USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()
