@@ -16,12 +16,12 @@ from dynamic_detr.inference.building import build_with_weights
 
 __all__ = ["measure_speed"]
 
-IMAGES = 8  # of the validation set, seen again and again
-BATCHES = 2
+IMAGES = 4  # of the validation set, seen again and again
+BATCHES = 1
 
 
 def measure_speed(
-    configs: dict[str, CfgNode], rounds: int = 9, budget: float = 60
+    configs: dict[str, CfgNode], rounds: int = 7, budget: float = 30
 ) -> dict[str, dict[str, float]]:
     """Times inference on single images and whole training steps (forward, backward, optimiser).
 
