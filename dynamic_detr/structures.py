@@ -227,11 +227,14 @@ class Prediction:
             "no object".
         pred_boxes: (B, Q, 4) as cx, cy, w, h, normalised by the size of the unpadded image.
         is_proposal: whether these are the proposals of a two-stage decoder.
+        cells: (B, Q, 4), of proposals that share objects: the cell of the pyramid that each is
+            made at, as a box. None where an object is matched to one prediction alone.
     """
 
     pred_logits: Tensor
     pred_boxes: Tensor
     is_proposal: bool = False
+    cells: Tensor | None = None
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

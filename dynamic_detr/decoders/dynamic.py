@@ -11,6 +11,7 @@ from ..config import check_arguments
 from ..layers import apply_layer
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
+from .dense_queries import DenseQueries
 from .dynamic_stage import DynamicDecoderStage
 
 __all__ = ["DynamicDecoder"]
@@ -52,6 +53,8 @@ class DynamicDecoder(nn.Module):
         num_queries: Q.
         num_stages: S.
         class_head: "focal" or "softmax", see `ClassHead`.
+        dense_queries: gives the first boxes and queries; None for learned ones, as the paper, which
+            the next two arguments describe.
         initial_boxes: where the first boxes start; "image": the whole image each, as the paper;
             "grid": see `grid_boxes`.
         learn_initial_boxes: whether the first boxes are parameters, or stay where they start.
@@ -73,6 +76,7 @@ class DynamicDecoder(nn.Module):
         num_queries: int,
         num_stages: int,
         class_head: str,
+        dense_queries: DenseQueries | None,
         initial_boxes: str,
         learn_initial_boxes: bool,
         num_heads: int,
@@ -94,12 +98,14 @@ class DynamicDecoder(nn.Module):
             learn_initial_boxes=learn_initial_boxes,
         )
         self.checkpoint_stages = checkpoint_stages
-        self.query_embed = nn.Embedding(num_queries, channels)
-        boxes = INITIAL_BOXES[initial_boxes](num_queries)
-        if learn_initial_boxes:
-            self.initial_boxes = nn.Parameter(boxes)
-        else:
-            self.register_buffer("initial_boxes", boxes)
+        self.dense_queries = dense_queries
+        if dense_queries is None:
+            self.query_embed = nn.Embedding(num_queries, channels)
+            boxes = INITIAL_BOXES[initial_boxes](num_queries)
+            if learn_initial_boxes:
+                self.initial_boxes = nn.Parameter(boxes)
+            else:
+                self.register_buffer("initial_boxes", boxes)
         self.stages = nn.ModuleList(
             DynamicDecoderStage(
                 channels,
@@ -119,22 +125,22 @@ class DynamicDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        detector, decoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.DYNAMIC_DECODER
+        detector = cfg.MODEL.SET_DETECTOR
+        decoder = {name.lower(): value for name, value in cfg.MODEL.DYNAMIC_DECODER.items()}
+        dense = decoder.pop("queries") == "dense"
         return {
             "channels": detector.HIDDEN_DIM,
             "num_classes": detector.NUM_CLASSES,
             "class_head": detector.CLASS_HEAD,
             "checkpoint_stages": detector.ACTIVATION_CHECKPOINT.DECODER,
-            **{name.lower(): value for name, value in decoder.items()},
+            "dense_queries": DenseQueries(cfg) if dense else None,
+            **decoder,
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """One prediction per stage, the last one final."""
-        batch = pyramid.image_sizes.shape[0]
-        queries = self.query_embed.weight.expand(batch, -1, -1)
-        dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
-        boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
-        predictions = []
+        """That of the dense queries, if there are any, then one prediction per stage, the last one
+        final."""
+        queries, boxes, predictions = self._start(pyramid)
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
             queries, logits, boxes = apply_layer(
@@ -143,3 +149,14 @@ class DynamicDecoder(nn.Module):
             predictions.append(Prediction(logits, boxes))
             boxes = boxes.detach()
         return predictions
+
+    def _start(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, list[Prediction]]:
+        """Queries (B, Q, C) and boxes (B, Q, 4) of the first stage, and the predictions that they
+        come from."""
+        if self.dense_queries is not None:
+            queries, boxes, prediction = self.dense_queries(pyramid)
+            return queries, boxes, [prediction]
+        batch = pyramid.image_sizes.shape[0]
+        dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
+        boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
+        return self.query_embed.weight.expand(batch, -1, -1), boxes, []

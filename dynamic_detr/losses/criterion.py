@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..structures import Prediction
 from ..transfers import to_device
 from .costs import SetCosts
+from .dense import dense_losses
 from .matcher import HungarianMatcher
 
 __all__ = ["SetCriterion", "Target"]
@@ -69,7 +70,8 @@ class SetCriterion(nn.Module):
 
         Args:
             predictions: one per stage. Proposals of a two-stage decoder are trained to tell
-                objects, as class 0, from everything else.
+                objects, as class 0, from everything else; those with cells share objects, and are
+                trained by `dense_losses`.
             targets: one per image.
 
         Returns:
@@ -85,6 +87,10 @@ class SetCriterion(nn.Module):
         totals = self._normalizers(groups, counts)
         prepared = [self._prepare(group) for group in groups]
         found: dict[str, Tensor] = {}
+        for prediction in predictions:
+            if prediction.cells is not None:
+                losses = dense_losses(prediction, targets, self.costs)
+                found |= {f"loss_{name}_proposals": loss for name, loss in losses.items()}
         for group, search, total, parts in zip(groups, searches, totals[1:], prepared, strict=True):
             rows, matched = search.wait()  # (S, M)
             found |= self._losses(group, parts, rows, boxes[matched], matched, totals[0], total)
@@ -162,11 +168,12 @@ def _names(predictions: list[Prediction]) -> list[str]:
 
 
 def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
-    """Predictions that are computed together: stages of one Q; proposals apart."""
+    """Predictions that are matched together: stages of one Q; proposals apart."""
     together: dict[tuple[bool, int], list[tuple[str, Prediction]]] = {}
     for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
-        key = prediction.is_proposal, prediction.pred_logits.shape[1]
-        together.setdefault(key, []).append((suffix, prediction))
+        if prediction.cells is None:
+            key = prediction.is_proposal, prediction.pred_logits.shape[1]
+            together.setdefault(key, []).append((suffix, prediction))
     for (is_proposal, _), members in together.items():
         suffixes, group = zip(*members, strict=True)
         yield _Group(
