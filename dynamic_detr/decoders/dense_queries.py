@@ -14,7 +14,7 @@ from .dynamic_stage import apply_box_deltas, branch
 
 __all__ = ["DenseQueries"]
 
-WHOLE_IMAGE = (0.5, 0.5, 1.0, 1.0)
+NO_BOX = 0.5  # all four numbers of a box for which there is no position
 NEVER = -1e4  # a logit without loss or gradient
 
 
@@ -87,7 +87,7 @@ class DenseQueries(nn.Module):
         prediction = self._predict(pyramid)
         index, chosen = self._choose(prediction, pyramid.valid_table())
         boxes = _gather(prediction.pred_boxes.detach(), index)
-        boxes = torch.where(chosen, boxes, boxes.new_tensor(WHOLE_IMAGE))
+        boxes = torch.where(chosen, boxes, NO_BOX)
         content = torch.where(chosen, _gather(pyramid.table(), index), 0)
         return self.content_norm(self.content(content)), boxes, prediction
 

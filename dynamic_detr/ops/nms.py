@@ -26,8 +26,9 @@ def nms_mask(boxes: Tensor, iou_threshold: float) -> Tensor:
         (B, N) bool, True for boxes that are kept.
     """
     overlaps = torch.stack([box_iou(image, image) for image in boxes]) > iou_threshold
-    suppresses = overlaps.triu(diagonal=1)  # (B, N, N): row, a better box; column, a worse one
-    kept = torch.ones_like(suppresses[:, 0])
+    # (B, N, N): row, a better box; column, a worse one. A product counts the first that are kept.
+    suppresses = overlaps.triu(diagonal=1).to(boxes.dtype)
+    kept = torch.ones_like(suppresses[:, :1])
     for _ in range(ROUNDS):
-        kept = ~(suppresses & kept[:, :, None]).any(dim=1)
-    return kept
+        kept = (kept @ suppresses < 0.5).to(boxes.dtype)
+    return kept[:, 0] > 0.5
