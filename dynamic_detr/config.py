@@ -314,9 +314,9 @@ _DYNAMIC_DECODER_KEYS = (
         _DECODER + "QUERIES",
         "learned",
         one_of("learned", "dense"),
-        'The first queries and boxes. "learned": the same for all images, as in the paper; "dense": '
-        "the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), which learns in far "
-        "fewer steps.",
+        'The first queries and boxes. "learned": the same for all images, as in the paper. '
+        '"dense": the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), which '
+        "learns in far fewer steps.",
     ),
     Key(
         _DECODER + "INITIAL_BOXES",

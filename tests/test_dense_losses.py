@@ -30,14 +30,8 @@ def dense(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Prediction, l
         [cells[..., :2] + 0.05 * noise[..., :2], 0.25 * (0.4 * noise[..., 2:]).exp()], dim=-1
     )
     logits = torch.randn(batch, SIDE * SIDE, CLASSES).to(dtype)
-    objects = torch.tensor(
-        [
-            [0.5, 0.5, 0.42, 0.34],
-            [0.52, 0.5, 0.42, 0.34],
-            [0.2, 0.2, 0.01, 0.01],
-            [0.8, 0.3, 0.22, 0.46],
-        ]
-    )
+    large, small = [0.5, 0.5, 0.42, 0.34], [0.22, 0.21, 0.01, 0.01]
+    objects = torch.tensor([large, [0.52, 0.5, 0.42, 0.34], small, [0.8, 0.3, 0.22, 0.46]])
     targets = [(torch.tensor([0, 1, 2, 0]), objects), (torch.zeros(0).long(), objects[:0])]
     return Prediction(logits, boxes, is_proposal=True, cells=cells), (targets * batch)[:batch]
 
