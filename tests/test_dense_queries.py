@@ -51,7 +51,8 @@ def test_queries_are_the_best_that_differ(candidates, threshold):
     """Those that suppression keeps, best first, then those that it does not, best first."""
     part = dense_queries(candidates=candidates, nms_threshold=threshold, anchor_scale=3.0)
     batch = pyramid()
-    queries, boxes, prediction = part(batch)
+    start = part(batch)
+    prediction = start.dense
     for image, valid in enumerate(batch.valid_table()):
         rows = valid.nonzero()[:, 0]
         scores = prediction.pred_logits[image, rows].max(dim=-1).values
@@ -60,9 +61,10 @@ def test_queries_are_the_best_that_differ(candidates, threshold):
         kept = nms(corners, torch.arange(len(rows), 0, -1.0, dtype=corners.dtype), threshold)
         kept = kept.tolist()
         wanted = rows[(kept + sorted(set(range(len(rows))) - set(kept)))[:12]]
-        torch.testing.assert_close(boxes[image], prediction.pred_boxes[image, wanted])
+        torch.testing.assert_close(start.boxes[image], prediction.pred_boxes[image, wanted])
+        torch.testing.assert_close(start.logits[image], prediction.pred_logits[image, wanted])
         content = part.content_norm(part.content(batch.table()[image, wanted]))
-        torch.testing.assert_close(queries[image], content)
+        torch.testing.assert_close(start.content[image], content)
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def test_boxes_are_relative_to_squares_around_the_positions():
     part.box_deltas.weight.zero_()
     part.box_deltas.bias.zero_()
     batch = pyramid()
-    prediction = part(batch)[2]
+    prediction = part(batch).dense
     boxes = iter(prediction.pred_boxes[1])
     height, width = SIZES[1]
     for stride, (rows, columns) in zip(STRIDES, batch.shapes, strict=True):
@@ -88,12 +90,13 @@ def test_fewer_positions_than_queries():
     """Queries that are left over look at the middle of the image and carry nothing of it."""
     part, size = dense_queries(num_queries=9), (40, 20)
     alone = [random_levels(size, CHANNELS, (16, 32))]
-    queries, boxes, prediction = part(batch_pyramid(alone, [size], size, (16, 32)))
-    assert prediction.pred_boxes.shape[1] == 6 + 2
-    assert boxes.shape == (1, 9, 4) and (boxes[0, -1] == 0.5).all()
-    torch.testing.assert_close(queries[0, -1], part.content_norm(part.content.bias))
+    start = part(batch_pyramid(alone, [size], size, (16, 32)))
+    assert start.dense.pred_boxes.shape[1] == 6 + 2
+    assert (start.boxes[0, 8] == 0.5).all() and not start.logits[0, 8].any()
+    torch.testing.assert_close(start.content[0, 8], part.content_norm(part.content.bias))
     padded = part(batch_pyramid(alone, [size], (64, 64), (16, 32)))
-    torch.testing.assert_close(padded[:2], (queries, boxes))
+    for name in ("content", "logits", "boxes"):
+        torch.testing.assert_close(getattr(padded, name), getattr(start, name))
 
 
 def test_config_reaches_the_queries():
@@ -113,3 +116,24 @@ def test_config_reaches_the_queries():
 def test_a_bad_option_is_one_line():
     with pytest.raises(ValueError, match=r"^MODEL\.DENSE_QUERIES\.NMS_THRESHOLD is 1\.5; .*<= 1"):
         dense_queries(nms_threshold=1.5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("class_head", ["focal", "softmax"])
+def test_stages_correct_the_logits_of_the_queries(class_head):
+    """Stages that say nothing leave them as they are; with "no object" at 0 beside them."""
+    decoder = build_decoder(
+        small_config(HIDDEN_DIM=16, CLASS_HEAD=class_head, DYNAMIC_DECODER__QUERIES="dense")
+    )
+    for number, stage in enumerate(decoder.stages, start=1):
+        stage.class_logits.weight.zero_()
+        stage.class_logits.bias.fill_(number)
+    batch = pyramid()
+    batch = batch.with_features([feature.float() for feature in batch.features])
+    start = decoder.dense_queries(batch).logits
+    dense, first, second = decoder(batch)
+    assert dense.is_proposal
+    for prediction, added in ((first, 1), (second, 1 + 2)):
+        torch.testing.assert_close(prediction.pred_logits[..., :5], start + added)
+        if class_head == "softmax":
+            assert (prediction.pred_logits[..., 5] == added).all()

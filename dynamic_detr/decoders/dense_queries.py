@@ -1,6 +1,8 @@
 """Dense distinct queries (arXiv 2303.12776): every position of the pyramid predicts classes and a
 box, and the best of those that differ become the first boxes and queries of the decoder."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
@@ -12,17 +14,35 @@ from ..ops import nms_mask
 from ..structures import Prediction, Pyramid, box_cxcywh_to_xyxy
 from .dynamic_stage import apply_box_deltas, branch
 
-__all__ = ["DenseQueries"]
+__all__ = ["DenseQueries", "DistinctQueries"]
 
 NO_BOX = 0.5  # all four numbers of a box for which there is no position
 NEVER = -1e4  # a logit without loss or gradient
 
 
+@dataclass(frozen=True)
+class DistinctQueries:
+    """The input of the first decoder stage.
+
+    Args:
+        content: (B, Q, C).
+        logits: (B, Q, K) of a sigmoid each, without gradient.
+        boxes: (B, Q, 4) cx, cy, w, h, normalised by the unpadded image, without gradient, float32
+            or wider; as the logits.
+        dense: the prediction that they were chosen from, of every position.
+    """
+
+    content: Tensor
+    logits: Tensor
+    boxes: Tensor
+    dense: Prediction
+
+
 class DenseQueries(nn.Module):
     """Queries and boxes from a dense head.
 
-    The head is a hidden layer and an output layer for classes, and the same for boxes, at every
-    position by itself: what neighbours have to say is the encoder's to add. A box is predicted
+    The head is one hidden layer, and output layers for classes and boxes, at every position by
+    itself: the encoder has mixed each position with its neighbours. A box is predicted
     relative to a square anchor around its position. The head is trained with several positions for
     each object, so that many of the best say the same; class-agnostic non-maximum suppression
     leaves one of them.
@@ -63,9 +83,8 @@ class DenseQueries(nn.Module):
         self.anchor_scale = anchor_scale
         self.candidates = max(candidates, num_queries)
         self.nms_threshold = nms_threshold
-        self.class_branch = branch(channels, 1)
+        self.hidden = branch(channels, 1)
         self.class_logits = ClassHead(channels, num_classes, "focal")
-        self.box_branch = branch(channels, 1)
         self.box_deltas = nn.Linear(channels, 4)
         self.content = nn.Linear(channels, channels)
         self.content_norm = nn.LayerNorm(channels)
@@ -82,22 +101,24 @@ class DenseQueries(nn.Module):
             **{name.lower(): value for name, value in cfg.MODEL.DENSE_QUERIES.items()},
         }
 
-    def forward(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, Prediction]:
-        """Queries (B, Q, C), their boxes (B, Q, 4) without gradient, and the dense prediction."""
+    def forward(self, pyramid: Pyramid) -> DistinctQueries:
+        """Where an image has fewer than Q positions, the last queries carry nothing of it."""
         prediction = self._predict(pyramid)
         index, chosen = self._choose(prediction, pyramid.valid_table())
         boxes = _gather(prediction.pred_boxes.detach(), index)
         boxes = torch.where(chosen, boxes, NO_BOX)
+        logits = torch.where(chosen, _gather(prediction.pred_logits.detach(), index), 0)
         content = torch.where(chosen, _gather(pyramid.table(), index), 0)
-        return self.content_norm(self.content(content)), boxes, prediction
+        content = self.content_norm(self.content(content))
+        return DistinctQueries(content, logits, boxes, prediction)
 
     def _predict(self, pyramid: Pyramid) -> Prediction:
         table, valid = pyramid.table(), pyramid.valid_table()[..., None]
         cells = _cells(pyramid).to(torch.promote_types(table.dtype, torch.float32))
-        hidden = self.class_branch(table)
+        hidden = self.hidden(table)
         with torch.autocast(table.device.type, enabled=False):  # scores would tie in half precision
             logits = self.class_logits(hidden.to(self.class_logits.weight.dtype)).to(cells.dtype)
-        deltas = self.box_deltas(self.box_branch(table)).to(cells.dtype)
+        deltas = self.box_deltas(hidden).to(cells.dtype)
         anchors = torch.cat([cells[..., :2], self.anchor_scale * cells[..., 2:]], dim=-1)
         boxes = torch.where(valid, apply_box_deltas(anchors, deltas), anchors)
         logits = torch.where(valid, logits, NEVER)

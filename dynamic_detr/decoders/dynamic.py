@@ -4,6 +4,7 @@ from the whole image down to the object."""
 import math
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -45,7 +46,9 @@ INITIAL_BOXES = {"image": image_boxes, "grid": grid_boxes}
 class DynamicDecoder(nn.Module):
     """A stack of decoder stages with weights of their own.
 
-    Every stage predicts and is supervised; its boxes go to the next stage without gradient.
+    Every stage predicts and is supervised; its boxes go to the next stage without gradient. With
+    dense queries, which have boxes and logits, stages correct the logits as they correct the boxes:
+    they add to those of the stage before, without gradient to it.
 
     Args:
         channels: C, of the queries and of the pyramid.
@@ -97,6 +100,7 @@ class DynamicDecoder(nn.Module):
             initial_boxes=initial_boxes,
             learn_initial_boxes=learn_initial_boxes,
         )
+        self.class_head = class_head
         self.checkpoint_stages = checkpoint_stages
         self.dense_queries = dense_queries
         if dense_queries is None:
@@ -122,6 +126,10 @@ class DynamicDecoder(nn.Module):
             )
             for _ in range(num_stages)
         )
+        if dense_queries is not None:  # stages start by hardly changing the logits that they get
+            for stage in self.stages:
+                nn.init.normal_(stage.class_logits.weight, std=0.01)
+                nn.init.zeros_(stage.class_logits.bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -140,23 +148,26 @@ class DynamicDecoder(nn.Module):
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
         """That of the dense queries, if there are any, then one prediction per stage, the last one
         final."""
-        queries, boxes, predictions = self._start(pyramid)
+        batch = pyramid.image_sizes.shape[0]
+        if self.dense_queries is None:
+            queries = self.query_embed.weight.expand(batch, -1, -1)
+            dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
+            boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
+            earlier, predictions = None, []
+        else:
+            start = self.dense_queries(pyramid)
+            queries, boxes, earlier = start.content, start.boxes, start.logits
+            if self.class_head == "softmax":  # "no object" as likely as a sigmoid of 1/2
+                earlier = F.pad(earlier, (0, 1))
+            predictions = [start.dense]
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
             queries, logits, boxes = apply_layer(
                 stage, pyramid, queries, boxes, recompute=recompute
             )
+            if earlier is not None:
+                logits = logits + earlier
+                earlier = logits.detach()
             predictions.append(Prediction(logits, boxes))
             boxes = boxes.detach()
         return predictions
-
-    def _start(self, pyramid: Pyramid) -> tuple[Tensor, Tensor, list[Prediction]]:
-        """Queries (B, Q, C) and boxes (B, Q, 4) of the first stage, and the predictions that they
-        come from."""
-        if self.dense_queries is not None:
-            queries, boxes, prediction = self.dense_queries(pyramid)
-            return queries, boxes, [prediction]
-        batch = pyramid.image_sizes.shape[0]
-        dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
-        boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
-        return self.query_embed.weight.expand(batch, -1, -1), boxes, []

@@ -18,6 +18,7 @@ from ..transfers import to_device
 from .costs import SetCosts
 from .dense import dense_losses
 from .matcher import HungarianMatcher
+from .normalizer import mean_over_processes
 
 __all__ = ["SetCriterion", "Target"]
 
@@ -152,7 +153,10 @@ class SetCriterion(nn.Module):
             _, batch, queries, _ = group.logits.shape
             matched = sum(min(count, queries) for count in counts)
             totals.append(self.costs.class_loss.normalizer(objects, matched, batch * queries))
-        return _mean_over_processes(totals, groups[0].logits.device)
+        if comm.get_world_size() == 1:  # floats cost the device nothing
+            return [max(total, 1.0) for total in totals]
+        device = groups[0].logits.device
+        return list(mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
 
 
 def _suffixes(predictions: list[Prediction]) -> list[str]:
@@ -182,14 +186,3 @@ def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
             torch.stack([p.pred_boxes for p in group]).float(),
             torch.zeros_like(labels) if is_proposal else labels,
         )
-
-
-def _mean_over_processes(totals: list[float], device: torch.device) -> list[float] | list[Tensor]:
-    """For each total max(sum over all processes, 1) / number of processes, so that no process
-    divides by 0."""
-    world = comm.get_world_size()
-    if world == 1:
-        return [max(total, 1.0) for total in totals]
-    sums = to_device(torch.tensor(totals), device)
-    torch.distributed.all_reduce(sums)
-    return list((sums.clamp(min=1) / world).unbind())

@@ -7,12 +7,12 @@ by their quality, without a matching.
 
 import torch
 import torch.nn.functional as F
-from detectron2.utils import comm
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from ..structures import Prediction, box_cxcywh_to_xyxy
 from .costs import SetCosts
+from .normalizer import mean_over_processes
 
 __all__ = ["assign_positions", "dense_losses"]
 
@@ -84,17 +84,9 @@ def dense_losses(
     difference = (wanted - logits.sigmoid()).abs() ** FOCAL_GAMMA
     classes = difference * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
     l1, giou_loss = costs.box_losses(boxes, wanted_boxes)
-    total = _mean_over_processes(weight.sum())
+    total = mean_over_processes(weight.sum())
     return {
         "class": costs.class_weight * classes.sum() / total,
         "l1": costs.l1_weight * (l1 * weight).sum() / total,
         "giou": costs.giou_weight * (giou_loss * weight).sum() / total,
     }
-
-
-def _mean_over_processes(total: Tensor) -> Tensor:
-    """max(sum over all processes, 1) / number of processes."""
-    world = comm.get_world_size()
-    if world > 1:
-        torch.distributed.all_reduce(total)
-    return total.clamp(min=1) / world
