@@ -28,8 +28,9 @@ class FakeGraph:
 
     def replay(self) -> None:
         for buffer, new in zip(self.outputs, self.network(*self.inputs), strict=True):
-            for name in ("pred_logits", "pred_boxes", "cells"):
-                getattr(buffer, name).copy_(getattr(new, name))
+            for name, tensor in vars(buffer).items():
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(getattr(new, name))
 
 
 class FakeCache(GraphCache):
