@@ -315,16 +315,16 @@ _DYNAMIC_DECODER_KEYS = (
         "learned",
         one_of("learned", "dense"),
         'The first queries and boxes. "learned": the same for all images, as in the paper. '
-        '"dense": the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), which '
-        "learns in far fewer steps.",
+        '"dense": the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), which many '
+        "positions teach, as in DDQ (arXiv 2303.12776).",
     ),
     Key(
         _DECODER + "INITIAL_BOXES",
         "image",
         one_of("image", "grid"),
-        'The first boxes. "image": the whole image, as the paper; "grid": spread over the image, '
-        "each twice as large as their distance, which learns in fewer steps where training is "
-        "short.",
+        'The first boxes of learned queries. "image": the whole image, as the paper; "grid": '
+        "spread over the image, each twice as large as their distance, which learns in fewer steps "
+        "where training is short.",
     ),
     Key(
         _DECODER + "LEARN_INITIAL_BOXES",

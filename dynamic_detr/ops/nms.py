@@ -25,7 +25,7 @@ def nms_mask(boxes: Tensor, iou_threshold: float) -> Tensor:
     Returns:
         (B, N) bool, True for boxes that are kept.
     """
-    overlaps = torch.stack([box_iou(image, image) for image in boxes]) > iou_threshold
+    overlaps = torch.vmap(box_iou)(boxes, boxes) > iou_threshold
     # (B, N, N): row, a better box; column, a worse one. A product counts the first that are kept.
     suppresses = overlaps.triu(diagonal=1).to(boxes.dtype)
     kept = torch.ones_like(suppresses[:, :1])
