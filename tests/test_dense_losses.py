@@ -87,7 +87,7 @@ def test_losses_and_gradients_are_those_of_the_loop(batch):
             for k, logit in enumerate(position):
                 y, p = score * (len(labels) > 0 and labels[t].item() == k), logit.sigmoid()
                 entropy = -(y * p.log() + (1 - y) * (1 - p).log())
-                classes = classes + (y if y > 0 else 0.75 * p**2) * entropy
+                classes = classes + (y - p).abs() ** 2 * entropy
             if score:
                 box, wanted = inputs[1][n], objects[t].double()
                 corners = (box_convert(b[None], "cxcywh", "xyxy") for b in (box, wanted))

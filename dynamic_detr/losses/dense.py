@@ -19,7 +19,7 @@ __all__ = ["assign_positions", "dense_losses"]
 POSITIONS = 13  # of an object
 IOU_POWER = 6  # of the IoU in the fit, which is score · IoU ^ power
 LEAST_IOU = 1e-4  # in the fit, so that an object has positions before its boxes overlap it
-NEGATIVE_WEIGHT, FOCAL_GAMMA = 0.75, 2  # of the varifocal loss, where nothing is wanted
+FOCAL_GAMMA = 2  # of the quality focal loss
 
 
 @torch.no_grad()
@@ -60,8 +60,7 @@ def dense_losses(
 ) -> dict[str, Tensor]:
     """Weighted losses of one dense prediction.
 
-    The class loss is the varifocal loss (arXiv 2008.13367): cross-entropy with the wanted scores,
-    weighted by them, and a focal term where nothing is wanted. Box losses are weighted by the
+    The class loss is the quality focal loss (arXiv 2006.04388). Box losses are weighted by the
     wanted scores. All sums are divided by the sum of the wanted scores over all processes.
 
     Args:
@@ -83,8 +82,7 @@ def dense_losses(
             wanted_boxes[image] = objects.float()[owner]
     weight = wanted.sum(dim=-1)
     entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-    negative = NEGATIVE_WEIGHT * logits.sigmoid() ** FOCAL_GAMMA
-    classes = torch.where(wanted > 0, wanted, negative) * entropy
+    classes = (wanted - logits.sigmoid()).abs() ** FOCAL_GAMMA * entropy
     l1, giou_loss = costs.box_losses(boxes, wanted_boxes)
     total = mean_over_processes(weight.sum())
     return {
