@@ -311,18 +311,51 @@ _DYNAMIC_DECODER_KEYS = (
     ),
     Key(_DECODER + "DYNAMIC_DIM", 64, whole(1), "Width of the bottleneck."),
     Key(
+        _DECODER + "QUERIES",
+        "learned",
+        one_of("learned", "dense"),
+        'The first queries and boxes. "learned": the same for all images, as in the paper. '
+        '"dense": the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), which many '
+        "positions teach, as in DDQ (arXiv 2303.12776).",
+    ),
+    Key(
         _DECODER + "INITIAL_BOXES",
         "image",
         one_of("image", "grid"),
-        'The first boxes. "image": the whole image, as the paper; "grid": spread over the image, '
-        "each twice as large as their distance, which learns in fewer steps where training is "
-        "short.",
+        'The first boxes of learned queries. "image": the whole image, as the paper; "grid": '
+        "spread over the image, each twice as large as their distance, which learns in fewer steps "
+        "where training is short.",
     ),
     Key(
         _DECODER + "LEARN_INITIAL_BOXES",
         True,
         FLAG,
         "Whether they are parameters, as in the paper, or stay where they start.",
+    ),
+)
+
+_DENSE_QUERIES = "MODEL.DENSE_QUERIES."
+_DENSE_QUERIES_KEYS = (
+    Key(
+        _DENSE_QUERIES + "ANCHOR_SCALE",
+        8.0,
+        number(0, open_ends="("),
+        "Side of the square that a position's box is predicted relative to, in strides of its "
+        "level: 32 to 512 pixels on P2 to P6, as Detectron2's Faster R-CNN.",
+    ),
+    Key(
+        _DENSE_QUERIES + "CANDIDATES",
+        1000,
+        whole(1),
+        "Best positions of an image, before non-maximum suppression leaves the distinct ones. "
+        "Where it is less than the number of queries, that counts.",
+    ),
+    Key(
+        _DENSE_QUERIES + "NMS_THRESHOLD",
+        0.7,
+        number(0, 1),
+        "IoU above which the better of two candidates suppresses the other, whatever their "
+        "classes; DDQ's.",
     ),
 )
 
@@ -625,6 +658,7 @@ KEYS: tuple[Key, ...] = (
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
+    *_DENSE_QUERIES_KEYS,
     *_DEFORMABLE_ENCODER_KEYS,
     *_DEFORMABLE_DECODER_KEYS,
     *_TRANSFORMER_ENCODER_KEYS,

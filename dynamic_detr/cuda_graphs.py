@@ -44,10 +44,12 @@ class CapturedNetwork:
         for buffer, tensor in zip(self.inputs, inputs, strict=True):
             buffer.copy_(tensor)
         self.graph.replay()
-        return [
-            replace(p, pred_logits=p.pred_logits.clone(), pred_boxes=p.pred_boxes.clone())
-            for p in self.outputs
-        ]
+        return [_copy(prediction) for prediction in self.outputs]
+
+
+def _copy(prediction: Prediction) -> Prediction:
+    tensors = {n: value for n, value in vars(prediction).items() if isinstance(value, Tensor)}
+    return replace(prediction, **{name: tensor.clone() for name, tensor in tensors.items()})
 
 
 def capture_network(network: Network, inputs: tuple[Tensor, ...], pool: object) -> CapturedNetwork:

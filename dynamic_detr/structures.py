@@ -233,11 +233,14 @@ class Prediction:
         pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, with "no object" last.
         pred_boxes: (B, Q, 4) cx, cy, w, h, normalised by the size of the unpadded image.
         is_proposal: True for the proposals of a two-stage decoder.
+        cells: (B, Q, 4), for the predictions of a dense head: the cell of each in the pyramid, as
+            a box like `pred_boxes`. None where each object is matched to one prediction.
     """
 
     pred_logits: Tensor
     pred_boxes: Tensor
     is_proposal: bool = False
+    cells: Tensor | None = None
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

@@ -76,8 +76,9 @@ def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
 
 def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:
     """With the defaults of the configuration."""
-    options = {"class_head": "focal", "checkpoint_stages": False, **options}
+    options = {"class_head": "focal", "checkpoint_stages": False, "dense_queries": None, **options}
     node = defaults("MODEL.DYNAMIC_DECODER")
+    del node["queries"]
     return DynamicDecoder(channels, num_classes, **{**node, **options})
 
 

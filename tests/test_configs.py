@@ -35,6 +35,7 @@ SHORT = {  # one of each system; the others take minutes together
     "SMCA/smca_R_50.yaml",
     "Sparse-RCNN/sparse_rcnn_R_50.yaml",
     "quickstart/pretrain.yaml",
+    "quickstart/pretrain_dense.yaml",
 }
 
 # The rows of the paper's Tables 1 (own method) and 2, by what they set under MODEL.
@@ -116,7 +117,8 @@ def test_builds_and_trains_one_step(name: str) -> None:
     if cfg.MODEL.META_ARCHITECTURE in ("SetDetector", "DynamicDETR"):
         assert {"loss_class", "loss_l1", "loss_giou"} <= losses.keys()
         if cfg.MODEL.SET_DETECTOR.DECODER == "DynamicDecoder":
-            assert len(losses) == 3 * cfg.MODEL.DYNAMIC_DECODER.NUM_STAGES
+            decoder = cfg.MODEL.DYNAMIC_DECODER
+            assert len(losses) == 3 * (decoder.NUM_STAGES + (decoder.QUERIES == "dense"))
     assert all(math.isfinite(loss) for loss in losses.values()), losses
     assert gradients
     assert [parameter for parameter, fine in gradients.items() if not fine] == []
@@ -185,6 +187,7 @@ def test_recipe_is_complete() -> None:
         "Base-DynamicDETR",
         "R_50_1x",
         "R_50_3x",
+        "dense_R_50_1x",
         "R_101_3x",
         "X_101_32x8d_3x",
         "X_101_64x4d_DCN_3x",

@@ -83,6 +83,7 @@ ENCODERS = [
 DECODERS = [
     Row("DynamicDecoder"),
     Row("DynamicDecoder", {"DYNAMIC_FILTER": "single"}),
+    Row("DynamicDecoder", {"QUERIES": "dense"}),
     Row("TransformerDecoder", class_head="softmax"),
     Row("TransformerDecoder", {"IN_FEATURES": ["p5"]}),
     Row("DeformableDecoder"),

@@ -28,8 +28,9 @@ class FakeGraph:
 
     def replay(self) -> None:
         for buffer, new in zip(self.outputs, self.network(*self.inputs), strict=True):
-            buffer.pred_logits.copy_(new.pred_logits)
-            buffer.pred_boxes.copy_(new.pred_boxes)
+            for name, tensor in vars(buffer).items():
+                if isinstance(tensor, Tensor):
+                    tensor.copy_(getattr(new, name))
 
 
 class FakeCache(GraphCache):
@@ -70,7 +71,9 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor, sizes: Tensor) -> list[Prediction]:
         self.runs += 1
-        return [Prediction(images * self.weight, images + sizes.sum(), is_proposal=True)]
+        logits = images * self.weight
+        boxes = images + sizes.sum()
+        return [Prediction(logits, boxes, is_proposal=True, cells=images + 1)]
 
 
 def cached(size: int = 2) -> tuple[Network, FakeCache]:
@@ -87,6 +90,7 @@ def assert_same(found: list[Prediction], wanted: list[Prediction]) -> None:
         assert a.is_proposal == b.is_proposal
         torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=0, atol=0)
         torch.testing.assert_close(a.pred_boxes, b.pred_boxes, rtol=0, atol=0)
+        torch.testing.assert_close(a.cells, b.cells, rtol=0, atol=0)
 
 
 @torch.no_grad()

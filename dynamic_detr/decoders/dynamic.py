@@ -4,6 +4,7 @@ from the whole image down to the object."""
 import math
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
 
@@ -11,6 +12,7 @@ from ..config import check_arguments
 from ..layers import apply_layer
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
+from .dense_queries import DenseQueries
 from .dynamic_stage import DynamicDecoderStage
 
 __all__ = ["DynamicDecoder"]
@@ -44,7 +46,9 @@ INITIAL_BOXES = {"image": image_boxes, "grid": grid_boxes}
 class DynamicDecoder(nn.Module):
     """A stack of decoder stages with weights of their own.
 
-    Every stage predicts and is supervised; its boxes go to the next stage without gradient.
+    Every stage predicts and is supervised; its boxes go to the next stage without gradient. With
+    dense queries, which have boxes and logits, stages correct the logits as they correct the boxes:
+    they add to those of the stage before, without gradient to it.
 
     Args:
         channels: C, of the queries and of the pyramid.
@@ -52,6 +56,8 @@ class DynamicDecoder(nn.Module):
         num_queries: Q.
         num_stages: S.
         class_head: "focal" or "softmax", see `ClassHead`.
+        dense_queries: gives the first boxes and queries; None for learned ones, as the paper, which
+            the next two arguments describe.
         initial_boxes: where the first boxes start; "image": the whole image each, as the paper;
             "grid": see `grid_boxes`.
         learn_initial_boxes: whether the first boxes are parameters, or stay where they start.
@@ -73,6 +79,7 @@ class DynamicDecoder(nn.Module):
         num_queries: int,
         num_stages: int,
         class_head: str,
+        dense_queries: DenseQueries | None,
         initial_boxes: str,
         learn_initial_boxes: bool,
         num_heads: int,
@@ -93,13 +100,16 @@ class DynamicDecoder(nn.Module):
             initial_boxes=initial_boxes,
             learn_initial_boxes=learn_initial_boxes,
         )
+        self.class_head = class_head
         self.checkpoint_stages = checkpoint_stages
-        self.query_embed = nn.Embedding(num_queries, channels)
-        boxes = INITIAL_BOXES[initial_boxes](num_queries)
-        if learn_initial_boxes:
-            self.initial_boxes = nn.Parameter(boxes)
-        else:
-            self.register_buffer("initial_boxes", boxes)
+        self.dense_queries = dense_queries
+        if dense_queries is None:
+            self.query_embed = nn.Embedding(num_queries, channels)
+            boxes = INITIAL_BOXES[initial_boxes](num_queries)
+            if learn_initial_boxes:
+                self.initial_boxes = nn.Parameter(boxes)
+            else:
+                self.register_buffer("initial_boxes", boxes)
         self.stages = nn.ModuleList(
             DynamicDecoderStage(
                 channels,
@@ -116,30 +126,48 @@ class DynamicDecoder(nn.Module):
             )
             for _ in range(num_stages)
         )
+        if dense_queries is not None:  # stages start by hardly changing the logits that they get
+            for stage in self.stages:
+                nn.init.normal_(stage.class_logits.weight, std=0.01)
+                nn.init.zeros_(stage.class_logits.bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
-        detector, decoder = cfg.MODEL.SET_DETECTOR, cfg.MODEL.DYNAMIC_DECODER
+        detector = cfg.MODEL.SET_DETECTOR
+        decoder = {name.lower(): value for name, value in cfg.MODEL.DYNAMIC_DECODER.items()}
+        dense = decoder.pop("queries") == "dense"
         return {
             "channels": detector.HIDDEN_DIM,
             "num_classes": detector.NUM_CLASSES,
             "class_head": detector.CLASS_HEAD,
             "checkpoint_stages": detector.ACTIVATION_CHECKPOINT.DECODER,
-            **{name.lower(): value for name, value in decoder.items()},
+            "dense_queries": DenseQueries(cfg) if dense else None,
+            **decoder,
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """One prediction per stage, the last one final."""
+        """That of the dense queries, if there are any, then one prediction per stage, the last one
+        final."""
         batch = pyramid.image_sizes.shape[0]
-        queries = self.query_embed.weight.expand(batch, -1, -1)
-        dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
-        boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
-        predictions = []
+        if self.dense_queries is None:
+            queries = self.query_embed.weight.expand(batch, -1, -1)
+            dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
+            boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
+            earlier, predictions = None, []
+        else:
+            start = self.dense_queries(pyramid)
+            queries, boxes, earlier = start.content, start.boxes, start.logits
+            if self.class_head == "softmax":  # "no object" as likely as a sigmoid of 1/2
+                earlier = F.pad(earlier, (0, 1))
+            predictions = [start.dense]
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
             queries, logits, boxes = apply_layer(
                 stage, pyramid, queries, boxes, recompute=recompute
             )
+            if earlier is not None:
+                logits = logits + earlier
+                earlier = logits.detach()
             predictions.append(Prediction(logits, boxes))
             boxes = boxes.detach()
         return predictions

@@ -13,7 +13,7 @@ from ..ops import pyramid_roi_align
 from ..structures import Pyramid, box_cxcywh_to_xyxy
 from .dynamic_interaction import DYNAMIC_FILTERS
 
-__all__ = ["DynamicDecoderStage", "apply_box_deltas"]
+__all__ = ["DynamicDecoderStage", "apply_box_deltas", "branch"]
 
 CENTER_WEIGHT = 2.0  # of the deltas of the centre; 1 for those of the size
 MAX_LOG_SCALE = math.log(1e5 / 16)  # a box grows at most this much in one stage
@@ -100,9 +100,9 @@ class DynamicDecoderStage(nn.Module):
         )
         self.norm_ffn = nn.LayerNorm(channels)
         self.dropout = nn.Dropout(dropout)
-        self.class_branch = _branch(channels, 1)
+        self.class_branch = branch(channels, 1)
         self.class_logits = ClassHead(channels, num_classes, class_head)
-        self.box_branch = _branch(channels, 3)
+        self.box_branch = branch(channels, 3)
         self.box_deltas = nn.Linear(channels, 4)
 
         for parameter in self.parameters():
@@ -148,7 +148,8 @@ class DynamicDecoderStage(nn.Module):
         return queries, logits, apply_box_deltas(boxes, deltas)
 
 
-def _branch(channels: int, layers: int) -> nn.Sequential:
+def branch(channels: int, layers: int) -> nn.Sequential:
+    """Linear layers without bias, each followed by LayerNorm and ReLU: (..., C) to (..., C)."""
     return nn.Sequential(
         *(
             module

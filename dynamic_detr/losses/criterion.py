@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from ..structures import Prediction
 from ..transfers import to_device
 from .costs import SetCosts
+from .dense import dense_losses
 from .matcher import HungarianMatcher
+from .normalizer import mean_over_processes
 
 __all__ = ["SetCriterion", "Target"]
 
@@ -69,7 +71,7 @@ class SetCriterion(nn.Module):
 
         Args:
             predictions: one per stage. The target class of all objects is 0 for proposals of a
-                two-stage decoder.
+                two-stage decoder. Those with cells are trained by `dense_losses`.
             targets: one per image.
 
         Returns:
@@ -85,6 +87,10 @@ class SetCriterion(nn.Module):
         totals = self._normalizers(groups, counts)
         prepared = [self._prepare(group) for group in groups]
         found: dict[str, Tensor] = {}
+        for prediction in predictions:
+            if prediction.cells is not None:
+                losses = dense_losses(prediction, targets, self.costs)
+                found |= {f"loss_{name}_proposals": loss for name, loss in losses.items()}
         for group, search, total, parts in zip(groups, searches, totals[1:], prepared, strict=True):
             rows, matched = search.wait()  # (S, M)
             found |= self._losses(group, parts, rows, boxes[matched], matched, totals[0], total)
@@ -152,7 +158,10 @@ class SetCriterion(nn.Module):
             _, batch, queries, _ = group.logits.shape
             matched = sum(min(count, queries) for count in counts)
             totals.append(self.costs.class_loss.normalizer(objects, matched, batch * queries))
-        return _mean_over_processes(totals, groups[0].logits.device)
+        if comm.get_world_size() == 1:  # floats cost the device nothing
+            return [max(total, 1.0) for total in totals]
+        device = groups[0].logits.device
+        return list(mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
 
 
 def _suffixes(predictions: list[Prediction]) -> list[str]:
@@ -168,11 +177,12 @@ def _names(predictions: list[Prediction]) -> list[str]:
 
 
 def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
-    """Group the stages by Q; proposals form groups of their own."""
+    """Group the matched stages by Q; proposals form groups of their own."""
     together: dict[tuple[bool, int], list[tuple[str, Prediction]]] = {}
     for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
-        key = prediction.is_proposal, prediction.pred_logits.shape[1]
-        together.setdefault(key, []).append((suffix, prediction))
+        if prediction.cells is None:
+            key = prediction.is_proposal, prediction.pred_logits.shape[1]
+            together.setdefault(key, []).append((suffix, prediction))
     for (is_proposal, _), members in together.items():
         suffixes, group = zip(*members, strict=True)
         yield _Group(
@@ -181,13 +191,3 @@ def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
             torch.stack([p.pred_boxes for p in group]).float(),
             torch.zeros_like(labels) if is_proposal else labels,
         )
-
-
-def _mean_over_processes(totals: list[float], device: torch.device) -> list[float] | list[Tensor]:
-    """Return max(sum over all processes, 1) / number of processes for each total."""
-    world = comm.get_world_size()
-    if world == 1:
-        return [max(total, 1.0) for total in totals]
-    sums = to_device(torch.tensor(totals), device)
-    torch.distributed.all_reduce(sums)
-    return list((sums.clamp(min=1) / world).unbind())
