@@ -78,7 +78,7 @@ def _torchrun(folder: Path, *options: str, launcher: tuple[str, ...] = ()) -> su
         *(*launcher, "--no-python", sys.executable, str(ROOT / "train_net.py")),
         *("--config-file", str(write_config(folder)), "--num-gpus", "0"),
         *("--train-json", str(json_file), "--train-images", str(images)),
-        *("OUTPUT_DIR", str(folder / "output"), *options),
+        *(*options, "OUTPUT_DIR", str(folder / "output")),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
