@@ -166,7 +166,7 @@ def _shared(plan: Plan, cfg: CfgNode) -> dict[str, str]:
     if len(set(size.MIN_SIZE_TRAIN)) > 1:
         sides += f" to {max(size.MIN_SIZE_TRAIN)}"
     return {
-        "data": ", ".join([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]),
+        "data": ", ".join(plan.data.values() or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]),
         "length": f"{solver.MAX_ITER} iterations of {solver.IMS_PER_BATCH} images = "
         f"{solver.MAX_ITER * solver.IMS_PER_BATCH} images, in the same order for the same seed",
         "input in training": f"shorter side {sides}, longer at most {size.MAX_SIZE_TRAIN} pixels, "
