@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT / "tools"))
 
 import compare  # noqa: E402
+from comparison import results, runs  # noqa: E402
 from comparison.errors import KINDS, classify, error_table  # noqa: E402
 from comparison.page import write_page  # noqa: E402
 from comparison.results import spread  # noqa: E402
@@ -240,8 +242,10 @@ def fails(argv: list[str]) -> None:
     assert stop.value.code == 2
 
 
-def test_comparison_from_runs_to_page(tiny, capsys):
+def test_comparison_from_runs_to_page(tiny, capsys, monkeypatch):
     """A budget of nothing, then two detectors, then one more, which fails and takes no other."""
+    monkeypatch.setattr(results, "measure_speed", partial(results.measure_speed, rounds=1))
+    monkeypatch.setattr(runs, "POLL_SECONDS", 0.1)
     first = ["--config-file", "tiny.yaml", "--config-file", "retina.yaml", *tiny]
     first += ["--iterations", "4", "--evaluations", "2"]
     fails([*first, "--output", "out", "--budget-minutes", "0"])
@@ -251,8 +255,8 @@ def test_comparison_from_runs_to_page(tiny, capsys):
     compare.main(["--output", "out", "--note", "a <quiet> machine"])
     printed = capsys.readouterr().out
     assert "0.0005" in printed and "| runs finished" in printed and "1 of 1" in printed
-    results = json.loads(Path("out/results.json").read_text())
-    for detector in results["detectors"].values():
+    numbers = json.loads(Path("out/results.json").read_text())
+    for detector in numbers["detectors"].values():
         (run,) = detector["runs"]
         assert run["status"] == "finished" and [n for n, _ in run["curve"]] == [4, 8]
         assert set(detector["errors"]) == set(KINDS)
@@ -329,9 +333,9 @@ def test_page_shows_the_spread_of_several_seeds(tmp_path):
             "start": "random",
         },
     }
-    results = {"detectors": {"a": detector, "b": detector}, "images": 1, "objects": 1, "note": ""}
-    results |= {"machine": "", "commands": [], "shared": {"data": "", "length": ""}}
-    text = write_page(results, truth(), tmp_path, {})
+    numbers = {"detectors": {"a": detector, "b": detector}, "images": 1, "objects": 1, "note": ""}
+    numbers |= {"machine": "", "commands": [], "shared": {"data": "", "length": ""}}
+    text = write_page(numbers, truth(), tmp_path, {})
     page = Page(text)
     assert "± 2.8" in text and "APl" not in text and "spread" in page.classes
     assert '<span class="best">' not in text  # neither is better

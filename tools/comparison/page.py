@@ -241,7 +241,7 @@ def _pictures(truth: dict, folder: Path, boxes: dict[str, Callable]) -> str:
     for name, boxes_of in boxes.items():
         cells.append(f"<span>{escape(name)}</span>")
         cells += [panel(truth, record, boxes_of(record)) for record in records]
-    columns = f"grid-template-columns: 6em repeat({len(records)}, 1fr)"
+    columns = f"grid-template-columns: 8em repeat({len(records)}, 1fr)"
     grid = f'<div class="grid" style="{columns}">{"".join(cells)}</div>'
     return embedded(records, folder) + grid
 

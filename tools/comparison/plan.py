@@ -43,7 +43,7 @@ class Plan:
         keys: KEY VALUE in turn, for all.
         devices: flags of `train_net.py` that choose GPUs or processes.
         note: of whoever made it, for the page.
-        commands: that the comparison was made with.
+        commands: that named its detectors and seeds.
         terms: of each detector.
     """
 
@@ -125,7 +125,7 @@ class Plan:
                 )
         plan.seeds = max(plan.seeds, args.seeds or 1)
         plan.note = plan.note if args.note is None else args.note
-        if command not in plan.commands and not args.page_only:
+        if (configs or args.seeds) and command not in plan.commands:
             plan.commands.append(command)
         return plan
 
