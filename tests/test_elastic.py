@@ -20,7 +20,7 @@ from dynamic_detr.engine.sharing import from_main_process
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
-BATCH, LAST = 12, 28  # images in a batch; steps
+BATCH, LAST = 6, 28  # images in a batch; steps
 TIMES = ("time", "data_time", "eta_seconds")
 
 
@@ -89,11 +89,9 @@ def _largest_deviation(
     return max(abs(found["losses"][i] / expected["losses"][i] - 1) for i in found["losses"])
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "start", "workers", "ema"), [(1, 2, 8, 0, True), (2, 1, 4, 2, False)]
-)
-def test_resumed_on_other_processes(whole, tmp_path, before, after, start, workers, ema):
-    assert _largest_deviation(whole, tmp_path, before, after, start, workers, ema) < 1e-5
+def test_resumed_on_another_number_of_processes(whole, tmp_path):
+    found = _largest_deviation(whole, tmp_path, before=1, after=2, start=8, workers=1, ema=True)
+    assert found < 1e-5
 
 
 @pytest.mark.long

@@ -227,10 +227,11 @@ def test_the_launcher_hands_signals_on(commands, to_all):
 ENDS = (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
 
 
-def _survive(commands: Commands, seconds: float) -> int:
+def _survive(commands: Commands, seconds: float, iterations: int) -> int:
     """Kill processes of runs at random moments and resume them, until they are done; how often."""
     rng = random.Random(0)
-    options = ("SOLVER.MAX_ITER", "150", "SOLVER.STEPS", "(100,)", "SOLVER.CHECKPOINT_PERIOD", "9")
+    options = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", f"({iterations * 2 // 3},)"]
+    options += ["SOLVER.CHECKPOINT_PERIOD", "9"]
     whole = commands.run("whole", *options).checkpoint()
     kills, deadline = 0, time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -252,7 +253,7 @@ def _survive(commands: Commands, seconds: float) -> int:
             assert "Traceback" not in ended.stderr and len(ended.lines) <= 1, ended.stderr
             done = ended.code == 0 and not ended.lines
         result = ended.checkpoint()
-        assert result["iteration"] == 149
+        assert result["iteration"] == iterations - 1
         for name in ("model", "model_training"):
             for key, value in whole[name].items():
                 assert torch.equal(result[name][key], value), key
@@ -260,12 +261,12 @@ def _survive(commands: Commands, seconds: float) -> int:
 
 
 def test_a_run_survives_kills_at_random_moments(commands):
-    assert _survive(commands, 6) >= 1
+    assert _survive(commands, seconds=5, iterations=60) >= 1
 
 
 @pytest.mark.long
 def test_a_run_survives_kills_for_minutes(commands):
-    assert _survive(commands, 240) >= 20
+    assert _survive(commands, seconds=240, iterations=150) >= 20
 
 
 def test_a_second_ctrl_c_ends_the_process(monkeypatch):
