@@ -14,21 +14,22 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
 import numpy as np
 from tqdm import tqdm
 
-from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.model_file import locate_model
-from dynamic_detr.engine.setup import find_config, model_among, read_config
+from dynamic_detr.cli.exits import report_user_errors
+from dynamic_detr.data.scenes import register_scenes_of
 from dynamic_detr.errors import UserError, one_line, tell
+from dynamic_detr.files.config_file import find_config, model_among, read_config
+from dynamic_detr.files.model_file import locate_model
 from dynamic_detr.inference import Detections, Detector
 from dynamic_detr.inference.detector import require_stages
 from dynamic_detr.inference.listing import Listing, list_pictures, use_category_ids
 from dynamic_detr.inference.pictures import file_picture
 from dynamic_detr.inference.results_file import ResultsFile
-from dynamic_detr.threads import choose_threads
+from dynamic_detr.runtime.threads import choose_threads
 from dynamic_detr.visualization.draw import new_canvas
 from dynamic_detr.visualization.files import output_paths
 from dynamic_detr.visualization.video import VideoReader, VideoWriter, open_camera
@@ -129,6 +130,7 @@ def load_detector(args: argparse.Namespace) -> Detector:
         UserError: the detector cannot be built, or does not support the arguments.
     """
     cfg = read_config(find_config(args.config_file or model_among(args.opts)), args.opts)
+    register_scenes_of(cfg)
     if args.stages:
         require_stages(cfg.MODEL.META_ARCHITECTURE)
     if args.confidence_threshold is not None:

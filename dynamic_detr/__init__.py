@@ -1,11 +1,11 @@
 """Dynamic DETR, and the systems it stands on, as a Detectron2 project.
 
-Importing the package registers its meta-architecture, backbones, encoders, decoders and data
-sets with Detectron2; `add_dynamic_detr_config(cfg)` adds their configuration keys.
+Importing the package registers its meta-architecture, backbones, encoders and decoders;
+`add_dynamic_detr_config(cfg)` adds their configuration keys.
 """
 
 from . import _require_detectron2  # noqa: F401, I001  (first: says what to do without Detectron2)
-from . import backbones, data  # noqa: F401  (register)
+from . import backbones  # noqa: F401  (register)
 from .config import add_dynamic_detr_config
 from .decoders import DECODER_REGISTRY
 from .detector import DynamicDETR, SetDetector

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from . import compat
 from .backbones import checkpoint_resnet_stages, freeze_unused
-from .compilation import compile_network
 from .config import check_arguments
-from .cuda_graphs import GraphCache
 from .decoders import build_decoder
 from .encoders import build_encoder
 from .errors import UserError
 from .layers import class_scores
 from .losses import SetCriterion, Target
+from .runtime.compilation import compile_network
+from .runtime.cuda_graphs import GraphCache
+from .runtime.transfers import to_device
 from .structures import Prediction, Pyramid, box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from .transfers import to_device
 
 __all__ = ["DynamicDETR", "SetDetector", "UnknownClassError"]
 

@@ -19,8 +19,8 @@ import traceback
 import torch
 from detectron2.utils import comm
 
+from dynamic_detr.cli import launch, train_net
 from dynamic_detr.data.mapper import SeededDataset
-from dynamic_detr.engine import launch, run
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.engine.evaluation import BoxEvaluator
 from dynamic_detr.engine.step import TrainStep
@@ -110,7 +110,7 @@ def _run(request: dict) -> None:
     sys.argv = ["train_net.py", *request["arguments"]]
     code = 0
     try:
-        run.main()
+        train_net.main()
     except SystemExit as end:
         code = end.code or 0
     except BaseException:

@@ -13,7 +13,7 @@ from dynamic_detr import Pyramid, add_dynamic_detr_config
 from dynamic_detr.config import KEYS
 from dynamic_detr.decoders import DynamicDecoder
 from dynamic_detr.encoders import DynamicEncoder
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
 from dynamic_detr.losses import HungarianMatcher, SetCosts, SetCriterion
 
 STRIDES = (4, 8, 16, 32, 64)

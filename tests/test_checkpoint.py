@@ -9,9 +9,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from dynamic_detr.engine.checkpoint import SafeCheckpointer, write_atomically
+from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.engine.ema import ModelEMA
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.writing import write_atomically
 
 
 class Detector(nn.Module):

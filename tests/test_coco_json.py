@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dynamic_detr import add_dynamic_detr_config
-from dynamic_detr.compat import coco_evaluator
 from dynamic_detr.data.coco_json import apply_json_datasets, check_coco_json
 from dynamic_detr.data.coco_report import KINDS, Severity
+from dynamic_detr.engine.evaluation import BoxEvaluator
 from dynamic_detr.errors import UserError
 
 GOOD = {
@@ -340,7 +340,7 @@ def test_later_files_replace_earlier_ones(folder, cfg):
 
 def _perfect_ap(name: str, output: Path) -> float:
     """Return the AP of detections that equal the annotations."""
-    evaluator = coco_evaluator(name, str(output))
+    evaluator = BoxEvaluator(name, str(output))
     evaluator.reset()
     for record in DatasetCatalog.get(name):
         boxes = [a for a in record["annotations"] if not a["iscrowd"]]

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from dynamic_detr import DynamicDETR
-from dynamic_detr.compilation import CompilationError
+from dynamic_detr.runtime.compilation import CompilationError
 
 SMALL = {
     "HIDDEN_DIM": 32,

@@ -9,11 +9,12 @@ from detectron2.config import get_cfg
 from tiny_run import NAMES, register_json, write_config, write_data
 
 from dynamic_detr import add_dynamic_detr_config, compat
+from dynamic_detr.cli.arguments import build_parser, load_config
 from dynamic_detr.config import KEYS
 from dynamic_detr.detectron2_keys import RANGES
-from dynamic_detr.engine.setup import build_parser, load_config, read_config
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import read_config
 
 DETECTOR, DECODER, ENCODER = "MODEL.SET_DETECTOR", "MODEL.DYNAMIC_DECODER", "MODEL.DYNAMIC_ENCODER"
 HUGE = "1" + 400 * "0"

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from dynamic_detr import DECODER_REGISTRY, ENCODER_REGISTRY, Pyramid, add_dynamic_detr_config
-from dynamic_detr.compat import distribute
-from dynamic_detr.engine.launch import launch
+from dynamic_detr.cli.launch import launch
+from dynamic_detr.engine.build import distribute
 from dynamic_detr.losses import SetCriterion
 
 CHANNELS, CLASSES, QUERIES = 16, 3, 6

@@ -12,7 +12,7 @@ from helpers import random_image, shake, small_model
 from torch import Tensor, nn
 
 from dynamic_detr import Prediction, detector
-from dynamic_detr.cuda_graphs import CapturedNetwork, GraphCache
+from dynamic_detr.runtime.cuda_graphs import CapturedNetwork, GraphCache
 
 SMALL = {
     "HIDDEN_DIM": 32,

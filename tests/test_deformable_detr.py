@@ -27,7 +27,7 @@ from dynamic_detr import Prediction, Pyramid
 from dynamic_detr.decoders import DeformableDecoder
 from dynamic_detr.encoders import DeformableEncoder
 from dynamic_detr.engine.optimizer import build_optimizer
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "Deformable-DETR"

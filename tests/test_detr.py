@@ -24,7 +24,7 @@ from dynamic_detr import Prediction, Pyramid
 from dynamic_detr.decoders import TransformerDecoder
 from dynamic_detr.encoders import TransformerEncoder
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "DETR"

@@ -15,9 +15,11 @@ from test_train_net import _arguments, _run
 from tiny_run import make_config, train
 from torch import nn
 
+from dynamic_detr.cli.console import logging_to
+from dynamic_detr.cli.output_dir import require_output_dir
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.disk import PatientWriter, logging_to, require_output_dir
-from dynamic_detr.engine.exits import TrainingStopped
+from dynamic_detr.engine.stopping import TrainingStopped
+from dynamic_detr.engine.writers import PatientWriter
 from dynamic_detr.errors import UserError
 
 FULL = Path("/dev/full")  # takes nothing, as a full disk

@@ -15,7 +15,7 @@ from reference.dyhead import dyhead_block
 
 from dynamic_detr.encoders import EncodedFPN
 from dynamic_detr.engine.optimizer import parameter_groups
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
 
 PROJECT = Path(__file__).parents[1]
 CONFIGS = PROJECT / "configs" / "DyHead"

@@ -13,9 +13,9 @@ from detectron2.utils import comm
 from tiny_run import NAMES, TWO_LEVELS, losses_of, make_config, train
 from torch import nn
 
+from dynamic_detr.cli.launch import launch
 from dynamic_detr.data.coco_json import register_json
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.launch import launch
 from dynamic_detr.engine.sharing import from_main_process
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError

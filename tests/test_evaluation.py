@@ -11,14 +11,14 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from pycocotools.coco import COCO
 
+from dynamic_detr.cli.arguments import build_parser, load_config
+from dynamic_detr.cli.train_net import evaluate
 from dynamic_detr.data.scenes import write_scenes
 from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.model_file import read_model
-from dynamic_detr.engine.run import evaluate
-from dynamic_detr.engine.setup import build_parser, load_config
 from dynamic_detr.engine.threshold import best_threshold
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.model_file import read_model
 
 PRETRAIN = str(ROOT / "configs" / "quickstart" / "pretrain.yaml")
 SHIPPED = "quickstart"

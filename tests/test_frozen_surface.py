@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from dynamic_detr.cli.arguments import build_parser
 from dynamic_detr.config import KEYS
-from dynamic_detr.engine.setup import build_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 LIST = ROOT / "tests" / "golden" / "surface.txt"

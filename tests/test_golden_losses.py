@@ -13,8 +13,8 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
-from dynamic_detr.engine.model_file import read_model
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
+from dynamic_detr.files.model_file import read_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "tests" / "golden" / "scenes.npz"  # image_i, boxes_i, classes_i of scene i

@@ -12,16 +12,17 @@ from safetensors.torch import load_file, safe_open, save_file
 from tiny_run import NAMES, make_config, train
 
 import dynamic_detr
-from dynamic_detr.engine.model_file import (
+from dynamic_detr.cli.arguments import build_parser, load_config
+from dynamic_detr.cli.train_net import evaluate
+from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import find_config, read_config
+from dynamic_detr.files.model_file import (
     ModelInfo,
     encode_model,
     read_header,
     read_model,
     require_model,
 )
-from dynamic_detr.engine.run import evaluate
-from dynamic_detr.engine.setup import build_parser, find_config, load_config, read_config
-from dynamic_detr.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
 

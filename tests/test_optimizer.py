@@ -11,8 +11,8 @@ from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config
 from dynamic_detr.engine.clipping import build_clipper
+from dynamic_detr.engine.diagnosis import likely_cause, non_finite_losses, stage_of
 from dynamic_detr.engine.ema import ModelEMA
-from dynamic_detr.engine.guard import likely_cause, stage_of, where
 from dynamic_detr.engine.optimizer import build_optimizer, parameter_groups
 from dynamic_detr.engine.schedule import describe_schedule, scale_schedule
 from dynamic_detr.engine.step import NonFiniteStep, TrainStep, amp_dtype
@@ -231,7 +231,7 @@ def test_weights_stay_those_from_before_a_step_that_is_not_finite():
         with pytest.raises(NonFiniteStep) as error:
             step.run_step()
     assert model.weight.item() == before and ema.updates == 1
-    assert where(error.value.losses) == "loss_a (stage 2)"
+    assert non_finite_losses(error.value.losses) == "loss_a (stage 2)"
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_noticed():
@@ -242,7 +242,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_noticed():
     model = Root()
     with EventStorage(0), pytest.raises(NonFiniteStep) as error:
         _step(model).run_step()
-    assert where(error.value.losses) == "" and model.weight.item() == 1.0
+    assert non_finite_losses(error.value.losses) == "" and model.weight.item() == 1.0
 
 
 def test_float16_gives_up_only_after_so_many_skipped_steps_in_a_row():
@@ -299,7 +299,7 @@ def test_losses_name_their_stage():
     names = ["loss_l1_0", "loss_l1_1", "loss_l1", "total_loss"]
     assert [stage_of(name, names) for name in names] == [1, 2, 3, None]
     assert stage_of("loss_cls", ["loss_cls", "loss_box_reg"]) is None
-    assert where({"loss_l1": math.nan, "loss_l1_1": math.inf, "loss_l1_0": 1.0}) == (
+    assert non_finite_losses({"loss_l1": math.nan, "loss_l1_1": math.inf, "loss_l1_0": 1.0}) == (
         "loss_l1_1 (stage 2) and 1 more"
     )
 

@@ -17,10 +17,10 @@ from test_train_net import _arguments, _run
 from tiny_run import make_config, train
 from torch import nn
 
-from dynamic_detr.engine import output_lock
+from dynamic_detr.cli import output_dir
+from dynamic_detr.cli.output_dir import _Lock, output_locked
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.engine.checkpoint_folder import started_with
-from dynamic_detr.engine.output_lock import _Lock, output_locked
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
@@ -209,7 +209,7 @@ def test_the_lock_of_a_killed_process_is_free_although_its_workers_live(tmp_path
 def test_the_lock_of_another_host_is_taken_over_without_signs_of_life(
     tmp_path, monkeypatch, caplog, capsys
 ):
-    monkeypatch.setattr(output_lock, "_PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(output_dir, "_PATIENCE_SECONDS", 0.6)
     path = tmp_path / ".running"
     path.write_text(json.dumps({"pid": 12, "host": "elsewhere", "since": "today"}))
     stop = threading.Event()
@@ -235,7 +235,7 @@ def test_the_lock_of_another_host_is_taken_over_without_signs_of_life(
 
 
 def test_signs_of_life_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_lock, "_SIGN_SECONDS", 0.05)
+    monkeypatch.setattr(output_dir, "_SIGN_SECONDS", 0.05)
     with output_locked(str(tmp_path)):
         path = tmp_path / ".running"
         os.utime(path, (1, 1))

@@ -20,7 +20,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.modeling import build_model
 from helpers import small_config
 
-from dynamic_detr import compat
+from dynamic_detr.engine.evaluation import BoxEvaluator
 
 IMAGES = (30, 144941, 213148)  # 2, 3 and 3 objects of 7 classes
 SIDES = (128, 192)  # shortest and longest, in pixels
@@ -167,6 +167,6 @@ def test_three_photographs_are_learned_by_heart(
     model.eval()
     look = DatasetMapper(is_train=False, augmentations=resize, image_format="RGB")
     loader = build_detection_test_loader(records, mapper=look)
-    evaluator = compat.coco_evaluator(three_images, str(tmp_path))
+    evaluator = BoxEvaluator(three_images, str(tmp_path))
     average_precision = inference_on_dataset(model, loader, evaluator)["bbox"]["AP"]
     assert average_precision > 90, average_precision

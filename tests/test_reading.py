@@ -18,13 +18,13 @@ from helpers import small_config
 from tiny_run import make_config, train
 from torch import nn
 
-from dynamic_detr.engine import run as command
+from dynamic_detr.cli import train_net as command
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.reading import BrokenCheckpoint, read_checkpoint, require_finite
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.plain_pickle import RefusedPickle, load_plain_pickle, plain_pickles
+from dynamic_detr.files.reading import BrokenCheckpoint, read_checkpoint, require_finite
 from dynamic_detr.inference import Detector
-from dynamic_detr.plain_pickle import RefusedPickle, load_plain_pickle, plain_pickles
 
 
 class Call:

@@ -14,8 +14,9 @@ from test_compare import compare
 from tiny_run import write_data
 
 from demo import demo
-from dynamic_detr.engine.model_file import is_model_file
-from dynamic_detr.engine.setup import build_parser, find_config, read_config
+from dynamic_detr.cli.arguments import build_parser
+from dynamic_detr.files.config_file import find_config, read_config
+from dynamic_detr.files.model_file import is_model_file
 
 READMES = ("README.md", "demo/README.md")
 # In order: what the first makes, the others take. COCO, or weights from a network, are what other

@@ -11,10 +11,10 @@ from detectron2.utils.events import EventStorage
 from tiny_run import make_config
 from torch import nn
 
-from dynamic_detr.engine.exits import TrainingStopped
 from dynamic_detr.engine.failed_step import FailedStep, save_failed_step
 from dynamic_detr.engine.replay import replay
 from dynamic_detr.engine.step import NonFiniteStep, seed_step
+from dynamic_detr.engine.stopping import TrainingStopped
 from dynamic_detr.engine.trainer import Trainer
 from tools import replay_step
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 
+from dynamic_detr.cli.signals import listening
 from dynamic_detr.engine.evaluation import BoxEvaluator
-from dynamic_detr.engine.exits import TrainingStopped
+from dynamic_detr.engine.stopping import TrainingStopped, stop_request
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
@@ -134,7 +135,7 @@ def test_signals_in_an_evaluation_save_the_trained_weights(tmp_path, monkeypatch
     monkeypatch.setattr(trainer.ema, "_swap", swap_and_signal)
     monkeypatch.setattr(BoxEvaluator, "process", process)
     before = signal.getsignal(number)
-    with pytest.raises(TrainingStopped) as stop:
+    with pytest.raises(TrainingStopped) as stop, listening(stop_request):
         trainer.train()
     assert stop.value.code == (130 if number == signal.SIGINT else 0)
     assert f"stopped by {number.name} after 3 of 6 iterations; saved" in stop.value.message

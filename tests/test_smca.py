@@ -18,7 +18,7 @@ from dynamic_detr.decoders import SMCADecoder
 from dynamic_detr.decoders.smca_layer import SMCADecoderLayer
 from dynamic_detr.decoders.spatial_prior import SpatialPrior
 from dynamic_detr.encoders import SMCAEncoder
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs" / "SMCA"

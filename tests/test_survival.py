@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT
 from tiny_run import write_config, write_data
 
-from dynamic_detr.engine import signals
+from dynamic_detr.cli import signals
 from dynamic_detr.engine.heartbeat import Beat, Observer
-from dynamic_detr.engine.signals import StopRequest
+from dynamic_detr.engine.stopping import StopRequest
 
 EVALUATE = ("TEST.EVAL_PERIOD", "3")  # when the last checkpoint is an iteration old
 WORKER = ("DATALOADER.NUM_WORKERS", "1")
@@ -274,7 +274,7 @@ def test_a_second_ctrl_c_ends_the_process(monkeypatch):
     monkeypatch.setattr(signals.os, "_exit", ended.append)
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
     stop = StopRequest()
-    with stop.listening():
+    with signals.listening(stop):
         for now[0] in (0.0, 0.5):  # the same one, forwarded
             signal.raise_signal(signal.SIGINT)
         assert not ended and stop.exit_code == 130

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from dynamic_detr import threads
+from dynamic_detr.runtime import threads
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynamic_detr
 from dynamic_detr import Pyramid
-from dynamic_detr.engine.model_file import read_model
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.files.config_file import read_config
+from dynamic_detr.files.model_file import read_model
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT / "tools"))

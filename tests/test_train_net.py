@@ -19,10 +19,10 @@ from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, wr
 from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config, compat
-from dynamic_detr.engine import run as command
+from dynamic_detr.cli import train_net as command
+from dynamic_detr.cli.arguments import build_parser, load_config
 from dynamic_detr.engine.evaluation import build_evaluator
-from dynamic_detr.engine.exits import TrainingStopped
-from dynamic_detr.engine.setup import build_parser, load_config
+from dynamic_detr.engine.stopping import TrainingStopped
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.engine.tta import DetectorTTA
 from dynamic_detr.errors import UserError

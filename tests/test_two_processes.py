@@ -19,7 +19,7 @@ from tiny_run import (
     write_data,
 )
 
-from dynamic_detr.engine.launch import launch
+from dynamic_detr.cli.launch import launch
 from dynamic_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -22,7 +22,7 @@ import os
 import platform
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
 import detectron2
 import torch
@@ -35,10 +35,10 @@ from benchmarks.peers import measure_peers
 from tabulate import tabulate
 
 from dynamic_detr import compat
-from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.setup import find_config
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.errors import UserError
-from dynamic_detr.threads import choose_threads
+from dynamic_detr.files.config_file import find_config
+from dynamic_detr.runtime.threads import choose_threads
 
 PROJECT = Path(__file__).resolve().parents[1]
 PAGE = PROJECT / "docs" / "benchmarks.md"

@@ -33,7 +33,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from dynamic_detr import compat
-from dynamic_detr.engine.exits import EXIT_USER_ERROR, report_user_errors
+from dynamic_detr.cli.exits import EXIT_USER_ERROR, report_user_errors
 
 PROGRAM = "compare.py"
 COSTS = {  # columns of the table: key of a detector's results, digits

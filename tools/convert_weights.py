@@ -27,12 +27,12 @@ from detectron2.modeling import build_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.config import class_count
-from dynamic_detr.engine.checkpoint import write_atomically
-from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.reading import check_archive
-from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError, one_line
+from dynamic_detr.files.config_file import find_config, read_config
+from dynamic_detr.files.reading import check_archive
+from dynamic_detr.files.writing import write_atomically
 
 PROJECT = Path(__file__).resolve().parents[1]
 MODEL_KEYS = ("model", "state_dict", "model_state_dict")  # of the weights in a checkpoint

@@ -14,17 +14,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.model_file import (
+from dynamic_detr.cli.exits import report_user_errors
+from dynamic_detr.data.scenes import register_scenes_of
+from dynamic_detr.engine.model_writer import describe_model, write_model
+from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import find_config, read_config
+from dynamic_detr.files.model_file import (
     SUFFIX,
     ModelInfo,
     describe_config,
     is_model_file,
     read_model,
 )
-from dynamic_detr.engine.model_writer import describe_model, write_model
-from dynamic_detr.engine.setup import find_config, read_config
-from dynamic_detr.errors import UserError
 
 
 def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Tensor]]:
@@ -49,6 +50,7 @@ def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Te
     from dynamic_detr.inference.building import build_with_weights
 
     cfg = read_config(find_config(config_file), ["MODEL.WEIGHTS", source, "MODEL.DEVICE", "cpu"])
+    register_scenes_of(cfg)
     model, rest = build_with_weights(cfg)
     info = describe_model(cfg, {}, max(int(rest.get("iteration", -1)) + 1, 0))
     if names := rest.get("class_names"):

@@ -13,7 +13,7 @@ from benchmarks.costs import config_costs
 from tqdm import tqdm
 
 from dynamic_detr import compat
-from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.cli.exits import report_user_errors
 
 README = Path(__file__).resolve().parents[1] / "configs" / "README.md"
 SIZE = (800, 1333)

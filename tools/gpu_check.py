@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.errors import UserError
 
 PROGRAM = "gpu_check.py"

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.errors import UserError
 
 METRICS = ("bbox/AP", "total_loss")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
 import torch
 from detectron2.config import CfgNode
@@ -24,16 +24,21 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from dynamic_detr import compat
-from dynamic_detr.data.scenes import datasets_root, scenes_name, write_scenes
+from dynamic_detr.cli.exits import report_user_errors
+from dynamic_detr.data.scenes import (
+    datasets_root,
+    register_scenes,
+    scenes_name,
+    write_scenes,
+)
 from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.exits import report_user_errors
-from dynamic_detr.engine.model_file import require_model
-from dynamic_detr.engine.setup import read_config
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import read_config
+from dynamic_detr.files.model_file import require_model
 from dynamic_detr.inference import Detector
-from dynamic_detr.threads import choose_threads
+from dynamic_detr.runtime.threads import choose_threads
 from dynamic_detr.visualization import (
     contact_sheet,
     draw_detections,
@@ -145,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
         step("1/5  scenes")
         make_scenes(args.scenes)
+        register_scenes()
         if not torch.cuda.is_available():
             print(choose_threads())
         step("2/5  the shipped detector on held-out scenes of its own classes")

@@ -10,19 +10,19 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
 import dynamic_detr  # noqa: F401  (registers the models)
-from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.engine.failed_step import FailedStep
 from dynamic_detr.engine.replay import Finding, replay
 from dynamic_detr.engine.step import AMP_DTYPES, seed_step
 from dynamic_detr.errors import UserError, one_line
-from dynamic_detr.threads import choose_threads
+from dynamic_detr.runtime.threads import choose_threads
 
 PROGRAM = "replay_step.py"
 NOTHING_FOUND = 1

@@ -17,6 +17,7 @@ from detectron2.data.datasets import register_coco_instances
 
 from ..config import set_class_count
 from ..errors import UserError, one_line, tell
+from ..files.writing import write_atomically
 from .coco_check import check_coco_json
 from .coco_report import Report
 
@@ -197,12 +198,11 @@ def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:
 
 
 def _write(data: dict, path: Path) -> None:
-    """Write JSON atomically: all processes write the same file at the same time."""
+    """Write JSON; all processes of a run may write the same file at the same time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(data), encoding="utf-8")
-        os.replace(partial, path)
+        content = json.dumps(data).encode()
+        write_atomically(path, lambda file: file.write(content), shared=True)
     except OSError as error:
         raise UserError(
             f"the repaired annotations cannot be written ({one_line(error)}); set OUTPUT_DIR to a "

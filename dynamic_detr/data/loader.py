@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from .. import compat
 from ..errors import UserError, one_line
-from ..plain_pickle import plain_pickles
+from ..files.plain_pickle import plain_pickles
 from .augmentation import build_mapper
 from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
 from .mapper import Failure, GuardedMapper, Mapper, SeededDataset

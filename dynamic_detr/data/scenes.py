@@ -15,11 +15,19 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from detectron2.config import CfgNode
 from tqdm import tqdm
 
+from ..files.writing import write_atomically
 from .synthetic import FAMILIES, RECIPE, SceneFamily, SceneOptions, draw_scene
 
-__all__ = ["datasets_root", "register_scenes", "scenes_name", "write_scenes"]
+__all__ = [
+    "datasets_root",
+    "register_scenes",
+    "register_scenes_of",
+    "scenes_name",
+    "write_scenes",
+]
 
 JPEG_QUALITY = 92
 
@@ -144,9 +152,8 @@ def write_scenes(
             data = _to_coco(task, progress(pool.imap(task.draw, range(images), chunksize=16)))
     else:
         data = _to_coco(task, progress(map(task.draw, range(images))))
-    partial_file = task.json_file.with_suffix(".partial")
-    partial_file.write_text(json.dumps(data))
-    partial_file.replace(task.json_file)
+    content = json.dumps(data).encode()
+    write_atomically(task.json_file, lambda file: file.write(content))
     return True
 
 
@@ -172,6 +179,12 @@ def register_scenes() -> None:
                 evaluator_type="coco",
                 thing_classes=family.classes,
             )
+
+
+def register_scenes_of(cfg: CfgNode) -> None:
+    """Call `register_scenes` if ``DATASETS.TRAIN`` or ``DATASETS.TEST`` names a data set of it."""
+    if any(name.startswith("scenes_") for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)):
+        register_scenes()
 
 
 def _load(name: str, json_file: Path, image_root: Path, scenes: Path) -> list[dict]:

@@ -1,1 +1,1 @@
-"""Training: the trainer, its optimiser and step, checkpoints, launching, evaluation."""
+"""Training: trainer, step, optimiser, checkpoints, averaging, evaluation."""

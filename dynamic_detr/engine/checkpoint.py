@@ -27,40 +27,18 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import UserError, one_line
-from ..plain_pickle import plain_pickles
+from ..files.model_file import is_model_file, locate_model, read_model
+from ..files.plain_pickle import plain_pickles
+from ..files.reading import broken, check_archive, check_class_names, check_weights
+from ..files.writing import reason, write_atomically
 from .checkpoint_folder import LAST, CheckpointFolder
-from .disk import reason
 from .ema import ModelEMA
-from .model_file import is_model_file, locate_model, read_model
-from .reading import broken, check_archive, check_class_names, check_weights
 from .sharing import from_main_process
 
 # Detectron2's class layers are called cls_score, and with class-wise boxes or masks also bbox_pred
 # and predictor.
 _CLASS_LAYER = re.compile("class|cls|pred|logits")
 _MISFITS = (ValueError, AssertionError, LookupError, TypeError, AttributeError, RuntimeError)
-
-
-def write_atomically(path: Path, write) -> None:
-    """Let ``write(file)`` fill a temporary file beside ``path``, sync it and rename it.
-
-    After a crash at any moment ``path`` holds either its old content or its new one, whole.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 class SafeCheckpointer(DetectionCheckpointer):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from detectron2.utils import comm
 
-from .reading import UNNAMED_RUN, BrokenCheckpoint, peek_checkpoint, read_checkpoint
+from ..files.reading import UNNAMED_RUN, BrokenCheckpoint, peek_checkpoint, read_checkpoint
 from .sharing import from_main_process
 
 __all__ = ["LAST", "CheckpointFolder", "SavedCheckpoint", "started_with"]

@@ -1,7 +1,7 @@
-"""COCO evaluation of a model, plain or with test-time augmentation.
+"""COCO evaluation of a model, with or without test-time augmentation.
 
-It can be interrupted between two images. Processes have different numbers of images, so none
-enters a collective operation before all have come to the end of theirs.
+It can be interrupted after each image. Processes have different numbers of images, so all wait for
+the last one before the first collective operation.
 """
 
 import os
@@ -13,14 +13,14 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 
 from .. import compat
 from ..errors import UserError
-from .disk import telling_of
-from .signals import stop_request
+from ..files.writing import as_user_error
+from .stopping import stop_request
 from .threshold import best_threshold
 from .watch import current_watch
 
 
 class EvaluationInterrupted(Exception):
-    """A signal wants this process to stop, or the run has ended because of another one."""
+    """A signal asks this process to stop, or another process has ended the run."""
 
 
 def _poll() -> None:
@@ -29,10 +29,10 @@ def _poll() -> None:
 
 
 class Interruptible:
-    """A loader of images for an evaluation that can be interrupted between two of them.
+    """Loader of images that checks for a stop after each image.
 
     Args:
-        loader: has a length, as Detectron2 asks for.
+        loader: loader with a length, which Detectron2 requires.
 
     Raises:
         EvaluationInterrupted: while iterating.
@@ -55,15 +55,15 @@ class Interruptible:
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
 ) -> DatasetEvaluator:
-    """The COCO evaluator of a data set.
+    """Build the COCO evaluator of a data set.
 
     Args:
-        cfg: reads ``OUTPUT_DIR``.
-        dataset_name: as registered with Detectron2.
-        output_folder: where the detections are written; ``OUTPUT_DIR/inference`` by default.
+        cfg: configuration; reads ``OUTPUT_DIR``.
+        dataset_name: name in Detectron2's catalogues.
+        output_folder: folder of the detections; by default ``OUTPUT_DIR/inference``.
 
     Raises:
-        UserError: the data set is not of COCO's kind.
+        UserError: the data set is not evaluated as COCO is.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
     if kind not in ("coco", "coco_panoptic_seg"):
@@ -72,12 +72,22 @@ def build_evaluator(
             "project evaluates COCO boxes only: register it as a COCO data set"
         )
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    with telling_of(folder):
-        return _Telling(compat.coco_evaluator(dataset_name, folder, BoxEvaluator), folder)
+    with as_user_error(folder):
+        return _SafeEvaluator(BoxEvaluator(dataset_name, folder), folder)
 
 
 class BoxEvaluator(COCOEvaluator):
-    """Detectron2's evaluator, with the threshold of the best F1 ("threshold" and "F1")."""
+    """Detectron2's evaluator, with the score threshold of the best F1 ("threshold" and "F1").
+
+    Args:
+        dataset_name: name in Detectron2's catalogues.
+        output_dir: folder of the detections.
+    """
+
+    def __init__(self, dataset_name: str, output_dir: str) -> None:
+        # The fast implementation is compiled.
+        fast = compat.has_compiled_ops()
+        super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=fast)
 
     def _derive_coco_results(self, coco_eval, iou_type: str, class_names=None) -> dict:
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
@@ -89,12 +99,12 @@ class BoxEvaluator(COCOEvaluator):
         return results
 
 
-class _Telling(DatasetEvaluator):
-    """An evaluator that waits for all processes, and says in one line that it cannot write.
+class _SafeEvaluator(DatasetEvaluator):
+    """Evaluator that waits for all processes and reports errors of writing in one line.
 
     Args:
-        evaluator: writes them at the end of an evaluation.
-        folder: where to.
+        evaluator: evaluator that writes detections when it evaluates.
+        folder: folder of the detections.
     """
 
     def __init__(self, evaluator: DatasetEvaluator, folder: str) -> None:
@@ -105,5 +115,5 @@ class _Telling(DatasetEvaluator):
     def evaluate(self) -> dict | None:
         current_watch().meet(_poll)
         current_watch().progress("gathering and scoring the detections")
-        with telling_of(f"the detections in {self.folder}"):
+        with as_user_error(f"the detections in {self.folder}"):
             return self.evaluator.evaluate()

@@ -31,8 +31,8 @@ from torch import Tensor
 from .. import compat
 from ..config import add_dynamic_detr_config
 from ..errors import UserError
-from .checkpoint import write_atomically
-from .reading import broken, check_archive
+from ..files.reading import broken, check_archive
+from ..files.writing import write_atomically
 
 __all__ = ["FOLDER", "FailedStep", "save_failed_step"]
 

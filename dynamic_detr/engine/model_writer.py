@@ -10,10 +10,9 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .checkpoint import write_atomically
+from ..files.model_file import SUFFIX, ModelInfo, describe_config, encode_model, read_header
+from ..files.writing import reason, write_atomically
 from .class_names import data_class_names
-from .disk import reason
-from .model_file import SUFFIX, ModelInfo, describe_config, encode_model, read_header
 
 __all__ = ["ModelWriter", "describe_model", "write_model"]
 

@@ -1,36 +1,65 @@
-"""What a checkpoint holds of the trainer must look like what it replaces.
+"""The trainer's state in a checkpoint: checks before it is loaded, and windows of metrics.
 
-PyTorch's optimisers take over whatever they are given: a state of another shape ends in a
-segmentation fault in the fused AdamW, one of another type in a traceback some steps later.
+PyTorch's optimisers load a state without checks. A tensor of another shape ends in a segmentation
+fault in the fused AdamW, and one of another type in an error some steps later.
 """
 
 from typing import Any
 
 import torch
+from detectron2.utils.events import EventStorage
 from torch import Tensor
+
+from ..errors import UserError, one_line
+
+__all__ = ["check_trainer_state", "fill_windows", "take_windows"]
 
 # Tensors that each optimiser keeps for a parameter, of the parameter's shape.
 _LIKE_PARAMETER = {"AdamW": ("exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 _OPTIONAL = ("grad_scaler", "hooks", "windows")  # the precision, or Detectron2, may have changed
+_WINDOW = 20  # values that Detectron2's writers smooth
+_TIMES = ("time", "data_time")
 
 
-def check_trainer_state(saved: Any, own: dict, optimizer: torch.optim.Optimizer) -> None:
-    """Compare a saved state with the trainer's own.
+def check_trainer_state(
+    saved: dict, own: dict, optimizer: torch.optim.Optimizer, max_iter: int
+) -> None:
+    """Check that a trainer can load a saved state.
 
     Args:
-        saved: from a checkpoint.
-        own: the trainer's state before it takes over the other.
-        optimizer: of the trainer.
+        saved: state from a checkpoint.
+        own: present state of the trainer.
+        optimizer: optimiser of the trainer.
+        max_iter: ``SOLVER.MAX_ITER``.
 
     Raises:
-        ValueError: something is missing, or of another type or shape.
+        UserError: the state was saved with another optimiser or model, is damaged, or has more
+            than ``max_iter`` iterations.
     """
-    _check_like(saved, own, "trainer")
-    _check_optimizer(saved["step"]["optimizer"], optimizer)
+    if saved.get("optimizer_name") != own["optimizer_name"]:
+        raise UserError(
+            f"the checkpoint's optimiser is {saved.get('optimizer_name')} and the configuration's "
+            f"{own['optimizer_name']}; resume with the configuration of that run"
+        )
+    try:
+        _check_like(saved, own, "trainer")
+        _check_optimizer(saved["step"]["optimizer"], optimizer)
+        _check_windows(saved.get("windows", {}))
+    except ValueError as error:
+        raise UserError(
+            f"the checkpoint's trainer does not fit ({one_line(error)}); resume with the "
+            "configuration of that run"
+        ) from error
+    done = saved["iteration"] + 1
+    if done > max_iter:
+        raise UserError(
+            f"{done} iterations are done already and SOLVER.MAX_ITER is {max_iter}; raise it to go "
+            "on, or evaluate with --eval-only --resume"
+        )
 
 
 def _check_like(saved: Any, own: Any, name: str) -> None:
-    """See that ``saved`` has the keys of ``own`` and values of the same types, at every depth."""
+    """Check that ``saved`` has the keys of ``own`` and values of the same types, at every depth."""
     if isinstance(own, dict):
         _require(isinstance(saved, dict), name, saved, "a dict")
         for key, value in own.items():
@@ -54,9 +83,9 @@ def _check_like(saved: Any, own: Any, name: str) -> None:
             _require(min(own, 0) <= saved < 2**63, name, saved, "a count")
 
 
-def _require(condition: bool, name: str, saved: Any, wish: str) -> None:
+def _require(condition: bool, name: str, saved: Any, expected: str) -> None:
     if not condition:
-        raise ValueError(f"{name} is {saved!r:.40}, not {wish}")
+        raise ValueError(f"{name} is {saved!r:.40}, not {expected}")
 
 
 def _check_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> None:
@@ -79,8 +108,8 @@ def _check_optimizer(saved: dict, optimizer: torch.optim.Optimizer) -> None:
             value = state.get(key)
             if value is None and kind == "SGD":  # without momentum
                 continue
-            wish = f"a tensor of shape {tuple(parameter.shape)}"
-            _require(_is_plain(value, parameter.shape), f"{key} {number}", value, wish)
+            expected = f"a tensor of shape {tuple(parameter.shape)}"
+            _require(_is_plain(value, parameter.shape), f"{key} {number}", value, expected)
         if state and kind == "AdamW":
             step = state.get("step")
             _require(_is_count(step), f"step {number}", step, "a number of steps")
@@ -100,3 +129,39 @@ def _is_plain(value: Any, shape: torch.Size) -> bool:
         and value.is_floating_point()
         and value.shape == shape
     )
+
+
+def take_windows(storage: EventStorage) -> dict[str, Tensor]:
+    """Return the last values of every smoothed metric.
+
+    Detectron2's writers write the median of the last 20 values. With the windows restored, a
+    resumed run writes the same medians as one that was never stopped. Times are left out, because
+    they depend on the machine.
+
+    Returns:
+        For each metric an (N, 2) float64 tensor of value and iteration, N <= 20, oldest first.
+    """
+    hints = storage.smoothing_hints()
+    return {
+        name: torch.tensor(history.values()[-_WINDOW:], dtype=torch.float64)
+        for name, history in storage.histories().items()
+        if hints.get(name) and name not in _TIMES
+    }
+
+
+def _check_windows(windows: Any) -> None:
+    if not isinstance(windows, dict):
+        raise ValueError(f"its windows are {windows!r:.40}, not a dict")
+    for name, window in windows.items():
+        like = isinstance(window, Tensor) and window.dtype is torch.float64 and not window.is_meta
+        if not isinstance(name, str) or not like or window.shape[1:] != (2,):
+            raise ValueError(
+                f"its window {name!r:.40} is {window!r:.40}, not values and iterations"
+            )
+
+
+def fill_windows(storage: EventStorage, windows: dict[str, Tensor]) -> None:
+    """Restore the windows of :func:`take_windows`; the values are not written again."""
+    for name, window in windows.items():
+        for value, iteration in window.tolist():
+            storage.histories()[name].update(value, int(iteration))

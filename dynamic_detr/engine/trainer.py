@@ -1,6 +1,4 @@
-"""Detectron2's ``DefaultTrainer`` for this project: its hooks, evaluation and events, with the
-project's optimiser, training step, data order and checkpoints.
-"""
+"""Detectron2's trainer with this project's optimiser, step, data order and checkpoints."""
 
 import logging
 import os
@@ -16,40 +14,39 @@ from detectron2.engine.train_loop import TrainerBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from .. import compat
 from ..data.loader import TrainLoader, build_test_loader, build_train_loader
 from ..errors import UserError, one_line
+from ..files.writing import as_user_error, reason
+from .build import build_detector, distribute
 from .checkpoint import SafeCheckpointer
 from .class_names import data_class_names
 from .clipping import build_clipper
-from .console import FirstLines, log_model
-from .disk import PatientWriter, reason, telling_of
+from .diagnosis import describe_error, likely_cause, non_finite_losses
 from .ema import ModelEMA
 from .evaluation import EvaluationInterrupted, Interruptible, build_evaluator
-from .exits import EXIT_DIVERGED, EXIT_UNFORESEEN, EXIT_USER_ERROR, TrainingStopped
 from .failed_step import FOLDER, FailedStep, save_failed_step
-from .guard import is_out_of_memory, likely_cause, what_fits, where
-from .metric_windows import check_windows, fill_windows, take_windows
 from .model_writer import ModelWriter
 from .optimizer import build_optimizer
-from .saved_state import check_trainer_state
+from .saved_state import check_trainer_state, fill_windows, take_windows
 from .schedule import describe_schedule, scale_schedule
-from .setup import build_detector
-from .signals import stop_request
 from .step import NonFiniteStep, TrainStep, amp_dtype, seed_step
+from .stopping import EXIT_DIVERGED, EXIT_UNFORESEEN, TrainingStopped, stop_request
 from .tta import DetectorTTA
 from .watch import current_watch
+from .writers import FirstLines, PatientWriter, make_writers, report_rate
 
 logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Train any Detectron2 detector so that it can be stopped at any time and resumed exactly.
+    """Trainer of any Detectron2 detector that can be stopped at any time and resumed exactly.
+
+    Signals stop it inside of ``cli.signals.listening``.
 
     Args:
-        cfg: frozen or not; scaled if ``SOLVER.REFERENCE_WORLD_SIZE`` is set.
-        scale_to: number of processes to scale to, those that there are when None. A run that is
-            resumed takes those that it was started with (``started_with``).
+        cfg: configuration; scaled if ``SOLVER.REFERENCE_WORLD_SIZE`` is set.
+        scale_to: number of processes to scale to; None for the present number. A resumed run
+            keeps the number that it was started with (``started_with``).
 
     Raises:
         UserError: the configuration cannot be built.
@@ -63,20 +60,20 @@ class Trainer(DefaultTrainer):
         self._windows: dict[str, Tensor] = {}  # of metrics, from a checkpoint
         self._writers: list[PatientWriter] = []  # of process 0
         self._train_loader: TrainLoader | None = None
-        self._joins_others = False  # a new run where another one has checkpoints
+        self._joins_others = False  # a new run in a folder with checkpoints of another one
         self.stop = stop_request
         self.watch = current_watch()
         self._stopped = False
-        # Processes must agree; also what a resumed run takes from its checkpoint.
+        # The same in all processes; a resumed run takes it from its checkpoint.
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
 
         dtype = amp_dtype(cfg.SOLVER.AMP.ENABLED, cfg.SOLVER.AMP.DTYPE, cfg.MODEL.DEVICE)
-        seed_step(self.seed, -1, comm.get_rank())  # initial weights are the seed's too
+        seed_step(self.seed, -1, comm.get_rank())  # initial weights also depend on the seed
         self.detector = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, self.detector)
         self.ema = ModelEMA(self.detector, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.ENABLED else None
         self._trainer = TrainStep(
-            compat.distribute(self.detector),
+            distribute(self.detector),
             self._batches(),
             optimizer,
             build_clipper(cfg),
@@ -122,7 +119,7 @@ class Trainer(DefaultTrainer):
     def build_train_loader(
         cls, cfg: CfgNode, start_iter: int = 0, seed: int | None = None
     ) -> TrainLoader:
-        """Batches from iteration ``start_iter`` on, a function of the seed (``SEED`` if None)."""
+        """Return batches from an iteration on; the seed, ``SEED`` by default, determines them."""
         return build_train_loader(cfg, start_iter, seed=max(cfg.SEED, 0) if seed is None else seed)
 
     @classmethod
@@ -130,24 +127,22 @@ class Trainer(DefaultTrainer):
         return Interruptible(build_test_loader(cfg, dataset_name))
 
     def _batches(self):
-        """What :meth:`train` built; the first iteration is not known before resuming."""
+        """Yield from the loader, which is built after resuming, when the iteration is known."""
         yield from self._train_loader
 
     def build_writers(self) -> list[PatientWriter]:
-        """Writers that :meth:`train` opens: a run that is refused before it writes nothing."""
-        makers = compat.writer_makers(self.cfg.OUTPUT_DIR, self.max_iter)
-        self._writers = [PatientWriter(make) for make in makers]
+        """Return writers that :meth:`train` opens, so that a refused run writes nothing."""
+        self._writers = make_writers(self.cfg.OUTPUT_DIR, self.max_iter)
         return self._writers
 
     def _open_writers(self) -> None:
-        with telling_of(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}"):
+        with as_user_error(f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}"):
             for writer in self._writers:
                 os.makedirs(self.cfg.OUTPUT_DIR, exist_ok=True)
                 writer.open()
 
     def build_hooks(self) -> list:
-        """Detectron2's hooks; evaluation sees the averaged weights and can be interrupted, and
-        progress is printed from the first iteration on."""
+        """Return Detectron2's hooks, with interruptible evaluation of the averaged weights."""
         evaluations = [hooks.EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)]
         if self.cfg.TEST.AUG.ENABLED:
             evaluations.append(hooks.EvalHook(0, self._evaluate_with_tta))
@@ -183,7 +178,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
-        """Evaluate with ``TEST.AUG``; the results' names end in ``_TTA``."""
+        """Evaluate with ``TEST.AUG``; names of the results end in ``_TTA``."""
         logger.info("Evaluating with test-time augmentation")
         folder = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
@@ -191,8 +186,8 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Go on from the newest whole checkpoint of the latest run in ``OUTPUT_DIR``, or load
-        ``MODEL.WEIGHTS``. Process 0 reads, and hands everything to the others.
+        """Load the newest undamaged checkpoint of the latest run in ``OUTPUT_DIR``, or else
+        ``MODEL.WEIGHTS``. Process 0 reads the file and sends its content to the others.
         """
         resumed = resume and self.checkpointer.resume() is not None
         if resumed:
@@ -212,12 +207,11 @@ class Trainer(DefaultTrainer):
         """Train from ``start_iter`` to ``max_iter``.
 
         Raises:
-            TrainingStopped: after a signal or a non-finite step, with the state saved.
+            TrainingStopped: a signal or a non-finite loss stopped it; the state is saved.
         """
         if self._train_loader is None or self._train_loader.start_iter != self.start_iter:
             self._build_train_loader()
         self._open_writers()
-        log_model(self.detector)
         images = len(self._train_loader.dataset)
         logger.info(describe_schedule(self.cfg, comm.get_world_size(), self.seed, images))
         if self._joins_others:
@@ -225,14 +219,14 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.OUTPUT_DIR} has checkpoints of an earlier run; they stay, and --resume "
                 "goes on with this run"
             )
-            self._save()  # from now on, not only from its first checkpoint on
-        with self.stop.listening(), self.watch.saving_with(self._save_from_outside):
+            self._save()  # so that --resume takes this run before its first periodic checkpoint
+        with self.watch.saving_with(self._save_from_outside):
             return super().train()
 
     def before_train(self) -> None:
         super().before_train()
         fill_windows(self.storage, self._windows)
-        compat.report_rate(self._hooks, self.cfg.SOLVER.BASE_LR)
+        report_rate(self._hooks, self.cfg.SOLVER.BASE_LR)
 
     def before_step(self) -> None:
         super().before_step()
@@ -251,7 +245,7 @@ class Trainer(DefaultTrainer):
     def after_step(self) -> None:
         try:
             super().after_step()
-        except Exception as error:  # a checkpoint that could not be written
+        except Exception as error:  # such as a checkpoint that cannot be written
             self._stop_for(error, save=False)
         if self._trainer.stop_agreed and self.iter + 1 < self.max_iter:
             self._save_and_stop()
@@ -262,21 +256,21 @@ class Trainer(DefaultTrainer):
         super().after_train()
 
     def _save(self) -> str:
-        """Save the state after the last finished iteration; the name of its file."""
+        """Save the state after the last finished iteration; return the file name."""
         if self.checkpointer.last_iteration != self.finished or self.finished < 0:
             name = f"model_{self.finished:07d}" if self.finished >= 0 else "model_start"
             self.checkpointer.save(name, iteration=self.finished)
         return self.checkpointer.get_checkpoint_file()
 
     def _saved(self) -> str:
-        """Save; how that went, to complete a message."""
+        """Save; return the outcome as the end of a message."""
         try:
             return f"saved {self._save()}, --resume goes on from there"
         except Exception as error:  # whatever a disk or a device may raise
             return f"the state could not be saved ({one_line(error)})"
 
     def _save_from_outside(self) -> str:
-        """The same for the watch, in whose thread no collective operation may be used."""
+        """Save in the thread of the watch, which must not use collective operations."""
         if self.finished < 0:
             return ""
         with self._trainer.seen_from_another_thread():
@@ -293,7 +287,7 @@ class Trainer(DefaultTrainer):
         return f"stopped by {self.stop.name} after {done}"
 
     def _save_and_stop(self) -> NoReturn:
-        """Stop for a signal, on all processes."""
+        """Save and stop for a signal; called on all processes."""
         self.stop.adopt(comm.all_gather(self.stop.signal))
         try:
             path = self._save()
@@ -305,11 +299,11 @@ class Trainer(DefaultTrainer):
         )
 
     def _stop_for(self, error: Exception, save: bool = True) -> NoReturn:
-        """Stop for an error that this process has: the others are told, process 0 saves.
+        """Stop for an error of this process; process 0 saves, and the other processes end too.
 
         Raises:
-            TrainingStopped: on this process alone. An unforeseen error of a single process is
-                raised as it is.
+            TrainingStopped: on this process only. In a run of one process, an unforeseen error is
+                raised unchanged.
         """
         self.watch.settle(error)
         # A signal to the whole process group also ends data workers and other processes.
@@ -318,23 +312,16 @@ class Trainer(DefaultTrainer):
             saved = self.watch.fail(self.stop.exit_code, save)
             message = f"{self._stopped_by_signal()}; {saved}"
             self._stop(message, self.stop.exit_code, agreed=False)
-        code = EXIT_USER_ERROR
-        if isinstance(error, UserError):
-            what = one_line(error)
-        elif is_out_of_memory(error):
-            advice = what_fits(self.cfg, self.watch.world_size, self.detector.training)
-            what = f"out of memory ({one_line(error)[:200]}); {advice}"
-        elif self.watch.world_size == 1:
+        what, code = describe_error(error, self.cfg, self.watch.world_size, self.detector.training)
+        if code == EXIT_UNFORESEEN and self.watch.world_size == 1:
             raise error
-        else:
-            what, code = f"{type(error).__name__}: {one_line(error)[:300]}", EXIT_UNFORESEEN
         saved = self.watch.fail(code, save)
-        where = f"process {self.watch.rank}: " if self.watch.world_size > 1 else ""
-        message = f"error: {where}{what}; stopped after {self.finished + 1} iterations"
+        process = f"process {self.watch.rank}: " if self.watch.world_size > 1 else ""
+        message = f"error: {process}{what}; stopped after {self.finished + 1} iterations"
         self._stop(f"{message}, {saved}" if saved else message, code, agreed=False, cause=error)
 
     def _stop_diverged(self, error: NonFiniteStep) -> None:
-        place = where(error.losses) or "the gradient"
+        place = non_finite_losses(error.losses) or "the gradient"
         cause = likely_cause(self.cfg, self.detector, self._trainer.batch, self.iter)
         replay = self._keep_failed_step()
         path = self._save()
@@ -346,7 +333,7 @@ class Trainer(DefaultTrainer):
         )
 
     def _keep_failed_step(self) -> str:
-        """Keep the step for a replay; how to do that, to complete a message."""
+        """Save the step for a replay; return how to replay it, as the end of a message."""
         folder = Path(self.cfg.OUTPUT_DIR) / FOLDER
         step, scaler = None, self._trainer.scaler
         if comm.is_main_process():
@@ -366,7 +353,7 @@ class Trainer(DefaultTrainer):
         return f"; python tools/replay_step.py {folder} runs the step again and names the module"
 
     def state_dict(self) -> dict:
-        """Everything beside the weights that a resumed run needs."""
+        """Return all that a resumed run needs besides the weights."""
         state = TrainerBase.state_dict(self)
         state["iteration"] = self.finished
         state["step"] = self._trainer.state_dict()
@@ -377,37 +364,17 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over a saved state; learning rates and decays stay those of the configuration.
+        """Load a saved state; learning rates and weight decays stay those of the configuration.
 
         Raises:
-            UserError: it was saved by another optimiser, or not by this trainer.
+            UserError: see :func:`check_trainer_state`.
         """
-        name = type(self.optimizer).__name__
-        if state_dict.get("optimizer_name") != name:
-            raise UserError(
-                f"the checkpoint's optimiser is {state_dict.get('optimizer_name')} and the "
-                f"configuration's {name}; resume with the configuration of that run"
-            )
-        try:
-            check_trainer_state(state_dict, self.state_dict(), self.optimizer)
-            check_windows(state_dict.get("windows", {}))
-        except ValueError as error:
-            raise UserError(
-                f"the checkpoint's trainer does not fit ({one_line(error)}); resume with the "
-                "configuration of that run"
-            ) from error
-        done = state_dict["iteration"] + 1
-        if done > self.max_iter:
-            raise UserError(
-                f"{done} iterations are done already and SOLVER.MAX_ITER is {self.max_iter}; raise "
-                "it to go on, or evaluate with --eval-only --resume"
-            )
-        wanted = [
-            (group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups
-        ]
+        check_trainer_state(state_dict, self.state_dict(), self.optimizer, self.max_iter)
+        groups = self.optimizer.param_groups
+        configured = [(group["initial_lr"], group["weight_decay"]) for group in groups]
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["step"])
-        self._keep_configured_rates(wanted)
+        self._set_rates(configured)
         self.finished = state_dict["iteration"]
         self._windows = state_dict.get("windows", {})
         if self.cfg.SEED >= 0 and state_dict["seed"] != self.cfg.SEED:
@@ -421,8 +388,9 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.SOLVER.IMS_PER_BATCH}; the order of images changes with it"
             )
 
-    def _keep_configured_rates(self, wanted: list[tuple[float, float]]) -> None:
-        self.scheduler.base_lrs = [lr for lr, _ in wanted]
-        rates = self.scheduler.get_lr()
-        for group, (lr, decay), now in zip(self.optimizer.param_groups, wanted, rates, strict=True):
+    def _set_rates(self, configured: list[tuple[float, float]]) -> None:
+        """Set learning rate and weight decay of each parameter group."""
+        self.scheduler.base_lrs = [lr for lr, _ in configured]
+        groups, rates = self.optimizer.param_groups, self.scheduler.get_lr()
+        for group, (lr, decay), now in zip(groups, configured, rates, strict=True):
             group.update(initial_lr=lr, weight_decay=decay, lr=now)

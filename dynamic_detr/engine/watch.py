@@ -32,10 +32,10 @@ from pathlib import Path
 import torch.distributed as dist
 
 from .heartbeat import Beat, Observer
+from .stopping import EXIT_LOST
 
-__all__ = ["EXIT_LOST", "Watch", "current_watch", "leave", "say", "watching"]
+__all__ = ["Watch", "current_watch", "leave", "say", "watching"]
 
-EXIT_LOST = 4
 HANG_SECONDS = 1800.0  # until the configuration is known
 _TICK_SECONDS = 0.5
 _PATIENCE_SECONDS = 10  # for a cause that is on its way, and for the main thread of process 0

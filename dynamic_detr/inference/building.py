@@ -7,11 +7,11 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
+from ..engine.build import build_detector
 from ..engine.checkpoint import SafeCheckpointer
-from ..engine.model_file import is_model_file
-from ..engine.reading import require_finite
-from ..engine.setup import build_detector
 from ..errors import UserError
+from ..files.model_file import is_model_file
+from ..files.reading import require_finite
 
 __all__ = ["build_with_weights"]
 

@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 from ..config import CLASS_COUNTS, class_count
 from ..data.augmentation import ResizeShortestEdge
-from ..engine.model_file import ModelInfo, is_model_file, read_header, require_model
-from ..engine.setup import read_config
 from ..engine.threshold import DEFAULT_THRESHOLD
 from ..errors import UserError, did_you_mean
+from ..files.config_file import read_config
+from ..files.model_file import ModelInfo, is_model_file, read_header, require_model
 from ..visualization.stages import follow_queries
 from .building import build_with_weights
 from .detections import Detections

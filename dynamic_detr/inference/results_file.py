@@ -4,9 +4,10 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import UserError, one_line
+from ..files.writing import write_atomically
 
 __all__ = ["ResultsFile"]
 
@@ -80,17 +81,16 @@ class ResultsFile:
             UserError: the file cannot be written.
         """
         self._file.close()
-        aside = self.path.with_name(f".{self.path.name}")
         try:
-            with open(aside, "w", encoding="utf-8") as file:
-                separator = "[\n"
-                for line in self._lines():
-                    for result in line.get("results", ()):
-                        file.write(separator + json.dumps(result))
-                        separator = ",\n"
-                file.write("[]" if separator == "[\n" else "\n]")
-                file.write("\n")
-            os.replace(aside, self.path)
+            write_atomically(self.path, self._write_list)
             self.journal.unlink()
         except OSError as error:
             raise self._unwritable(error) from error
+
+    def _write_list(self, file: BinaryIO) -> None:
+        separator = "[\n"
+        for line in self._lines():
+            for result in line.get("results", ()):
+                file.write(f"{separator}{json.dumps(result)}".encode())
+                separator = ",\n"
+        file.write(b"[]\n" if separator == "[\n" else b"\n]\n")

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..transfers import host_empty, to_device, to_host
+from ..runtime.transfers import host_empty, to_device, to_host
 
 __all__ = ["PendingAssignment"]
 

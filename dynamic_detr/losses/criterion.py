@@ -13,8 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from ..runtime.transfers import to_device
 from ..structures import Prediction
-from ..transfers import to_device
 from .costs import SetCosts
 from .dense import dense_losses
 from .matcher import HungarianMatcher

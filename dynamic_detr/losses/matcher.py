@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..transfers import to_device
+from ..runtime.transfers import to_device
 from .assignment import PendingAssignment
 from .costs import SetCosts
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import UserError, one_line
+from ..files.writing import write_atomically
 
 __all__ = ["read_image", "to_rgb", "write_image"]
 
@@ -96,10 +97,12 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f".part.{path.name}")  # an interruption leaves no partial file
+    picture = Image.fromarray(image)
+    kind = Image.registered_extensions().get(path.suffix.lower())
     try:
+        if kind is None:
+            raise ValueError(f"unknown file extension: {path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(aside, quality=JPEG_QUALITY)
-        os.replace(aside, path)
+        write_atomically(path, lambda file: picture.save(file, kind, quality=JPEG_QUALITY))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be written ({one_line(error)}); see --output") from error

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynamic_detr import SetDetector
-from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import find_config, read_config
 
 from .products import Product, no_fast_attention, record_products
 

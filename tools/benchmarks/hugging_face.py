@@ -10,8 +10,8 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import find_config, read_config
 
 from .timing import time_in_turns
 

@@ -12,7 +12,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from dynamic_detr.engine.setup import find_config, read_config
+from dynamic_detr.files.config_file import find_config, read_config
 
 from .costs import config_products, count_gmac, count_parameters
 from .products import PlainProducts, dtypes_of

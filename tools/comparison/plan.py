@@ -17,8 +17,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
 from dynamic_detr.data.coco_json import apply_json_datasets
-from dynamic_detr.engine.setup import read_config
+from dynamic_detr.data.scenes import register_scenes_of
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import read_config
 
 from .runs import Run
 from .terms import Terms, compose, read_first
@@ -157,6 +158,7 @@ class Plan:
         if self.data:
             cfg.OUTPUT_DIR = str(self.folder)
             apply_json_datasets(cfg, argparse.Namespace(**self.data, eval_only=False))
+        register_scenes_of(cfg)
         for split in ("TRAIN", "TEST"):
             if not cfg.DATASETS[split]:
                 raise UserError(f"DATASETS.{split} is empty; name a data set, or give JSON files")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dynamic_detr.engine.model_file import ModelInfo, read_header
 from dynamic_detr.errors import UserError, tell
+from dynamic_detr.files.model_file import ModelInfo, read_header
 
 __all__ = ["Run", "train_all"]
 

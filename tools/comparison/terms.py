@@ -24,8 +24,8 @@ from torch import nn
 
 from dynamic_detr.config import class_count, set_class_count
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.setup import find_config, read_config
 from dynamic_detr.errors import UserError
+from dynamic_detr.files.config_file import find_config, read_config
 
 __all__ = ["Terms", "compose", "read_first", "scaled_rate"]
 

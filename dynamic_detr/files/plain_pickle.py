@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from detectron2.structures import BoxMode
 
-from .errors import UserError
+from ..errors import UserError
 
 __all__ = ["RefusedPickle", "load_plain_pickle", "plain_pickles"]
 

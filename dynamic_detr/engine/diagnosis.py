@@ -1,7 +1,7 @@
-"""What training does when a loss or a gradient is not finite: name the place, keep the weights.
+"""Likely causes of failed training steps, in one line with what to try.
 
-Every process looks at the same reduced numbers before its optimiser steps, so all of them stop at
-the same iteration and the weights in memory are still those of the iteration before.
+All processes check the same reduced losses and gradient norm before their optimisers step. They
+stop at the same iteration, and the weights in memory are those from before it.
 """
 
 import math
@@ -12,15 +12,20 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
+from ..errors import UserError, one_line
+from .stopping import EXIT_UNFORESEEN, EXIT_USER_ERROR
+
+__all__ = ["describe_error", "likely_cause", "non_finite_losses", "stage_of"]
+
 _STAGE_SUFFIX = re.compile(r"_(\d+)$")
 
 
 def stage_of(name: str, names: list[str]) -> int | None:
-    """The decoder stage, from 1, that a loss belongs to.
+    """Return the decoder stage of a loss, from 1; None for a loss of no stage.
 
     Args:
-        name: ``loss_giou_2`` is the third stage; ``loss_giou`` the last one.
-        names: every loss's name; without numbered ones among them there are no stages.
+        name: name of the loss; ``loss_giou_2`` is of the third stage, ``loss_giou`` of the last.
+        names: names of all losses; without numbered ones there are no stages.
     """
     numbers = [int(m.group(1)) for m in map(_STAGE_SUFFIX.search, names) if m]
     if not numbers or not name.startswith("loss_"):
@@ -29,8 +34,8 @@ def stage_of(name: str, names: list[str]) -> int | None:
     return int(match.group(1)) + 1 if match else max(numbers) + 2
 
 
-def where(losses: dict[str, float]) -> str:
-    """Name the losses that are not finite, the earliest stage first; empty if all are finite."""
+def non_finite_losses(losses: dict[str, float]) -> str:
+    """Name the first loss, by stage, that is not finite, and how many others there are, or ""."""
     names = list(losses)
     bad = sorted(
         (stage_of(name, names) or 0, name)
@@ -45,7 +50,7 @@ def where(losses: dict[str, float]) -> str:
 
 
 def _bad_input(batch: list[dict]) -> str:
-    """The file of the first image or annotation in a batch that is not finite; else empty."""
+    """Return a message on the first image or boxes that are not finite; "" if there are none."""
     for record in batch:
         tensors = {"image": record.get("image")}
         if "instances" in record and record["instances"].has("gt_boxes"):
@@ -56,20 +61,16 @@ def _bad_input(batch: list[dict]) -> str:
     return ""
 
 
-def _has_random_frozen_norm(cfg: CfgNode) -> bool:
-    return not cfg.MODEL.WEIGHTS and cfg.MODEL.RESNETS.NORM == "FrozenBN"
-
-
 def likely_cause(cfg: CfgNode, model: nn.Module, batch: list[dict], iteration: int) -> str:
-    """Look for the cause of a non-finite loss or gradient and say what to try.
+    """Return the likely cause of a non-finite loss or gradient, and what to try.
 
-    Must be called on every process: what one of them finds in its part of the batch, all report.
+    Must be called on every process: all report what one finds in its part of the batch.
 
     Args:
-        cfg: the configuration of the run.
-        model: with its weights from before the step.
+        cfg: configuration of the run.
+        model: model with the weights from before the step.
         batch: this process's part of the batch.
-        iteration: from 0.
+        iteration: iteration of the step, from 0.
     """
     found = next((text for text in comm.all_gather(_bad_input(batch)) if text), "")
     if found:
@@ -77,7 +78,8 @@ def likely_cause(cfg: CfgNode, model: nn.Module, batch: list[dict], iteration: i
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             return f"bad weights: {name} is not finite already; check MODEL.WEIGHTS"
-    if iteration < cfg.SOLVER.WARMUP_ITERS and _has_random_frozen_norm(cfg):
+    random_frozen_norm = not cfg.MODEL.WEIGHTS and cfg.MODEL.RESNETS.NORM == "FrozenBN"
+    if iteration < cfg.SOLVER.WARMUP_ITERS and random_frozen_norm:
         return (
             "frozen batch norm over random weights; give pretrained MODEL.WEIGHTS, "
             "or MODEL.RESNETS.NORM BN or GN with MODEL.BACKBONE.FREEZE_AT 0"
@@ -92,22 +94,33 @@ def likely_cause(cfg: CfgNode, model: nn.Module, batch: list[dict], iteration: i
     )
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of a GPU or of the machine is used up."""
+def describe_error(
+    error: Exception, cfg: CfgNode, world_size: int, training: bool
+) -> tuple[str, int]:
+    """Return a line on an error that ends the run, and its exit code.
+
+    Args:
+        error: error of this process.
+        cfg: configuration of the run.
+        world_size: number of processes that share each batch.
+        training: whether the model was training, not evaluating.
+    """
+    if isinstance(error, UserError):
+        return one_line(error), EXIT_USER_ERROR
+    if _is_out_of_memory(error):
+        advice = _memory_advice(cfg, world_size, training)
+        return f"out of memory ({one_line(error)[:200]}); {advice}", EXIT_USER_ERROR
+    return f"{type(error).__name__}: {one_line(error)[:300]}", EXIT_UNFORESEEN
+
+
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
-def what_fits(cfg: CfgNode, world_size: int, training: bool = True) -> str:
-    """Advice for a run that is out of memory.
-
-    Args:
-        cfg: the configuration of the run.
-        world_size: how many processes share each batch.
-        training: rather than evaluating, where a batch is one image.
-    """
-    if not training:
+def _memory_advice(cfg: CfgNode, world_size: int, training: bool) -> str:
+    if not training:  # one image at a time
         return f"lower INPUT.MAX_SIZE_TEST ({cfg.INPUT.MAX_SIZE_TEST})"
     advice = []
     share = cfg.SOLVER.IMS_PER_BATCH // world_size

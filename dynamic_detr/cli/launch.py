@@ -1,9 +1,8 @@
-"""Start the processes of a run: one, several GPUs, several machines, several CPU processes, or
-whatever ``torchrun`` has already started.
+"""Start the processes of a run, on one or several machines, with GPUs or on the CPU.
 
-Detectron2 0.5 launches onto GPUs with NCCL only. Here the CPU has Gloo, and a child that ends with
-an exit code hands it on to the command. All meet at a store that the launcher of machine 0 holds,
-so that it is there however the processes end.
+Detectron2's ``launch`` supports GPUs with NCCL only. This one also supports the CPU with Gloo and
+processes that ``torchrun`` has started, and it returns the exit code of a child. All processes meet
+at a store in the launcher of machine 0, which exists until the last of them has ended.
 """
 
 import multiprocessing
@@ -26,19 +25,19 @@ import torch.distributed as dist
 from detectron2.utils import comm
 
 from .. import compat
+from ..engine.heartbeat import Beat
+from ..engine.stopping import EXIT_INTERRUPTED, EXIT_LOST, EXIT_UNFORESEEN
+from ..engine.watch import leave, say, watching
 from ..errors import UserError, one_line
-from .exits import EXIT_INTERRUPTED, EXIT_LOST, EXIT_UNFORESEEN
-from .heartbeat import Beat
-from .watch import leave, say, watching
 
-_MEETING_TIMEOUT = timedelta(minutes=30)  # until all machines have come
-_TIMEOUT = timedelta(days=1)  # of a collective operation: the watch is there before
-_GRACE_SECONDS = 60  # for the other processes, once one has ended with an error
+_MEETING_TIMEOUT = timedelta(minutes=30)  # for all machines to connect
+_TIMEOUT = timedelta(days=1)  # of a collective operation; the watch finds a hang much earlier
+_GRACE_SECONDS = 60  # for the other processes to end after one has failed
 _LAUNCHER = "launcher"  # in place of a rank
 
 
 def under_torchrun() -> bool:
-    """Whether a launcher such as ``torchrun`` has started this process as one of several."""
+    """Return whether a launcher such as ``torchrun`` has started this process."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
 
@@ -54,17 +53,18 @@ def launch(
     """Run ``main(*args)`` in every process of the run.
 
     Args:
-        main: importable by name, as the children are spawned.
-        processes: how many on this machine; ``torchrun`` decides in its own case.
-        on_gpu: one GPU for each process and NCCL between them, else the CPU and Gloo.
-        num_machines: all of which run this command with the same ``dist_url``.
-        machine_rank: from 0.
-        dist_url: where they meet, ``tcp://host:port``; "auto" picks a free port on one machine.
-        args: for ``main``, picklable.
+        main: function that can be imported by name, because child processes are spawned.
+        processes: number of processes on this machine; ignored under ``torchrun``.
+        on_gpu: one GPU per process and NCCL; otherwise the CPU and Gloo.
+        num_machines: number of machines, which all run this command with the same ``dist_url``.
+        machine_rank: rank of this machine, from 0.
+        dist_url: address of machine 0, ``tcp://host:port``; "auto" picks a free port if there is
+            one machine.
+        args: picklable arguments of ``main``.
 
     Raises:
-        UserError: several machines with ``dist_url`` "auto".
-        SystemExit: a child ended with an exit code other than 0, which is handed on.
+        UserError: ``dist_url`` is "auto" with several machines, or machine 0 cannot use it.
+        SystemExit: a child ended with an exit code other than 0; it has the same code.
     """
     if under_torchrun():
         _run_under_torchrun(main, on_gpu, args)
@@ -76,7 +76,7 @@ def launch(
         return
     host, port = _address(dist_url, num_machines)
     store = None
-    if machine_rank == 0:  # which outlives all its processes
+    if machine_rank == 0:  # the launcher outlives all its processes
         try:
             store = dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
         except RuntimeError as error:
@@ -89,14 +89,14 @@ def launch(
     places = [_Place(first + local, world, local, processes, on_gpu) for local in range(processes)]
     code = _Launcher(places, host, port, store).run(main, args)
     if code and num_machines > 1:
-        time.sleep(2)  # the other machines' processes read the cause in the store
+        time.sleep(2)  # processes of other machines read the cause from the store
     if code:
         sys.exit(code)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Of a process in a run."""
+    """Position of a process in a run."""
 
     rank: int
     world_size: int
@@ -112,7 +112,7 @@ def _address(dist_url: str, num_machines: int) -> tuple[str, int]:
         parts = urlsplit(dist_url)
         if parts.scheme == "tcp" and parts.hostname and parts.port:
             return parts.hostname, parts.port
-    except ValueError:  # of a port that is no number
+    except ValueError:  # the port is no number
         pass
     raise UserError(
         f"--dist-url is {dist_url!r}; --num-machines needs tcp://HOST:PORT, the same on every "
@@ -131,10 +131,10 @@ def _run_under_torchrun(main: Callable[..., None], on_gpu: bool, args: tuple) ->
 
 
 def _this_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of the store that is new, agreed on by all processes.
+    """Agree with all processes on a new prefix of the store.
 
-    When torchrun starts the processes anew it keeps the keys of the attempts before, and machines
-    may count the attempts differently.
+    After a restart, torchrun's store still holds the keys of earlier attempts, and machines may
+    count the attempts differently.
     """
     mine = uuid.uuid4().hex[:8]
     store.set(f"here/{rank}", mine)
@@ -143,7 +143,7 @@ def _this_attempt(store: dist.Store, rank: int, world_size: int) -> dist.Store:
     while not seen or store.add(f"seen/{seen}", 0) < world_size:
         if rank == 0 and store.check(keys):
             present = b".".join(store.multi_get(keys)).decode()
-            if present != attempt:  # somebody new has replaced an old name
+            if present != attempt:  # a restarted process has replaced its name
                 attempt = present
                 store.set("attempt", attempt)
         elif rank and store.check(["attempt"]):
@@ -169,7 +169,7 @@ def _run(
     parent: int,
     peers: range = range(0),
 ) -> None:
-    """Run ``main`` in one process of several, and end together with the others."""
+    """Run ``main`` in one of several processes and end together with the others."""
     of_watch = dist.PrefixStore("watch", store.clone())
     with watching(place.rank, place.world_size, of_watch, parent, peers) as watch:
         end = None
@@ -197,7 +197,7 @@ def _run(
 
 
 def _join(place: _Place, store: dist.Store) -> None:
-    """Meet the other processes and tell Detectron2 about them."""
+    """Create the process group and Detectron2's group of this machine."""
     if place.on_gpu:
         torch.cuda.set_device(place.local_rank)
     dist.init_process_group(
@@ -212,12 +212,12 @@ def _join(place: _Place, store: dist.Store) -> None:
 
 
 class _Launcher:
-    """Starts the processes of this machine, hands signals on, and tells how they ended.
+    """Start the processes of this machine, forward signals, and report how they ended.
 
     Args:
-        places: of the processes.
-        host, port: of the run's store.
-        store: on machine 0.
+        places: position of each process.
+        host, port: address of the run's store.
+        store: the store on machine 0; None on other machines.
     """
 
     def __init__(self, places: list[_Place], host: str, port: int, store: dist.Store | None):
@@ -229,7 +229,7 @@ class _Launcher:
         self.line = ""
 
     def run(self, main: Callable[..., None], args: tuple) -> int:
-        """Start ``main(*args)`` in every process and wait for all; the exit code."""
+        """Run ``main(*args)`` in every process; return the exit code of the run."""
         handlers = {
             number: signal.signal(number, self._forward)
             for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -259,7 +259,7 @@ class _Launcher:
         running = {child.sentinel: child for child in self.children}
         while running:
             ended = connection.wait(running, timeout=_GRACE_SECONDS if code else None)
-            if not ended:  # one that hangs
+            if not ended:  # the others hang
                 for child in running.values():
                     child.kill()
             for sentinel in ended:
@@ -270,7 +270,7 @@ class _Launcher:
         return code
 
     def _cause(self, child: BaseProcess) -> int:
-        """The exit code of the run, one of whose processes has failed."""
+        """Return the exit code of the run after a process has failed."""
         rank, code = self.children[child], child.exitcode
         if code < 0:
             code = 128 - code if -code == self.asked else EXIT_LOST
@@ -304,7 +304,7 @@ class _Launcher:
         return self.store
 
     def _saved(self) -> str:
-        """How the saving by process 0 went, in words."""
+        """Return how saving in process 0 went, in words."""
         try:
             store = dist.PrefixStore("watch", self._store())
             saved = store.get("saved").decode() if store.check(["saved"]) else ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .structures import Prediction
+from ..structures import Prediction
 
 __all__ = ["CapturedNetwork", "GraphCache", "capture_network"]
 

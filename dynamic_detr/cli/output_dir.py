@@ -1,10 +1,10 @@
-"""One training run at a time writes to an OUTPUT_DIR.
+"""OUTPUT_DIR: it must be writable, and one training run at a time writes to it.
 
-Process 0 holds a lock on the file ``OUTPUT_DIR/.running``, which says who it is. The kernel
-releases the lock when the process ends, however it ends. Locks of some network file systems reach
-no further than one machine, so the holder also gives a sign of life, the file's time, every ten
-seconds: a run that gets the lock of a file from another host waits for half a minute, and takes
-over only if there was no sign. Where a file system has no locks, the run goes on without.
+Process 0 locks the file ``OUTPUT_DIR/.running``, which holds its pid and host. The kernel releases
+the lock when the process ends, however it ends. Locks of some network file systems are local to
+one machine, so the holder also updates the file's time every ten seconds. A run that gets the lock
+of a file from another host waits for half a minute and continues only if the time did not change.
+On file systems without locks, the run continues without one.
 """
 
 import contextlib
@@ -21,29 +21,55 @@ from pathlib import Path
 
 from detectron2.utils import comm
 
+from ..engine.sharing import from_main_process
 from ..errors import UserError, tell
-from .disk import telling_of
-from .sharing import from_main_process
+from ..files.writing import as_user_error
 
-__all__ = ["output_locked"]
+__all__ = ["output_locked", "require_output_dir"]
 
 logger = logging.getLogger(__name__)
 
 _NAME = ".running"
 _SIGN_SECONDS = 10
-_PATIENCE_SECONDS = 35  # more than three signs
+_PATIENCE_SECONDS = 35  # longer than three signs
+
+
+def require_output_dir(folder: str) -> None:
+    """Check that a folder can be created, or exists and is writable, without writing anything.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+
+    Raises:
+        UserError: it is empty, a file, or not writable.
+    """
+    if not folder:
+        raise UserError("OUTPUT_DIR is ''; name a folder for checkpoints, logs and metrics")
+    place = Path(folder).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not os.path.isdir(place):
+        raise UserError(
+            f"OUTPUT_DIR {folder:.200} cannot be a folder: {place} is not a folder; name another "
+            "one"
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"OUTPUT_DIR {folder:.200} cannot be written to: {place} is read-only for this user; "
+            "name another folder"
+        )
 
 
 @contextlib.contextmanager
 def output_locked(folder: str) -> Iterator[None]:
-    """Within this context no other run writes to the folder; entered by every process.
+    """Hold the lock of a folder within this context; every process enters it.
 
     Args:
-        folder: ``OUTPUT_DIR``, made if it is not there.
+        folder: ``OUTPUT_DIR``; created if it does not exist.
 
     Raises:
-        UserError: in every process, if another run holds the lock (it is named), or if the folder
-            cannot be written to.
+        UserError: in every process, if another run holds the lock or the folder cannot be written
+            to.
     """
     lock = _Lock(Path(folder) / _NAME)
     from_main_process(lock.acquire)
@@ -60,7 +86,7 @@ class _Lock:
         self._released = threading.Event()
 
     def acquire(self) -> None:
-        with telling_of(f"OUTPUT_DIR {self.path.parent}"):
+        with as_user_error(f"OUTPUT_DIR {self.path.parent}"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._open_locked()
             try:
@@ -71,12 +97,12 @@ class _Lock:
             except BaseException:
                 self._file.close()
                 raise
-        # Else the processes that load data would hold the lock too, and longer than this one.
+        # Otherwise data workers would inherit the lock and might hold it longer than this process.
         os.register_at_fork(after_in_child=self._file.close)
         threading.Thread(target=self._give_signs, daemon=True).start()
 
     def _open_locked(self):
-        """The file, with the lock on it."""
+        """Open the file and lock it."""
         while True:
             file = open(self.path, "a+")  # noqa: SIM115  (held until the run ends)
             try:
@@ -87,21 +113,21 @@ class _Lock:
                     raise self._refusal() from error
                 logger.warning(
                     f"The file system of {self.path.parent} has no locks ({error.strerror}): a "
-                    "second run there would not be noticed"
+                    "second run in this folder would not be noticed"
                 )
                 return file
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
                     return file
-            file.close()  # its holder has just deleted it
+            file.close()  # the previous holder has just deleted it
 
     def _await_other_host(self) -> None:
-        """Wait for a sign of life of the holder that the file still names."""
+        """If the file names a holder on another host, wait for a sign of life from it."""
         holder = self._read()
         if holder.get("host") in (None, socket.gethostname()):
-            return  # it has ended, or the lock would not be ours
+            return  # on this host it has ended, as this process got the lock
         tell(
-            f"{self.path} is of process {holder.get('pid')} on {holder['host']}; waiting "
+            f"{self.path} belongs to process {holder.get('pid')} on {holder['host']}; waiting "
             f"{_PATIENCE_SECONDS} s for a sign of life from there"
         )
         last = self._last_sign()
@@ -113,7 +139,7 @@ class _Lock:
         logger.warning(f"No sign of life from {holder['host']}: this run takes over")
 
     def _last_sign(self) -> int:
-        with open(self.path) as file:  # opened anew: network file systems then look at the server
+        with open(self.path) as file:  # network file systems ask the server on open
             return os.fstat(file.fileno()).st_mtime_ns
 
     def _read(self) -> dict:
@@ -126,7 +152,7 @@ class _Lock:
     def _refusal(self) -> UserError:
         deadline = time.monotonic() + 1
         while not (holder := self._read()) and time.monotonic() < deadline:
-            time.sleep(0.05)  # it is about to write who it is
+            time.sleep(0.05)  # the holder is about to write its name
         return UserError(
             f"OUTPUT_DIR {self.path.parent} is in use by process {holder.get('pid', '?')} on "
             f"{holder.get('host', '?')} since {holder.get('since', '?')}; wait for its end, or "

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import UserError, one_line
+from ..errors import UserError, one_line
 
 __all__ = ["CompilationError", "compile_network"]
 

@@ -1,35 +1,32 @@
-"""What a run prints on the terminal: a few lines about itself, then progress from the first
-iteration on.
+"""Output of a run: a short summary and progress on the terminal, everything in ``log.txt``.
 
-Environment, configuration and model, some five hundred lines, go to ``OUTPUT_DIR/log.txt`` alone;
-colours go to terminals alone.
+Environment, configuration and model take some five hundred lines, which only
+``OUTPUT_DIR/log.txt`` gets. Only terminals get colours.
 """
 
 import argparse
+import atexit
 import contextlib
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import TextIO
 
 import detectron2
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from .model_file import is_model_file
+from ..files.model_file import is_model_file
+from ..files.writing import as_user_error, warn_not_written
 
-__all__ = [
-    "LOGGERS",
-    "FirstLines",
-    "log_model",
-    "records_kept",
-    "start_logging",
-]
+__all__ = ["LOGGERS", "log_model", "logging_to", "records_kept", "start_logging"]
 
 LOGGERS = ("dynamic_detr", "detectron2", "fvcore")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -38,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Plain(logging.Formatter):
-    """Without the codes that colour text."""
+    """Formatter that removes colour codes."""
 
     def format(self, record: logging.LogRecord) -> str:
         return _COLOUR.sub("", super().format(record))
@@ -52,8 +49,8 @@ def _handlers() -> Iterator[logging.StreamHandler]:
 
 
 @contextlib.contextmanager
-def in_the_log_alone() -> Iterator[None]:
-    """Within this context only warnings reach the terminal; the log file gets everything."""
+def _only_in_the_file() -> Iterator[None]:
+    """Within this context the terminal gets warnings only; the log file gets everything."""
     terminal = [h for h in _handlers() if h.stream in (sys.stdout, sys.stderr)]
     levels = [handler.level for handler in terminal]
     try:
@@ -67,10 +64,10 @@ def in_the_log_alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def records_kept() -> Iterator[list[logging.LogRecord]]:
-    """Within this context, entered before any logging is set up, nothing is logged.
+    """Collect log records instead of logging them; entered before any logging is set up.
 
     Yields:
-        What would have been, for :func:`start_logging`.
+        The records, for :func:`start_logging`.
     """
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
@@ -91,9 +88,9 @@ def records_kept() -> Iterator[list[logging.LogRecord]]:
 
 
 def log_model(model: nn.Module) -> None:
-    """The structure of a model for the log, its size for the terminal too."""
+    """Log the structure of a model to the file, and its number of parameters everywhere."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with in_the_log_alone():
+    with _only_in_the_file():
         logger.info(f"Model:\n{model}")
     logger.info(f"{trainable / 1e6:.2f} M trainable parameters")
 
@@ -101,23 +98,23 @@ def log_model(model: nn.Module) -> None:
 def start_logging(
     cfg: CfgNode, args: argparse.Namespace, kept: Iterable[logging.LogRecord] = ()
 ) -> None:
-    """Detectron2's ``default_setup``, with a short summary on the terminal.
+    """Call Detectron2's ``default_setup``, with a short summary on the terminal.
 
     Args:
-        cfg: of the run.
+        cfg: configuration of the run.
         args: the command line.
-        kept: from :func:`records_kept`; are logged now.
+        kept: records of :func:`records_kept`, which are logged now.
     """
-    for name in LOGGERS[::-1]:  # called as `default_setup` does, which then finds them cached
+    for name in LOGGERS[::-1]:  # the arguments of `default_setup`, which then finds them cached
         options = {} if name == "detectron2" else {"name": name}
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), **options)
     plain = _Plain("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%m/%d %H:%M:%S")
     for handler in _handlers():
         if not handler.stream.isatty():
             handler.setFormatter(plain)
-    if is_model_file(args.config_file):  # which `default_setup` would print
+    if is_model_file(args.config_file):  # `default_setup` would print the file
         args = argparse.Namespace(**{**vars(args), "config_file": ""})
-    with in_the_log_alone():
+    with _only_in_the_file():
         default_setup(cfg, args)
     for record in kept:
         logging.getLogger(record.name).handle(record)
@@ -130,16 +127,45 @@ def start_logging(
     )
 
 
-class FirstLines(HookBase):
-    """Prints progress after the first iterations of a run too, not only after every twentieth."""
+@contextlib.contextmanager
+def logging_to(folder: str, *names: str) -> Iterator[None]:
+    """Set up logging within this context; later errors of writing are reported once per file.
 
-    AFTER = (1, 5)  # iterations
+    Args:
+        folder: folder of the log files.
+        names: names of the loggers.
 
-    def before_train(self) -> None:
-        # Of its own: the other one divides by the iterations between two of its lines.
-        self.printer = CommonMetricPrinter(self.trainer.max_iter)
+    Raises:
+        UserError: the folder or a file in it cannot be created.
+    """
+    raise_exceptions, logging.raiseExceptions = logging.raiseExceptions, False
+    try:
+        with as_user_error(f"OUTPUT_DIR {folder}"):
+            yield
+    finally:
+        logging.raiseExceptions = raise_exceptions
+    reported: set = set()
+    for handler in {handler for name in names for handler in logging.getLogger(name).handlers}:
+        if isinstance(handler, logging.StreamHandler):
+            handler.handleError = partial(_report, handler, reported)
+            # Runs before Detectron2 closes its file, which would fail again.
+            atexit.register(_close_quietly, handler.stream, handler.stream is sys.stdout)
 
-    def after_step(self) -> None:
-        done = self.trainer.iter + 1
-        if done - self.trainer.start_iter in self.AFTER and done < self.trainer.max_iter:
-            self.printer.write()
+
+def _report(handler: logging.StreamHandler, reported: set, record: logging.LogRecord) -> None:
+    error = sys.exc_info()[1]
+    if not isinstance(error, OSError):
+        logging.Handler.handleError(handler, record)
+    elif handler.stream not in reported:
+        reported.add(handler.stream)
+        warn_not_written(str(getattr(handler.stream, "name", "the log")), error)
+
+
+def _close_quietly(stream: TextIO, is_standard: bool) -> None:
+    try:
+        stream.flush() if is_standard else stream.close()
+    except OSError:
+        if is_standard:  # the interpreter flushes it again and would exit with 120
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    except ValueError:  # already closed
+        pass

@@ -1,0 +1,1 @@
+"""Running programs: arguments, launching, signals, logging, exit codes."""
