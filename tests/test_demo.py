@@ -180,7 +180,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts", "MODEL.WEIGHTS", "{picture}"],
-            "not a whole checkpoint",
+            "not a valid checkpoint",
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts"]

@@ -149,7 +149,7 @@ def test_a_full_disk_at_the_end_of_a_process(tmp_path, monkeypatch, capsys):
             full.flush()
         finally:
             setup_logger.cache_clear()
-    end = "cannot be written (the disk is full); the run goes on without"
+    end = "cannot be written (the disk is full); the run continues without it"
     said = sorted(capsys.readouterr().err.splitlines())
     assert said == sorted(f"warning: {name} {end}" for name in (log, FULL))
     assert len(at_exit) == 3  # Detectron2's for the log, and one for each stream

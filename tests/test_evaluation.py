@@ -100,7 +100,7 @@ def test_categories_without_a_partner_are_refused(scenes, tmp_path):
         data["categories"][0]["name"] = "unicorn"
 
     renamed = changed_json(scenes, tmp_path, rename)
-    with pytest.raises(UserError, match="the weights do not know: 'unicorn'"):
+    with pytest.raises(UserError, match="are not classes of the weights: 'unicorn'"):
         evaluated(renamed, scenes / "val", tmp_path / "out")
 
 

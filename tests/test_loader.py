@@ -345,7 +345,7 @@ def test_absent_data_set_says_where_it_is_looked_for(cfg, tmp_path, monkeypatch)
         lambda: build_train_loader(cfg, seed=0),
         lambda: build_test_loader(cfg, "test_absent"),
     ):
-        with pytest.raises(UserError, match=r"test_absent is not there .*no\.json.*DETECTRON2_"):
+        with pytest.raises(UserError, match=r"test_absent does not exist .*no\.json.*DETECTRON2_"):
             build()
 
 

@@ -143,7 +143,7 @@ def small_file(path, **header) -> str:
         ({"threshold": "Infinity"}, "its threshold is inf"),
         ({"class_names": "{}"}, "its class_names is {}"),
         ({"category_ids": "[1, 2]"}, "its category_ids is"),
-        ({"metrics": "nonsense"}, "is not a whole model file"),
+        ({"metrics": "nonsense"}, "is not a valid model file"),
         ({"metrics": '{"AP": "high"}'}, "its metrics is"),
         ({"iteration": "-1"}, "its iteration is -1"),
         ({"config": None}, "its header has no config"),
@@ -167,7 +167,7 @@ def test_changed_weights_and_other_files_are_one_line(tmp_path):
         read_model(str(path))
     for other in (content[:20], b"", b"PK\x03\x04", b"\xff" * 100):
         path.write_bytes(other)
-        with pytest.raises(UserError, match="is not a whole model file"):
+        with pytest.raises(UserError, match="is not a valid model file"):
             read_model(str(path))
     save_file({"weight": torch.ones(3)}, path)
     with pytest.raises(UserError, match="written by another tool"):

@@ -108,11 +108,11 @@ class Big(nn.Module):
 @pytest.mark.parametrize(
     ("parts", "place", "what"),
     [
-        ([Do(torch.log)], "parts.1 (Do)", "6 of the 6 numbers that it gives"),
+        ([Do(torch.log)], "parts.1 (Do)", "6 of the 6 numbers that it passes"),
         (
             [nn.ReLU(), Do(lambda x: x / 0, nn.ReLU())],
             "parts.2 (Do)",
-            "gives to parts.2.part (ReLU",
+            "passes to parts.2.part (ReLU",
         ),
         ([Do(torch.sqrt), nn.ReLU()], "parts.1 (Do)", "SqrtBackward0"),
         ([Do(torch.sqrt), Do(lambda x: (x + 1).relu_())], "parts.1 (Do)", "SqrtBackward0"),
@@ -147,11 +147,14 @@ def test_every_process_has_a_file_and_old_ones_are_left_out(tmp_path, capsys):
     assert batches[1][0]["instances"].gt_masks.polygons[0][0].tolist() == [0, 0, 1, 0, 1, 1]
 
 
-@pytest.mark.parametrize("content", [None, b"text"])
-def test_what_is_no_failed_step_is_one_line(tmp_path, capsys, content):
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), (b"text", "is not a valid checkpoint")]
+)
+def test_what_is_no_failed_step_is_one_line(tmp_path, capsys, content, message):
     if content:
         (tmp_path / "step.pth").write_bytes(content)
     with pytest.raises(SystemExit) as stop:
         replay_step.main([str(tmp_path)])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith(f"replay_step.py: error: {tmp_path}/step.pth is not")
+    line = f"replay_step.py: error: {tmp_path}/step.pth {message}"
+    assert capsys.readouterr().err.startswith(line)

@@ -3,15 +3,19 @@
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-from dynamic_detr.data import register_scenes, scenes
-from dynamic_detr.data.scenes import scenes_name, write_scenes
+from dynamic_detr.data import scenes
+from dynamic_detr.data.scenes import register_scenes, register_scenes_of, scenes_name, write_scenes
 from dynamic_detr.data.synthetic import (
     FAMILIES,
     SUPERSAMPLE,
@@ -162,8 +166,19 @@ def test_annotations_load_with_detectron2(tmp_path):
     assert areas == [o["area"] for o in expected[1][1]]
 
 
-def test_names_are_registered_once():
-    register_scenes()
+def test_importing_the_package_registers_no_scenes():
+    code = "import dynamic_detr, detectron2.data as d; print([*d.DatasetCatalog.list()])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert "scenes_" not in done.stdout
+
+
+def test_naming_one_registers_all():
+    cfg = get_cfg()
+    cfg.DATASETS.TEST = ("scenes_symbols_val",)
+    register_scenes_of(cfg)
+    register_scenes()  # again
     for family in FAMILIES.values():
         for split in ("train", "val"):
             name = scenes_name(family.name, split)

@@ -81,7 +81,7 @@ def test_export_refuses_what_is_no_checkpoint_or_does_not_fit(checkpoint, tmp_pa
     torch.save(content, huge)
     target = tmp_path / "out.safetensors"
     for arguments, reason in (
-        ([broken, target, "--config-file", PRETRAIN], "not a whole checkpoint"),
+        ([broken, target, "--config-file", PRETRAIN], "not a valid checkpoint"),
         ([huge, target, "--config-file", PRETRAIN], "does not fit"),
         ([huge, target], "--config-file is missing"),
         ([huge, "out.pth"], "must end in .safetensors"),

@@ -29,7 +29,7 @@ examples:
   train on your own COCO-format boxes:
     train_net.py --config-file ... --train-json A.json --train-images DIR \\
                  --val-json B.json --val-images DIR
-  go on after a stop:         add --resume
+  continue after a stop:      add --resume
   evaluate a model file:      train_net.py --eval-only --val-json B.json --val-images DIR \\
                                 MODEL.WEIGHTS output/model_best.safetensors
   change configuration keys:  add SOLVER.BASE_LR 0.0001 MODEL.DEVICE cpu ...

@@ -63,9 +63,9 @@ def report_user_errors(program: str, debug: bool = False) -> Iterator[None]:
             if stop.code == EXIT_UNFORESEEN:
                 traceback.print_exception(stop.__cause__)
             _end(line, stop.code)
-        if watch.rank == 0 and not stop.told:
+        if watch.rank == 0 and not stop.printed:
             print(line, file=sys.stderr, flush=True)
-        stop.told = True
+        stop.printed = True
         raise
     except KeyboardInterrupt:
         if debug:

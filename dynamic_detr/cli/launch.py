@@ -27,7 +27,7 @@ from detectron2.utils import comm
 from .. import compat
 from ..engine.heartbeat import Beat
 from ..engine.stopping import EXIT_INTERRUPTED, EXIT_LOST, EXIT_UNFORESEEN
-from ..engine.watch import leave, say, watching
+from ..engine.watch import leave, print_line, watching
 from ..errors import UserError, one_line
 
 _MEETING_TIMEOUT = timedelta(minutes=30)  # for all machines to connect
@@ -245,7 +245,7 @@ class _Launcher:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
         if self.line:
-            say(f"{self.line}; {self._saved()}")
+            print_line(f"{self.line}; {self._saved()}")
         return code
 
     def _forward(self, number: int, frame) -> None:
@@ -310,4 +310,4 @@ class _Launcher:
             saved = store.get("saved").decode() if store.check(["saved"]) else ""
         except RuntimeError:
             saved = ""
-        return saved or "--resume goes on from the last checkpoint"
+        return saved or "--resume continues from the last checkpoint"

@@ -1,9 +1,9 @@
-"""Which records make up which batch: a pure function of (seed, iteration).
+"""Records of each training batch, as a pure function of (seed, iteration).
 
-The records are drawn in an endless stream of shuffled epochs; a record's number in that stream is
-its *position*. Batches are filled along the stream, with aspect-ratio grouping one for wide and
-one for tall images at a time, and handed out as they fill up. All of it is decided from the sizes
-in the records, before anything is loaded.
+Shuffled epochs form an endless stream of records; the index of a record in the stream is its
+*position*. Batches are filled along the stream and returned in the order in which they become full.
+With aspect-ratio grouping, one batch of wide and one of tall images is filled at a time. Only the
+sizes in the records are needed, not the images.
 """
 
 import math
@@ -14,17 +14,17 @@ import numpy as np
 
 __all__ = ["BatchSchedule", "aspect_ratio_groups", "repeat_factors"]
 
-BLOCK = 4096  # positions drawn at a time, at least; whole epochs
+BLOCK = 4096  # least number of positions per draw, rounded up to whole epochs
 
 
 class BatchSchedule:
-    """The order of training.
+    """Order of training.
 
     Args:
-        groups: group of every record, (N,) whole numbers from 0; a batch holds one group only.
-        batch_size: images in a batch, over all processes.
-        seed: of the order.
-        repeats: how often each record occurs in an epoch on average, (N,) float; once when None.
+        groups: (N,) integers from 0, the group of each record; a batch has records of one group.
+        batch_size: number of images in a batch, over all processes.
+        seed: seed of the order.
+        repeats: (N,) floats, mean number of occurrences of each record in an epoch; None for 1.
 
     Raises:
         ValueError: there are no records, or ``batch_size`` is not positive.
@@ -48,15 +48,15 @@ class BatchSchedule:
     def _restart(self) -> None:
         nothing = np.empty((0, 2), dtype=np.int64)
         self._block = 0  # number of the next block to draw
-        self._position = 0  # of its first record
+        self._position = 0  # position of its first record
         self._waiting = {int(group): nothing for group in np.unique(self.groups)}
         self._first = 0  # iteration of the first batch in _batches
         self._batches = nothing.reshape(0, self.batch_size, 2)
 
     def batch(self, iteration: int) -> list[tuple[int, int]]:
-        """(position, index of the record) of every image of a batch.
+        """Return (position, index of the record) for each image of a batch.
 
-        Any iteration may be asked for at any time; ascending ones are cheapest.
+        Iterations may be requested in any order; ascending order is fastest.
         """
         if iteration < 0:
             raise ValueError(f"iteration {iteration} is negative")
@@ -70,7 +70,7 @@ class BatchSchedule:
     def batches(
         self, start: int = 0, rank: int = 0, world_size: int = 1
     ) -> Iterator[list[tuple[int, int]]]:
-        """One process's share of every batch from iteration ``start`` on, without end."""
+        """Yield the part of one process of every batch from iteration ``start`` on, endlessly."""
         share = self.batch_size // world_size
         iteration = start
         while True:
@@ -78,7 +78,7 @@ class BatchSchedule:
             iteration += 1
 
     def _draw_block(self) -> np.ndarray:
-        """Indices of the records of some epochs, shuffled within each; (n,)."""
+        """Return the record indices of a block of shuffled epochs, (n,)."""
         rng = np.random.default_rng([self.seed, self._block])
         count = len(self.groups)
         if self.repeats is None:
@@ -88,13 +88,13 @@ class BatchSchedule:
         whole = np.floor(self.repeats)
         drawn = []
         for _ in range(epochs):
-            # The fraction of a repeat happens in that fraction of the epochs.
+            # A fractional repeat occurs in that fraction of the epochs.
             times = whole + (rng.random(count) < self.repeats - whole)
             drawn.append(rng.permutation(np.repeat(np.arange(count), times.astype(np.int64))))
         return np.concatenate(drawn)
 
     def _next_batches(self) -> np.ndarray:
-        """Batches that fill up within the next block, in that order; (n, batch size, 2)."""
+        """Return the batches that become full within the next block, (n, batch size, 2)."""
         indices = self._draw_block()
         positions = np.arange(self._position, self._position + len(indices))
         stream = np.stack([positions, indices], axis=1)
@@ -112,19 +112,19 @@ class BatchSchedule:
 
 
 def aspect_ratio_groups(records: Sequence[dict]) -> np.ndarray:
-    """0 for wide and 1 for tall (or square) images, by the records' ``width`` and ``height``."""
+    """Return 0 for wide and 1 for tall or square images, from ``width`` and ``height``."""
     return np.array([0 if r["width"] > r["height"] else 1 for r in records], dtype=np.int64)
 
 
 def repeat_factors(records: Sequence[dict], threshold: float, sqrt: bool = True) -> np.ndarray:
-    """How often to repeat each image so that rare classes are seen more often (LVIS).
+    """Return the repeat factor of each image for oversampling of rare classes (LVIS).
 
-    A class in a fraction f of the images gets max(1, sqrt(threshold / f)), an image the highest
-    value of its classes.
+    The factor of a class in a fraction f of the images is max(1, sqrt(threshold / f)). The factor
+    of an image is the largest one of its classes.
 
     Args:
-        records: in Detectron2's format.
-        threshold: fraction of the images below which a class counts as rare.
+        records: records in Detectron2's format.
+        threshold: fraction of images below which a class is repeated.
         sqrt: whether to take the square root.
 
     Returns:

@@ -78,7 +78,7 @@ def apply_json_datasets(
         raise UserError("--val-json alone can only be evaluated: give --train-json or --eval-only")
     if errors := [report.error() for report in reports.values() if report.error()]:
         raise UserError("; ".join(errors))
-    _say(*reports.values())
+    _print(*reports.values())
 
     changed = {split: report.repaired for split, report in reports.items()}
     if getattr(args, "eval_only", False) and weights_names and "val" in reports:
@@ -86,7 +86,7 @@ def apply_json_datasets(
     elif len(reports) == 2:
         changed["val"] |= _share_categories(reports["train"], reports["val"])
     elif getattr(args, "eval_only", False) and "val" in reports:
-        _say(
+        _print(
             f"the weights hold no names of classes: the categories of {reports['val'].path} are "
             "taken for the detector's classes in the order of their ids"
         )
@@ -96,7 +96,7 @@ def apply_json_datasets(
         if changed[split]:
             json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
             _write(report.data, json_file)
-            _say(f"repaired copy: {json_file}")
+            _print(f"repaired copy: {json_file}")
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
     cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()
@@ -112,7 +112,7 @@ def _is_first_process() -> bool:
     return multiprocessing.parent_process() is None and os.environ.get("RANK", "0") == "0"
 
 
-def _say(*lines: object) -> None:
+def _print(*lines: object) -> None:
     if _is_first_process():
         tell("\n".join(map(str, lines)))
 
@@ -158,8 +158,8 @@ def _pair_with_weights(names: list[str], val: Report) -> bool:
     classes = {name: index for index, name in enumerate(names, start=1)}
     if unknown := [name for name in own if name not in classes]:
         raise UserError(
-            f"{val.path} has categories that the weights do not know: {_some(unknown)}; the "
-            f"weights know {_some(names)}. Give both the same names"
+            f"{val.path} has categories that are not classes of the weights: {_some(unknown)}; the "
+            f"classes are {_some(names)}. Give both the same names"
         )
     if len(classes) < len(names):
         raise UserError("two classes of the weights have the same name and cannot be paired")
@@ -168,12 +168,12 @@ def _pair_with_weights(names: list[str], val: Report) -> bool:
         annotation["category_id"] = classes[by_id[annotation["category_id"]]]
     val.data["categories"] = [{"id": index, "name": name} for name, index in classes.items()]
     if moved := [name for index, name in enumerate(own) if names[index : index + 1] != [name]]:
-        _say(
+        _print(
             f"categories of {val.path} and classes of the weights are paired by name, not by "
             f"position: {_some(moved)}"
         )
     if absent := [name for name in names if name not in own]:
-        _say(f"{len(absent)} classes of the weights are not in {val.path}: {_some(absent)}")
+        _print(f"{len(absent)} classes of the weights are not in {val.path}: {_some(absent)}")
     return True
 
 

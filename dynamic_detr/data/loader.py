@@ -1,7 +1,7 @@
 """Batches for training and images for evaluation.
 
-A training batch is a pure function of (seed, iteration): see ``batches.py`` for the order and
-``mapper.py`` for the augmentation. The number of workers and of processes changes nothing.
+A training batch is a pure function of (seed, iteration), independent of the number of workers and
+processes. ``batches.py`` determines the order and ``mapper.py`` the augmentation.
 """
 
 import signal
@@ -30,11 +30,11 @@ __all__ = ["EvalLoader", "TrainLoader", "build_test_loader", "build_train_loader
 
 
 class WorkerDied(UserError, RuntimeError):
-    """A data-loading process is gone, killed for its memory or together with this one."""
+    """A data-loading process was killed."""
 
 
 def _one_by_one(loader: DataLoader) -> Iterator[list[dict]]:
-    """The loader's batches; failed images and dead workers become errors of one line."""
+    """Yield batches; raise one-line errors for failed images and dead workers."""
     iterator = _started(loader)
     try:
         for items in iterator:
@@ -47,14 +47,14 @@ def _one_by_one(loader: DataLoader) -> Iterator[list[dict]]:
             "DATALOADER.NUM_WORKERS"
         ) from error
     finally:
-        del iterator  # ends the workers now, although a traceback may keep this frame
+        del iterator  # ends the workers, even if a traceback keeps this frame alive
 
 
 def _started(loader: DataLoader) -> Iterator[list]:
-    """The loader's iterator, without PyTorch's handler of dead workers.
+    """Return an iterator without PyTorch's SIGCHLD handler.
 
-    That handler raises wherever the main thread is, be it amid an update of the weights; ``next``
-    finds a dead worker as well.
+    The handler raises for a dead worker anywhere in the main thread, even during an update of the
+    weights. ``next`` also raises for a dead worker.
     """
     if threading.current_thread() is not threading.main_thread():
         return iter(loader)
@@ -66,7 +66,7 @@ def _started(loader: DataLoader) -> Iterator[list]:
 
 
 def _prepare_worker(worker_id: int) -> None:
-    """Ctrl-C reaches the whole process group; the parent alone decides what it means."""
+    """Ignore Ctrl-C, which a terminal sends to all processes; the parent process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     compat.ignore_known_warnings()
 
@@ -76,19 +76,19 @@ def _as_list(items: list) -> list:
 
 
 class TrainLoader:
-    """This process's share of every training batch, from some iteration on, without end.
+    """Endless loader of this process's equal part of each training batch.
 
     Args:
-        records: in Detectron2's format.
-        mapper: makes of a record what the model takes.
-        schedule: which records make up which batch.
+        records: records in Detectron2's format.
+        mapper: maps a record to a model input.
+        schedule: records of each batch.
         start_iter: iteration of the first batch.
-        rank, world_size: this process among all, which share each batch in equal slices.
-        num_workers: processes that load; 0 loads in this one.
+        rank, world_size: rank of this process and number of processes.
+        num_workers: number of data-loading processes; 0 loads in this process.
 
     Raises:
         UserError: a batch cannot be divided equally. While iterating: an image cannot be used, or
-            a worker died.
+            a data-loading process died.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class TrainLoader:
                 f"SOLVER.IMS_PER_BATCH is {schedule.batch_size} and cannot be divided equally "
                 f"among {world_size} processes; set it to a multiple of {world_size}"
             )
-        # One serialised block of memory, which workers share instead of copying.
+        # Serialised in one block of memory, which forked workers share.
         records = DatasetFromList(list(records), copy=False)
         self.dataset = SeededDataset(records, mapper, schedule.seed)
         self.schedule = schedule
@@ -122,16 +122,16 @@ class TrainLoader:
             num_workers=self.num_workers,
             collate_fn=_as_list,
             worker_init_fn=_prepare_worker,
-            generator=torch.Generator(),  # else it would draw from the global one
+            generator=torch.Generator(),  # the default draws from the global one
         )
         return _one_by_one(loader)
 
 
 class EvalLoader:
-    """Detectron2's test loader, with errors of one line.
+    """Detectron2's test loader with one-line errors.
 
     Args:
-        loader: from ``build_detection_test_loader``, with a :class:`GuardedMapper`.
+        loader: result of ``build_detection_test_loader`` with a :class:`GuardedMapper`.
     """
 
     def __init__(self, loader: DataLoader) -> None:
@@ -165,8 +165,8 @@ def _records(cfg: CfgNode) -> list[dict]:
 
 def _missing(names: Sequence[str], error: FileNotFoundError) -> UserError:
     return UserError(
-        f"the data set {', '.join(names)} is not there ({one_line(error)}); the variable "
-        "DETECTRON2_DATASETS names the folder that Detectron2's data sets are looked for in"
+        f"the data set {', '.join(names)} does not exist ({one_line(error)}); set "
+        "DETECTRON2_DATASETS to the folder of Detectron2's data sets"
     )
 
 
@@ -192,14 +192,15 @@ def build_train_loader(
     world_size: int | None = None,
     mapper: Mapper | None = None,
 ) -> TrainLoader:
-    """Training batches of any Detectron2 detector.
+    """Build the loader of training batches for any Detectron2 detector.
 
     Args:
-        cfg: reads ``DATASETS.TRAIN``, ``DATALOADER``, ``INPUT`` and ``SOLVER.IMS_PER_BATCH``.
+        cfg: configuration; reads ``DATASETS.TRAIN``, ``DATALOADER``, ``INPUT`` and
+            ``SOLVER.IMS_PER_BATCH``.
         start_iter: iteration of the first batch.
-        seed: of order and augmentation; not negative.
-        rank, world_size: this process among all; asked of Detectron2 when None.
-        mapper: in place of :func:`build_mapper`'s.
+        seed: seed of order and augmentation, at least 0.
+        rank, world_size: rank of this process and number of processes; None for Detectron2's.
+        mapper: maps a record to a model input; None for :func:`build_mapper`.
 
     Returns:
         An endless iterable of lists of dicts, in Detectron2's format for models.
@@ -224,16 +225,16 @@ def build_train_loader(
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = None) -> EvalLoader:
-    """Images of a data set for evaluation, one at a time, each on one of the processes.
+    """Build the loader of single images for evaluation; processes share the images.
 
     Args:
-        cfg: reads ``INPUT`` and ``DATALOADER.NUM_WORKERS``.
-        dataset_name: as registered with Detectron2.
-        mapper: in place of :func:`build_mapper`'s.
+        cfg: configuration; reads ``INPUT`` and ``DATALOADER.NUM_WORKERS``.
+        dataset_name: name in Detectron2's catalogues.
+        mapper: maps a record to a model input; None for :func:`build_mapper`.
 
     Raises:
-        UserError: the data are missing. While iterating: an image cannot be used, or a worker
-            died.
+        UserError: the data are missing. While iterating: an image cannot be used, or a
+            data-loading process died.
     """
     guarded = GuardedMapper(mapper or build_mapper(cfg, False))
     try:

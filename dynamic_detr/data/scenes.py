@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 
 from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
 from tqdm import tqdm
 
 from ..files.writing import write_atomically
@@ -162,8 +164,6 @@ def register_scenes() -> None:
 
     Files are read when a dataset is used.
     """
-    from detectron2.data import DatasetCatalog, MetadataCatalog
-
     scenes = datasets_root() / "scenes"
     for family in FAMILIES.values():
         for split in family.images:
@@ -188,11 +188,9 @@ def register_scenes_of(cfg: CfgNode) -> None:
 
 
 def _load(name: str, json_file: Path, image_root: Path, scenes: Path) -> list[dict]:
-    from detectron2.data.datasets import load_coco_json
-
     if not json_file.is_file():
         raise FileNotFoundError(
-            f"dataset {name}: {json_file} is not there; "
+            f"dataset {name}: {json_file} does not exist; "
             f"make it with: python tools/make_scenes.py --output {scenes}"
         )
     return load_coco_json(str(json_file), str(image_root), name)

@@ -1,18 +1,19 @@
-"""Checkpoints that survive being killed: written aside, synced, renamed; the newest few are kept.
+"""Checkpoints: written atomically, checked when they are read, the newest few kept.
 
-A file holds tensors and plain types only (``torch.load(weights_only=True)`` reads it):
+A checkpoint holds tensors and plain types only (``torch.load(weights_only=True)`` reads it):
 
-| key | what |
+| key | content |
 | --- | --- |
-| ``model`` | the weights that a user wants: the moving average where there is one |
-| ``model_training`` | with a moving average: the weights that training goes on from |
+| ``model`` | weights for inference: the moving average, if there is one |
+| ``model_training`` | with a moving average: the weights that training continues from |
+| ``ema_updates`` | with a moving average: its number of updates |
 | ``trainer`` | iteration, optimiser, schedule, loss scale, seed (see ``trainer.py``) |
 | ``iteration`` | the last finished iteration, from 0 |
-| ``run`` | ``id`` of the run, when it ``started`` (Unix time), with how many ``processes`` |
-| ``class_names`` | names of the classes by index, where the data set has them (for the demo) |
+| ``run`` | ``id`` of the run, time when it ``started`` (Unix), number of ``processes`` |
+| ``class_names`` | names of the classes by index, if the data set has them |
 
-So whatever loads a Detectron2 checkpoint (``MODEL.WEIGHTS``, the demo, Detectron2's predictor)
-gets the averaged weights, and only ``--resume`` reads the rest.
+Everything that loads a Detectron2 checkpoint (``MODEL.WEIGHTS``, the demo, Detectron2's predictor)
+gets the averaged weights; only ``--resume`` reads the rest.
 """
 
 import os
@@ -35,25 +36,25 @@ from .checkpoint_folder import LAST, CheckpointFolder
 from .ema import ModelEMA
 from .sharing import from_main_process
 
-# Detectron2's class layers are called cls_score, and with class-wise boxes or masks also bbox_pred
-# and predictor.
+# Detectron2's class layers are called cls_score; with class-wise boxes or masks also bbox_pred and
+# predictor.
 _CLASS_LAYER = re.compile("class|cls|pred|logits")
 _MISFITS = (ValueError, AssertionError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic files, a fall-back, and short reports of misfits.
+    """Detectron2's checkpointer with atomic writes, checked reads and one-line messages.
 
     Args:
         model: the model, wrapped for data parallelism or not.
-        save_dir: local directory of the run; empty to save nothing.
-        keep: how many periodic checkpoints of the run stay; 0 keeps all.
-        ema: average to save as the model's weights.
-        strict_classes: class layers that do not fit are an error (evaluation) rather than
-            initialised anew (fine-tuning).
-        class_names: says the names of the classes, asked at every save: some data sets know theirs
-            only once they are loaded.
-        checkpointables: as Detectron2's.
+        save_dir: local directory of the run; "" to save nothing.
+        keep: number of periodic checkpoints of the run to keep; 0 keeps all.
+        ema: average that is saved as the model's weights.
+        strict_classes: raise an error if class layers do not fit (evaluation), instead of
+            initialising them (fine-tuning).
+        class_names: returns the class names; called at every save, because some data sets have
+            them only after loading.
+        checkpointables: as in Detectron2.
 
     Raises:
         UserError: ``keep`` is 1 or negative.
@@ -73,25 +74,25 @@ class SafeCheckpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         if keep < 0 or keep == 1:
             raise UserError(
-                f"SOLVER.KEEP_CHECKPOINTS is {keep}; it must be 2 or more (the one before the last "
-                "is what a broken last one falls back to), or 0 to keep all"
+                f"SOLVER.KEEP_CHECKPOINTS is {keep}; it must be 2 or more (if the last one is "
+                "damaged, the one before it is used), or 0 to keep all"
             )
         self.files = CheckpointFolder(save_dir, keep)
         self.ema = ema
         self.strict_classes = strict_classes
         self.class_names = class_names
-        self.last_iteration = -1  # of the file that `--resume` would take
+        self.last_iteration = -1  # of the checkpoint that `--resume` would load
         self.last_file = ""
 
     def save(self, name: str, **extra: Any) -> None:
-        """Write ``<save_dir>/<name>.pth`` and make it the one that ``--resume`` takes.
+        """Write ``<save_dir>/<name>.pth``, which ``--resume`` then loads.
 
         Raises:
-            UserError: it could not be written (a full disk); the files before it are untouched.
+            UserError: it cannot be written (a full disk); earlier files are unchanged.
         """
         path = Path(self.save_dir) / f"{name}.pth"
         if not self.save_dir or not self.save_to_disk:
-            self.last_file = str(path)  # which process 0 writes
+            self.last_file = str(path)  # process 0 writes it
             return
         data: dict[str, Any] = {}
         if self.ema is None:
@@ -112,26 +113,26 @@ class SafeCheckpointer(DetectionCheckpointer):
             self.files.make_way(path)
             write_atomically(path, lambda file: torch.save(data, file))
             self.tag_last_checkpoint(path.name)
-        except (OSError, RuntimeError) as error:  # torch has its own words for a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
             raise UserError(f"could not write {path} ({reason(error)})") from error
         self.last_iteration, self.last_file = extra.get("iteration", -1), str(path)
         self.files.written(path)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Name the last file that was written; Detectron2's tools look for that."""
+        """Write the name of the last checkpoint to a file, for Detectron2's tools."""
         tag = Path(self.save_dir) / LAST
         write_atomically(tag, lambda file: file.write(last_filename_basename.encode()))
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one in the directory, of whichever run."""
+        """Return whether the directory has a checkpoint of any run."""
         return bool(self.save_dir) and bool(self.files)
 
     def get_checkpoint_file(self) -> str:
-        """The file that this run has saved or resumed; else the one of ``last_checkpoint``."""
+        """Return the file that this run has saved or resumed; else that of ``last_checkpoint``."""
         return self.last_file or super().get_checkpoint_file()
 
     def last_whole_file(self) -> str:
-        """The checkpoint that ``--resume`` would take.
+        """Return the path of the checkpoint that ``--resume`` would load.
 
         Raises:
             UserError: there is none.
@@ -141,16 +142,15 @@ class SafeCheckpointer(DetectionCheckpointer):
         return str(self.files.last_whole(self.checkpointables)[0])
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint of the latest run with everything in it, as process 0
-        finds it; called by every process.
+        """Load the newest undamaged checkpoint of the latest run; every process calls this.
 
         Returns:
-            What was in it beyond the model and the checkpointables; None if the directory has no
-            checkpoint.
+            Content of the checkpoint except the model and the checkpointables; None if the
+            directory has no checkpoint.
 
         Raises:
-            BrokenCheckpoint: there are checkpoints, and none of them is whole.
-            UserError: it does not fit the model, the data or the checkpointables.
+            BrokenCheckpoint: all checkpoints are damaged.
+            UserError: the checkpoint does not fit the model, the data or the checkpointables.
         """
         path, checkpoint = from_main_process(self._last_whole)
         if checkpoint is None:
@@ -193,7 +193,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return str(path), checkpoint
 
     def load_for_all(self, path: str) -> None:
-        """Load weights in process 0 and hand them to all; called by every process.
+        """Load weights in process 0 and send them to all; every process calls this.
 
         Raises:
             UserError: in every process; see :meth:`load`.
@@ -210,25 +210,25 @@ class SafeCheckpointer(DetectionCheckpointer):
                 self.ema.restart()
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load weights, by default also the checkpointables, from a path or an address.
+        """Load weights, and by default the checkpointables, from a path or a URL.
 
         Raises:
-            UserError: the file is missing, cannot be fetched, or is no checkpoint; or its classes
-                are not the model's and ``strict_classes`` is set.
+            UserError: the file is missing, cannot be fetched or is damaged; or its class layers do
+                not fit and ``strict_classes`` is set.
         """
         if path:
             path = locate_model(path)
             self._require(path)
         try:
             rest = super().load(path, checkpointables)
-        except _MISFITS as error:  # names or shapes that Detectron2's heuristics stumble over
+        except _MISFITS as error:  # Detectron2's matching of names and shapes fails in many ways
             raise broken(path, error) from error
         if self.ema is not None:
             self.ema.restart()
         return rest
 
     def read(self, path: str) -> dict[str, Any]:
-        """What a file of weights holds, from a path or an address.
+        """Return the content of a file of weights, from a path or a URL.
 
         Raises:
             UserError: see :meth:`load`.
@@ -236,14 +236,10 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self._load_file(self._require(locate_model(path)))
 
     def _require(self, path: str) -> str:
-        """Fetch an address such as ``detectron2://...``, or see that a local file is there.
-
-        Returns:
-            The local file.
-        """
+        """Return the local file of a path or of a URL such as ``detectron2://...``."""
         try:
             local = self.path_manager.get_local_path(path.partition("?")[0])
-        except Exception as error:  # whatever a network stack may raise
+        except Exception as error:  # network libraries raise many types
             raise UserError(
                 f"could not fetch the weights {path} ({one_line(error)[:120]}); without a network, "
                 "copy the file here and set MODEL.WEIGHTS to its path"
@@ -269,7 +265,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             raise broken(filename, error) from error
 
     def _log_incompatible_keys(self, incompatible) -> None:
-        """One line for class layers of another size, one for anything else that does not fit."""
+        """Log one line on class layers of another size, and one on all other misfits."""
         misfits = list(incompatible.incorrect_shapes)
         classes = [entry for entry in misfits if _is_class_layer(*entry)]
         if classes and self.strict_classes:
@@ -282,7 +278,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             )
         if classes:
             self.logger.warning(
-                "The weights have another number of classes; initialised anew: "
+                "The weights have another number of classes; newly initialised: "
                 + ", ".join(f"{name} {saved} -> {built}" for name, saved, built in classes)
             )
         others = [entry[0] for entry in misfits if entry not in classes]
@@ -291,15 +287,15 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"These weights have another shape than the model's and are not used: "
                 f"{_some(others)}"
             )
-        anew = {entry[0] for entry in misfits}
-        missing = [key for key in incompatible.missing_keys if key not in anew]
+        reported = {entry[0] for entry in misfits}
+        missing = [key for key in incompatible.missing_keys if key not in reported]
         super()._log_incompatible_keys(
             incompatible._replace(missing_keys=missing, incorrect_shapes=[])
         )
 
 
 def _is_class_layer(name: str, saved: tuple[int, ...], built: tuple[int, ...]) -> bool:
-    """Whether a layer that has rows for each class differs in the number of rows alone."""
+    """Return whether two shapes of a class layer differ in the number of rows only."""
     return saved[1:] == built[1:] and _CLASS_LAYER.search(name) is not None
 
 

@@ -1,10 +1,9 @@
-"""The checkpoints in ``OUTPUT_DIR``: which run each is of, which one ``--resume`` takes, which may
-go.
+"""Checkpoints in ``OUTPUT_DIR``, possibly of several runs.
 
-A run has an id, which its checkpoints hold. ``--resume`` takes the newest whole checkpoint, by
-iteration, of the run that was started last, whatever the file ``last_checkpoint`` says: that one is
-written for Detectron2's tools. A run deletes only its own checkpoints. Where it needs a name that a
-checkpoint of another run has, that one is renamed to ``<name>_<id>.pth``.
+Each checkpoint holds the id of its run. ``--resume`` loads the undamaged checkpoint with the
+highest iteration of the run that was started last; the file ``last_checkpoint`` only serves
+Detectron2's tools. A run deletes only its own checkpoints. If it needs the file name of another
+run's checkpoint, that one is renamed to ``<name>_<id>.pth``.
 """
 
 import contextlib
@@ -26,18 +25,18 @@ __all__ = ["LAST", "CheckpointFolder", "SavedCheckpoint", "started_with"]
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"model_(\d{7}|start|final)(_[0-9a-f]{8})?\.pth")
-_FEW = re.compile(r"model_(\d{7}|start)\.pth")  # of which the newest few are kept
+_FEW = re.compile(r"model_(\d{7}|start)\.pth")  # periodic ones; the newest few are kept
 LAST = "last_checkpoint"
 
 
 class SavedCheckpoint(NamedTuple):
-    """A checkpoint that can be opened.
+    """Checkpoint that can be opened.
 
     Args:
-        path: of the file.
-        run: ``id`` of the run that wrote it, when it ``started``, in seconds since 1970, and with
-            how many ``processes``.
-        iteration: the last one that it holds, from 0.
+        path: path of the file.
+        run: ``id`` of its run, time when that ``started`` in seconds since 1970, and number of
+            ``processes``.
+        iteration: last finished iteration, from 0.
     """
 
     path: Path
@@ -46,11 +45,11 @@ class SavedCheckpoint(NamedTuple):
 
 
 class CheckpointFolder:
-    """The checkpoints of a run among those of others.
+    """Folder with the checkpoints of this run and of others.
 
     Args:
-        folder: may not exist yet.
-        keep: how many of the run's own periodic checkpoints stay; 0 keeps all.
+        folder: path of the folder, which need not exist.
+        keep: number of periodic checkpoints of this run to keep; 0 keeps all.
     """
 
     def __init__(self, folder: str, keep: int = 0) -> None:
@@ -61,27 +60,29 @@ class CheckpointFolder:
             "started": time.time(),
             "processes": comm.get_world_size(),
         }
-        self._own: list[Path] = []  # the oldest first
+        self._own: list[Path] = []  # oldest first
 
     def _files(self) -> list[Path]:
         files = {path for path in self.folder.glob("model_*.pth") if _NAME.fullmatch(path.name)}
-        with contextlib.suppress(OSError, UnicodeDecodeError):  # it is not needed
+        with contextlib.suppress(OSError, UnicodeDecodeError):  # the file is optional
             if last := (self.folder / LAST).read_text().strip():
                 files.add(self.folder / last)
         return sorted(files)
 
     def __bool__(self) -> bool:
-        """Whether there is any checkpoint, or was one."""
+        """Return whether a checkpoint is there, or named in ``last_checkpoint``."""
         return bool(self._files())
 
     def open_all(
         self, parts: Iterable[str] = ()
     ) -> tuple[list[SavedCheckpoint], list[BrokenCheckpoint]]:
-        """The checkpoints, those of the latest run first and the newest first among these, and the
-        errors of those that cannot be opened.
+        """Open all checkpoints, sorted by start of the run, then by iteration, newest first.
 
         Args:
             parts: see :func:`read_checkpoint`.
+
+        Returns:
+            The checkpoints, and the errors of those that cannot be opened.
         """
         found, errors = [], []
         for path in self._files():
@@ -96,10 +97,10 @@ class CheckpointFolder:
         return found[::-1], errors
 
     def last_whole(self, parts: Iterable[str] = ()) -> tuple[Path, dict[str, Any]]:
-        """The newest whole checkpoint of the latest run, and what is in it.
+        """Return path and content of the newest undamaged checkpoint of the latest run.
 
         Raises:
-            BrokenCheckpoint: none of its checkpoints is whole.
+            BrokenCheckpoint: all of its checkpoints are damaged.
         """
         found, errors = self.open_all(parts)
         for error in errors:
@@ -117,20 +118,20 @@ class CheckpointFolder:
         )
 
     def go_on(self, run: dict[str, Any] | None) -> None:
-        """Become the run that a checkpoint is of.
+        """Continue the run of a checkpoint.
 
         Args:
-            run: of a checkpoint; None where it holds none.
+            run: ``run`` of the checkpoint; None if it has none.
         """
         self.run = run or UNNAMED_RUN
         found, _ = self.open_all()
         self._own = [saved.path for saved in reversed(found) if saved.run == self.run]
 
     def make_way(self, path: Path) -> None:
-        """See that a checkpoint may be written under this name: one of another run is renamed.
+        """Rename a checkpoint of another run that has this path.
 
         Raises:
-            OSError: it cannot be.
+            OSError: it cannot be renamed.
         """
         if path in self._own or not path.exists():
             return
@@ -144,7 +145,7 @@ class CheckpointFolder:
             logger.warning(f"{path} was written by another run; it is now {kept}")
 
     def written(self, path: Path) -> None:
-        """Note a checkpoint of this run, and delete the oldest ones beyond ``keep``."""
+        """Record a checkpoint of this run, and delete its oldest ones beyond ``keep``."""
         self._own = [own for own in self._own if own != path] + [path]
         few = [own for own in self._own if _FEW.fullmatch(own.name)]
         for old in few[: -self.keep] if self.keep else ():
@@ -153,11 +154,12 @@ class CheckpointFolder:
 
 
 def started_with(folder: str) -> int | None:
-    """With how many processes the run that ``--resume`` takes was started, as process 0 finds it;
-    called by every process.
+    """Return the number of processes that the run to resume was started with.
+
+    Every process calls this; process 0 reads the checkpoints.
 
     Returns:
-        None if there is no such run, or its checkpoints do not say.
+        The number; None if there is no such run or its checkpoints do not hold it.
     """
 
     def read() -> int | None:

@@ -1,4 +1,4 @@
-"""Which classes the data and the weights speak of, by name: equal positions are not enough."""
+"""Class names of data and weights; comparing their number would not notice another order."""
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -11,7 +11,7 @@ __all__ = ["check_test_sets", "data_class_names", "weights_class_names"]
 
 
 def data_class_names(cfg: CfgNode) -> list[str] | None:
-    """Names of the classes of the data that the configuration trains on; None if not known."""
+    """Return the class names of the first training data set; None if they are unknown."""
     if not cfg.DATASETS.TRAIN:
         return None
     names = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes")
@@ -19,14 +19,14 @@ def data_class_names(cfg: CfgNode) -> list[str] | None:
 
 
 def weights_class_names(cfg: CfgNode, resume: bool) -> list[str] | None:
-    """Names of the classes of the weights that are to be evaluated; None if they hold none.
+    """Return the class names in the weights to evaluate; None if the file has none.
 
     Args:
-        cfg: reads ``MODEL.WEIGHTS``, or ``OUTPUT_DIR`` with ``resume``.
-        resume: the last checkpoint's weights are evaluated.
+        cfg: configuration; reads ``MODEL.WEIGHTS``, or ``OUTPUT_DIR`` with ``resume``.
+        resume: read the last checkpoint.
 
     Raises:
-        UserError: there are no such weights, or they cannot be read.
+        UserError: the weights do not exist or cannot be read.
     """
     checkpointer = SafeCheckpointer(nn.Module(), cfg.OUTPUT_DIR)
     path = checkpointer.last_whole_file() if resume else cfg.MODEL.WEIGHTS
@@ -34,14 +34,14 @@ def weights_class_names(cfg: CfgNode, resume: bool) -> list[str] | None:
 
 
 def check_test_sets(cfg: CfgNode, names: list[str]) -> None:
-    """See that registered data sets have the classes of the weights, in the same order.
+    """Check that the test data sets have the classes of the weights, in the same order.
 
     Args:
-        cfg: reads ``DATASETS.TEST``.
-        names: of the classes of the weights.
+        cfg: configuration; reads ``DATASETS.TEST``.
+        names: class names of the weights.
 
     Raises:
-        UserError: one has others.
+        UserError: a data set has other classes.
     """
     for data_set in cfg.DATASETS.TEST:
         own = [str(name) for name in MetadataCatalog.get(data_set).get("thing_classes") or names]

@@ -1,4 +1,4 @@
-"""Gradient clipping over one parameter at a time (as Detectron2) or over the full model."""
+"""Gradient clipping per parameter, as in Detectron2, or over the full model."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,23 +12,23 @@ GradientClipper = Callable[[Sequence[nn.Parameter]], Tensor]
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], norm_type: float = 2.0) -> Tensor:
-    """Norm of all gradients together, a scalar on the parameters' device; 0 without gradients."""
+    """Return the norm of all gradients, a scalar on their device; 0 without gradients."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return torch.nn.utils.get_total_norm(gradients, norm_type)
 
 
 def build_clipper(cfg: CfgNode) -> GradientClipper:
-    """Build the function that clips gradients in place.
+    """Build a function that clips gradients in place and returns their norm from before.
 
-    It returns the norm of all gradients together from before the clipping, which is finite
-    exactly if every gradient is; the caller checks it, without a wait for the device here.
+    The norm is over all gradients, and is finite if and only if all of them are. The function does
+    not synchronise with the device; the caller checks the norm.
 
     Args:
-        cfg: reads ``SOLVER.CLIP_GRADIENTS``: ``ENABLED``, ``CLIP_TYPE`` ("full_model", "norm" or
-            "value"), ``CLIP_VALUE`` and ``NORM_TYPE``.
+        cfg: configuration; reads ``SOLVER.CLIP_GRADIENTS``: ``ENABLED``, ``CLIP_TYPE``
+            ("full_model", "norm" or "value"), ``CLIP_VALUE`` and ``NORM_TYPE``.
 
     Raises:
-        UserError: ``CLIP_TYPE`` is unknown or ``CLIP_VALUE`` not positive.
+        UserError: ``CLIP_TYPE`` is unknown or ``CLIP_VALUE`` is not positive.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
     if not clip.ENABLED:

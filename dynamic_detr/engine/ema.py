@@ -2,8 +2,12 @@
 
     average <- d * average + (1 - d) * weight,   d = min(DECAY, (1 + t) / (10 + t))
 
-after the t-th step: the warm-up of d lets the average forget the random start. Running
-statistics are averaged likewise; buffers of integers are copied.
+after step t. Because d starts small, the average forgets the random initial weights.
+Floating-point buffers are averaged in the same way; integer buffers are copied.
+
+``torch.optim.swa_utils.AveragedModel`` keeps a second module, averages integer buffers too, and
+has no warm-up of d. Here the average is swapped into the model itself for evaluation, so CUDA
+graphs, compilation and checkpoints see one module.
 """
 
 import contextlib
@@ -14,10 +18,10 @@ from torch import Tensor, nn
 
 
 class ModelEMA:
-    """A moving average of a model's state.
+    """Moving average of a model's parameters and buffers.
 
     Args:
-        model: the model that is trained (not its DistributedDataParallel wrapper).
+        model: the model in training, not its DistributedDataParallel wrapper.
         decay: DECAY above.
 
     Raises:
@@ -34,20 +38,20 @@ class ModelEMA:
         self.restart()
 
     def _tensors(self) -> dict[str, Tensor]:
-        """The model's own parameters and saved buffers, shared ones under their first name."""
+        """Return parameters and saved buffers; shared ones appear under their first name only."""
         state = self.model.state_dict(keep_vars=True)
         first_names = {id(value): name for name, value in reversed(state.items())}
         return {name: state[name] for name in reversed(first_names.values())}
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Begin again from the model's present weights."""
+        """Reset the average to the present weights."""
         self.updates = 0
         self._average = {name: value.detach().clone() for name, value in self._tensors().items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights, after the optimiser's step."""
+        """Update the average; called after each optimiser step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
         averaged, current = [], []
@@ -61,7 +65,7 @@ class ModelEMA:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the model holds the average; nothing is copied on the way."""
+        """Swap the average into the model within this context, without copying."""
         self._swap()
         try:
             yield
@@ -73,17 +77,17 @@ class ModelEMA:
             value.data, self._average[name] = self._average[name], value.data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average under the names of the model's own state, without a copy."""
+        """Return the average under the names of the model's state dict, without copying."""
         with self.applied():
             return self.model.state_dict()
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], updates: int) -> None:
-        """Take over a saved average.
+        """Load a saved average.
 
         Args:
-            weights: as :meth:`state_dict` gave them; names that are absent keep their value.
-            updates: how many steps went into it.
+            weights: result of :meth:`state_dict`; values of absent names stay unchanged.
+            updates: number of updates of the saved average.
         """
         self.updates = updates
         for name, value in self._average.items():

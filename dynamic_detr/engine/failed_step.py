@@ -1,12 +1,11 @@
-"""A training step whose loss or gradient was not finite, kept so that it can be run again.
+"""Files of a training step whose loss or gradient was not finite, for a replay.
 
-| file in ``OUTPUT_DIR/failed_step`` | written by | what |
+| file in ``OUTPUT_DIR/failed_step`` | written by | content |
 | --- | --- | --- |
-| ``step.pth`` | process 0 | iteration, seed, precision, configuration, the weights from before it |
-| ``batch_R.pth`` | process R | iteration, and the process's batch as it was after augmentation |
+| ``step.pth`` | process 0 | iteration, seed, precision, configuration, weights from before it |
+| ``batch_R.pth`` | process R | iteration and the batch of the process, after augmentation |
 
-``tools/replay_step.py`` reads them. With several machines each has the batches of its own
-processes.
+``tools/replay_step.py`` reads them. Each machine has the batches of its own processes.
 """
 
 import os
@@ -39,7 +38,7 @@ __all__ = ["FOLDER", "FailedStep", "save_failed_step"]
 FOLDER = "failed_step"
 _STEP = "step.pth"
 _BATCH = "batch_{}.pth"
-# What a batch holds beside tensors; polygons are NumPy's arrays.
+# Types in a batch besides tensors; polygons are NumPy arrays.
 _TYPES = [BitMasks, Boxes, BoxMode, Instances, Keypoints, PolygonMasks, RotatedBoxes]
 _TYPES += [np.empty(0).__reduce__()[0], np.ndarray, np.dtype]
 _TYPES += [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8")]
@@ -47,16 +46,16 @@ _TYPES += [type(np.dtype(name)) for name in ("f4", "f8", "i4", "i8")]
 
 @dataclass
 class FailedStep:
-    """What is known of the step.
+    """Training step without its batches.
 
     Args:
-        iteration: from 0.
-        seed: of the run.
-        processes: how many took part.
-        dtype: of mixed precision: "float16", "bfloat16", or "" for none.
-        scale: that the loss was multiplied by, with float16.
-        config: as YAML.
-        model: the weights from before the step.
+        iteration: iteration, from 0.
+        seed: seed of the run.
+        processes: number of processes.
+        dtype: dtype of mixed precision, "float16" or "bfloat16"; "" for none.
+        scale: loss scale, with float16.
+        config: configuration of the run, as YAML.
+        model: weights from before the step.
     """
 
     iteration: int
@@ -72,12 +71,12 @@ class FailedStep:
         """Read the file of process 0.
 
         Raises:
-            UserError: it is not there, or broken.
+            UserError: it does not exist or is damaged.
         """
         return cls(**_load(folder / _STEP))
 
     def cfg(self) -> CfgNode:
-        """The configuration of the run."""
+        """Return the configuration of the run."""
         cfg = get_cfg()
         compat.add_newer_keys(cfg)
         add_dynamic_detr_config(cfg)
@@ -85,7 +84,7 @@ class FailedStep:
         return cfg
 
     def batches(self, folder: Path) -> dict[int, list[dict]]:
-        """The batches of this step that the folder has, by process."""
+        """Return the batches of this step in a folder, by process."""
         found = {}
         for rank in range(self.processes):
             path = folder / _BATCH.format(rank)
@@ -98,7 +97,7 @@ class FailedStep:
 
 def _load(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not there; name the folder {FOLDER} of a run that diverged")
+        raise UserError(f"{path} does not exist; name the folder {FOLDER} of a run that diverged")
     try:
         check_archive(path)
         with torch.serialization.safe_globals(_TYPES):
@@ -110,17 +109,17 @@ def _load(path: Path) -> dict[str, Any]:
 def save_failed_step(
     folder: Path, step: FailedStep | None, batch: list[dict], iteration: int, rank: int
 ) -> None:
-    """Write one process's share of a failed step; called by every process.
+    """Write the files of this process for a failed step; every process calls this.
 
     Args:
-        folder: to write to; made if it is not there.
-        step: of process 0; None for the others.
-        batch: of this process.
-        iteration: of the step.
-        rank: of this process.
+        folder: folder to write to; created if it does not exist.
+        step: the step in process 0; None in the others.
+        batch: batch of this process.
+        iteration: iteration of the step.
+        rank: rank of this process.
 
     Raises:
-        OSError, RuntimeError: it could not be written.
+        OSError, RuntimeError: a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     content = {"iteration": iteration, "batch": batch}

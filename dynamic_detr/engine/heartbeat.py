@@ -1,4 +1,4 @@
-"""How far each process of a run has come, and which one holds the others up."""
+"""Progress of the processes of a run, and which of them hangs."""
 
 import json
 from collections.abc import Mapping
@@ -6,22 +6,22 @@ from dataclasses import astuple, dataclass, field
 
 __all__ = ["Beat", "Observer"]
 
-# A thread beside the main one sends beats, so one call that keeps Python's lock delays them.
+# A thread sends the beats; a call that holds Python's global lock delays them.
 _SILENT_SECONDS = 120
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a process tells of itself.
+    """State of a process.
 
     Args:
         host: name of its machine.
-        pid: of the process.
-        tick: counts the beats.
-        steps: counts the progress made.
-        order: of the present place among the places that every process comes through.
+        pid: process id.
+        tick: number of beats so far.
+        steps: number of progress reports so far.
+        order: position of the present place among the places that every process passes.
         place: what the process is doing, in words.
-        waiting: whether it waits for the others, and so holds nobody up.
+        waiting: whether it waits for the others in :meth:`Watch.meet`.
     """
 
     host: str = "an unknown machine"
@@ -43,15 +43,15 @@ class Beat:
 @dataclass
 class _Seen:
     beat: Beat
-    ticked: float  # when the tick changed last
-    moved: float  # when there was progress last
+    ticked: float  # time of the last change of the tick
+    moved: float  # time of the last progress
 
 
 @dataclass
 class Observer:
-    """Finds the process that hangs.
+    """Find the process that hangs.
 
-    Times are the observer's own, so the machines' clocks need not agree.
+    Only the clock of the observer is used, so clocks of the machines may differ.
     """
 
     _seen: dict[int, _Seen] = field(default_factory=dict)
@@ -59,18 +59,18 @@ class Observer:
     def problem(
         self, beats: Mapping[int, Beat | None], hang_seconds: float, now: float
     ) -> tuple[int, str] | None:
-        """Look at every process.
+        """Return the process that hangs, if there is one.
 
-        A process that waits in a collective operation makes no progress either: the one that is
-        behind the others is to blame.
+        Processes that wait for it in a collective operation make no progress either, so it is the
+        one with the lowest order.
 
         Args:
-            beats: the last one by rank; None of a process that has sent none.
-            hang_seconds: how long a process may make no progress.
-            now: in seconds.
+            beats: last beat by rank; None for a process that has sent none.
+            hang_seconds: longest time without progress.
+            now: present time in seconds.
 
         Returns:
-            The rank and what is wrong, in words; None if all is well.
+            The rank and what is wrong, in words; None if no process hangs.
         """
         for rank, beat in beats.items():
             beat = beat or Beat()

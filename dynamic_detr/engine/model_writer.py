@@ -1,4 +1,4 @@
-"""Writes the models of a run beside its checkpoints: the best one so far, and the final one."""
+"""Model files of a run: the best model so far and the final one."""
 
 import logging
 import math
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 def write_model(path: Path, weights: dict[str, Tensor], info: ModelInfo) -> None:
-    """Write a model file, whole or not at all; folders are made.
+    """Write a model file atomically, and create its parent folders.
 
     Raises:
-        UserError: it could not be written.
+        UserError: it cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,12 +33,12 @@ def write_model(path: Path, weights: dict[str, Tensor], info: ModelInfo) -> None
 
 
 def describe_model(cfg: CfgNode, results: dict, iteration: int, note: str = "") -> ModelInfo:
-    """What is to be said of a model.
+    """Return the header of a model file.
 
     Args:
-        cfg: of its training, with its data sets registered.
-        results: of its evaluation, as Detectron2 gives them; may be empty.
-        iteration: how many it was trained for.
+        cfg: configuration of the training, with its data sets registered.
+        results: Detectron2's evaluation results; may be empty.
+        iteration: number of training iterations.
         note: any text.
     """
     names = data_class_names(cfg) or []
@@ -59,17 +59,17 @@ def describe_model(cfg: CfgNode, results: dict, iteration: int, note: str = "") 
 
 
 def _box_metrics(results: dict) -> dict:
-    """The boxes' numbers; of the first data set where there are several."""
+    """Return the metrics of boxes; with several data sets, of the first one."""
     if "bbox" in results:
         return results["bbox"]
     return next((r["bbox"] for r in results.values() if "bbox" in r), {})
 
 
 class ModelWriter:
-    """Keeps ``model_best.safetensors`` and ``model_final.safetensors`` of a run.
+    """Writer of ``model_best.safetensors`` and ``model_final.safetensors``.
 
     Args:
-        cfg: of the run, with its data sets registered.
+        cfg: configuration of the run, with its data sets registered.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -81,25 +81,25 @@ class ModelWriter:
         return Path(self.cfg.OUTPUT_DIR) / f"model_{name}{SUFFIX}"
 
     def resume(self) -> None:
-        """Go on with the best AP of the run's earlier part."""
+        """Read the best AP so far from the model file of the resumed run."""
         if self.path("best").is_file():
             try:
                 best = read_header(str(self.path("best"))).metrics.get("AP", -math.inf)
             except UserError as error:
-                logger.warning(f"{error}; it will be written anew")
+                logger.warning(f"{error}; it will be overwritten")
             else:
                 self.best_ap = best
 
     def keep(self, model: nn.Module, results: dict, iteration: int) -> None:
-        """Write the model where it is the best so far, or the last one.
+        """Write the model if it is the best so far, or the last one.
 
         Args:
-            model: with the weights that were evaluated.
-            results: of the evaluation; empty where there is no data set for it.
-            iteration: how many are done.
+            model: model with the evaluated weights.
+            results: evaluation results; empty without a test data set.
+            iteration: number of finished iterations.
 
         Raises:
-            UserError: it could not be written.
+            UserError: it cannot be written.
         """
         if not comm.is_main_process():
             return

@@ -1,8 +1,8 @@
-"""The optimiser: AdamW or SGD over groups of parameters that share a learning rate and a decay.
+"""AdamW or SGD over parameter groups with their own learning rate and weight decay.
 
-Detectron2 builds SGD only. The groups are those of the DETR family: the pretrained backbone and
-the layers that predict sampling offsets have their own multiple of the learning rate, and
-normalisation layers and biases their own weight decay.
+Detectron2 builds SGD only. As in the DETR family, the pretrained backbone and the layers that
+predict sampling offsets have their own multiple of the learning rate, and normalisation layers and
+biases their own weight decay.
 """
 
 from collections.abc import Iterator
@@ -13,24 +13,26 @@ from torch import nn
 
 from ..errors import UserError
 
-# Modules, by their own name, that predict where to sample: the dynamic encoder's `offset`
-# convolutions, `sampling_offsets` and `reference_points` of deformable attention, and
-# `conv2_offset` of a backbone's deformable convolution (Detectron2's name for it).
+# Names of modules that predict sampling locations: `offset` convolutions of the dynamic encoder,
+# `sampling_offsets` and `reference_points` of deformable attention, and `conv2_offset` of a
+# backbone's deformable convolution (Detectron2's name).
 OFFSET_MODULES = ("offset", "sampling_offsets", "reference_points", "conv2_offset")
 
 
 def is_normalisation(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer: by its class's name, so that the project's own
-    masked ones and Detectron2's count too."""
+    """Return whether a class name of the module contains "Norm".
+
+    This includes Detectron2's normalisation layers and the masked ones of this project.
+    """
     return any("Norm" in cls.__name__ for cls in type(module).__mro__)
 
 
 def learning_rate_factor(
     name: str, pretrained_prefix: str, backbone_multiplier: float, offsets_multiplier: float
 ) -> float:
-    """The multiple of the base learning rate for the parameter called ``name``.
+    """Return the multiple of the base learning rate for a parameter.
 
-    Both multipliers apply to a backbone's own offset layers.
+    Both multipliers apply to offset layers of the backbone.
     """
     factor = backbone_multiplier if name.startswith(pretrained_prefix) else 1.0
     if any(part in OFFSET_MODULES for part in name.split(".")):
@@ -39,7 +41,7 @@ def learning_rate_factor(
 
 
 def _named_trainable(model: nn.Module) -> Iterator[tuple[str, str, nn.Module, nn.Parameter]]:
-    """(full name, own name, owner, parameter) of each trainable parameter, shared ones once."""
+    """Yield (full name, own name, module, parameter) of trainable parameters, shared ones once."""
     seen = set()
     for module_name, module in model.named_modules():
         for own_name, parameter in module.named_parameters(recurse=False):
@@ -58,22 +60,22 @@ def parameter_groups(
     backbone_multiplier: float = 1.0,
     offsets_multiplier: float = 1.0,
 ) -> list[dict]:
-    """Gather a model's trainable parameters by learning rate and weight decay.
+    """Group the trainable parameters of a model by learning rate and weight decay.
 
     Args:
-        model: the model; a parameter that several modules share appears once.
-        base_lr: learning rate of everything that no multiplier names.
-        weight_decay: decay of everything that the next two do not name.
-        weight_decay_norm: decay in normalisation layers; None for ``weight_decay``.
-        weight_decay_bias: decay of parameters called ``bias``, those of normalisation layers too
-            (as in Detectron2); None leaves them to the rules above.
+        model: the model; shared parameters appear once.
+        base_lr: learning rate before multipliers.
+        weight_decay: default weight decay.
+        weight_decay_norm: weight decay in normalisation layers; None for ``weight_decay``.
+        weight_decay_bias: weight decay of parameters called ``bias``, including those of
+            normalisation layers (as in Detectron2); None for the two rules above.
         bias_lr_factor: multiple of the learning rate for parameters called ``bias``.
-        backbone_multiplier: multiple for the pretrained backbone (what ``backbone.bottom_up``
-            gives where there is one, else ``backbone``).
+        backbone_multiplier: multiple for the pretrained backbone, which is
+            ``backbone.bottom_up`` if it exists, else ``backbone``.
         offsets_multiplier: multiple for :data:`OFFSET_MODULES`.
 
     Returns:
-        Parameter groups ``{"params", "lr", "weight_decay"}`` in the order in which they are met.
+        Parameter groups ``{"params", "lr", "weight_decay"}`` in order of first occurrence.
     """
     backbone = getattr(model, "backbone", None)
     bottom_up = getattr(backbone, "bottom_up", backbone)
@@ -95,9 +97,9 @@ def parameter_groups(
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimiser that ``cfg.SOLVER`` describes, without gradient clipping.
+    """Build the optimiser of ``cfg.SOLVER``, without gradient clipping.
 
-    Clipping belongs to the training step, which must undo float16's loss scale first.
+    The training step clips, because it must first undo the loss scale of float16.
 
     Raises:
         UserError: ``SOLVER.OPTIMIZER`` is unknown, or nothing in the model can be trained.
@@ -116,7 +118,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     if not groups:
         raise UserError("the model has no trainable parameter; check MODEL.BACKBONE.FREEZE_AT")
     if solver.OPTIMIZER == "ADAMW":
-        return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)  # one pass over memory
+        return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=True)  # one pass over the memory
     if solver.OPTIMIZER == "SGD":
         return torch.optim.SGD(
             groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV

@@ -1,8 +1,8 @@
-"""Run a training step again and name the first module that makes numbers which are not finite.
+"""Replay of a training step that names the first module with values that are not finite.
 
-In the forward pass that is the first module to end with such an output (an inner one ends before
-the one around it), or to give such an input to an inner one. In the backward pass it is the module
-that holds the first function of autograd which was given finite gradients and returned others.
+In the forward pass this is the first module that returns such values, or passes them to an inner
+module; inner modules return first. In the backward pass it is the module whose autograd function
+is the first to turn finite gradients into others.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ __all__ = ["Finding", "replay"]
 
 @dataclass
 class Finding:
-    """Where the first numbers that are not finite came up.
+    """Place of the first values that are not finite.
 
     Args:
-        place: name and class of a module, or of a weight or loss.
-        what: is not finite there.
+        place: name and class of a module, or name of a weight or loss.
+        what: which values are not finite there, in words.
     """
 
     place: str
@@ -33,7 +33,7 @@ class Finding:
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Every tensor in nested containers and structures (Pyramid, Instances, Boxes)."""
+    """Yield every tensor in nested containers and objects (Pyramid, Instances, Boxes)."""
     seen = set() if seen is None else seen
     if isinstance(value, Tensor):
         yield value
@@ -49,15 +49,17 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
 
 
 def _count(value: Any) -> tuple[int, int]:
-    """How many floating-point numbers are not finite, of how many."""
+    """Return the number of floating-point values that are not finite, and of all."""
     tensors = [t.detach() for t in _tensors(value) if t.is_floating_point() and not t.is_meta]
     return sum(int((~t.isfinite()).sum()) for t in tensors), sum(t.numel() for t in tensors)
 
 
 class _Watch:
-    """Hooks on every module of a model, for one forward pass.
+    """Hooks on every module of a model for one forward pass.
 
-    ``owners`` says which module made each function of the autograd graph.
+    Attributes:
+        finding: the first place of values that are not finite.
+        owners: name of the module that created each node of the autograd graph.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -85,25 +87,27 @@ class _Watch:
         giver, name = self._stack[-1], self._names[module]
         self.own((args, kwargs), giver)
         self._stack.append(name)
-        # Additive masks may well be infinite.
+        # Additive masks may be infinite.
         bad, numbers = _count((args, [v for key, v in kwargs.items() if "mask" not in key]))
         if bad and self.finding is None:
             self.finding = Finding(
-                giver, f"{bad} of the {numbers} numbers that it gives to {name} are not finite"
+                giver, f"{bad} of the {numbers} numbers that it passes to {name} are not finite"
             )
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         name = self._stack.pop()
         self.own(output, name)
         bad, numbers = _count(output)
-        if bad and self.finding is None and self._stack[1:]:  # the model's output are the losses
+        if (
+            bad and self.finding is None and self._stack[1:]
+        ):  # the output of the model is the losses
             self.finding = Finding(
                 name,
                 f"{bad} of the {numbers} numbers of its output are not finite; its input is finite",
             )
 
     def own(self, value: Any, name: str) -> None:
-        """Note that ``name`` made what leads to ``value``, as far as nobody else did."""
+        """Record ``name`` as the creator of the graph of ``value``, except for recorded nodes."""
         todo = [tensor.grad_fn for tensor in _tensors(value) if tensor.grad_fn is not None]
         while todo:
             node = todo.pop()
@@ -113,7 +117,7 @@ class _Watch:
 
 
 def _watch_backward(watch: _Watch) -> list[Finding]:
-    """Hook every function of the graph; the findings are added while ``backward`` runs."""
+    """Hook every node of the graph; ``backward`` then appends to the returned list."""
     findings: list[Finding] = []
 
     def hook(node: Any, owner: str):
@@ -124,7 +128,7 @@ def _watch_backward(watch: _Watch) -> list[Finding]:
                     Finding(
                         owner,
                         f"{bad} of the {numbers} numbers that {node.name()} returns are not "
-                        "finite; the gradient that it was given is",
+                        "finite; the gradient that it received is",
                     )
                 )
 
@@ -138,16 +142,18 @@ def _watch_backward(watch: _Watch) -> list[Finding]:
 def replay(
     model: nn.Module, batch: list[dict], dtype: torch.dtype | None = None, scale: float = 1.0
 ) -> Finding | None:
-    """Run forward and backward pass of one step; the weights are not changed.
+    """Run the forward and backward pass of one step, without updating the weights.
+
+    The caller sets the random seed of the step.
 
     Args:
-        model: in training mode, with the weights from before the step, and seeded.
-        batch: what it was trained on.
-        dtype: of mixed precision, or None.
-        scale: that the loss is multiplied by.
+        model: model in training mode, with the weights from before the step.
+        batch: batch of the step.
+        dtype: dtype of mixed precision, or None.
+        scale: factor of the loss.
 
     Returns:
-        The first place with numbers that are not finite; None if there is none.
+        The first place of values that are not finite; None if there is none.
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point() and _count(value)[0]:

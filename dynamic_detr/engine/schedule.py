@@ -1,4 +1,4 @@
-"""The effective schedule: scaled to the number of processes, checked, and told in one line."""
+"""Training schedule: scaled to the number of processes, checked, and described in one line."""
 
 import logging
 
@@ -14,12 +14,16 @@ def scale_schedule(cfg: CfgNode, world_size: int, scale_to: int | None = None) -
     """Scale batch, learning rate and iterations as Detectron2 does for ``REFERENCE_WORLD_SIZE``.
 
     Args:
-        cfg: left as it is.
-        world_size: processes of this run.
-        scale_to: number of processes to scale to; ``world_size`` when None.
+        cfg: configuration; not changed.
+        world_size: number of processes.
+        scale_to: number of processes to scale to; None for ``world_size``.
+
+    Returns:
+        The scaled configuration.
 
     Raises:
-        UserError: a batch that does not divide among the processes, or an empty schedule.
+        UserError: the batch cannot be divided equally among the processes, or the schedule is
+            empty.
     """
     solver = cfg.SOLVER
     reference = solver.REFERENCE_WORLD_SIZE
@@ -44,22 +48,22 @@ def scale_schedule(cfg: CfgNode, world_size: int, scale_to: int | None = None) -
             f"SOLVER.CHECKPOINT_PERIOD is {solver.CHECKPOINT_PERIOD}; it must be at least 1"
         )
     reached = tuple(step for step in solver.STEPS if step < solver.MAX_ITER)
-    if reached != tuple(solver.STEPS):  # Detectron2 stumbles over a step at the very end
+    if reached != tuple(solver.STEPS):  # Detectron2 fails on a step at MAX_ITER
         cfg = cfg.clone()
         cfg.defrost()
         cfg.SOLVER.STEPS = reached
-        logger.warning(f"SOLVER.STEPS at or after SOLVER.MAX_ITER are left out; left: {reached}")
+        logger.warning(f"SOLVER.STEPS at or after SOLVER.MAX_ITER are removed; left: {reached}")
     return cfg
 
 
 def describe_schedule(cfg: CfgNode, world_size: int, seed: int, images: int = 0) -> str:
-    """One line: how long, how much at a time, how fast, and with what seed.
+    """Return a line with length, batch size, learning rate, clipping, precision and seed.
 
     Args:
-        cfg: as :func:`scale_schedule` returned it.
-        world_size: processes of this run.
-        seed: of this run.
-        images: in the training data, for the number of epochs; 0 if not known.
+        cfg: configuration from :func:`scale_schedule`.
+        world_size: number of processes.
+        seed: seed of the run.
+        images: number of training images, for the number of epochs; 0 if unknown.
     """
     solver = cfg.SOLVER
     batch = solver.IMS_PER_BATCH

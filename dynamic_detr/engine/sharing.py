@@ -1,4 +1,4 @@
-"""Process 0 reads and decides; the others receive the same. Only its disk has to hold the files."""
+"""Results of process 0 for all processes; only its disk needs the files."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -16,17 +16,17 @@ T = TypeVar("T")
 
 
 def from_main_process(make: Callable[[], T]) -> T:
-    """Call a function in process 0 and hand its result to all processes; called by every process.
+    """Call a function in process 0 and send its result to all; every process calls this.
 
     Args:
-        make: returns tensors, plain types, or dicts, lists and tuples of these.
+        make: function that returns tensors, plain types, or dicts, lists and tuples of these.
 
     Returns:
-        In process 0 the result itself; in the others a copy, with its tensors on the CPU.
+        The result itself in process 0; in the others a copy with tensors on the CPU.
 
     Raises:
-        UserError: in every process, if ``make`` raised it or, in the other processes, anything
-            else.
+        UserError: in every process, if ``make`` raised it. If ``make`` raised another exception,
+            process 0 raises that and the others a UserError.
     """
     if comm.get_world_size() == 1:
         return make()
@@ -44,16 +44,18 @@ def _send(make: Callable[[], T]) -> T:
 
     def announce(tensor: Tensor) -> Tensor:
         if tensor.layout is not torch.strided or tensor.is_meta:
-            raise UserError(f"a tensor of {tensor.layout} on {tensor.device} cannot be handed on")
+            raise UserError(
+                f"a tensor of {tensor.layout} on {tensor.device} cannot be sent to other processes"
+            )
         payloads.append(tensor.detach().contiguous())
-        return torch.empty_like(tensor, device="meta")  # pickled as shape, dtype and strides
+        return torch.empty_like(tensor, device="meta")  # pickled as shape, dtype and strides only
 
     try:
         result = make()
         announced = _map_tensors(result, announce)
     except Exception as error:
-        told = error if isinstance(error, UserError) else UserError(one_line(error))
-        dist.broadcast_object_list([told])
+        message = error if isinstance(error, UserError) else UserError(one_line(error))
+        dist.broadcast_object_list([message])
         raise
     dist.broadcast_object_list([announced])
     for payload in payloads:
@@ -67,7 +69,7 @@ def _receive(announced: Tensor) -> Tensor:
 
 
 def _broadcast(values: Tensor) -> Tensor:
-    """Send contiguous values from process 0, as bytes: not every backend has every dtype."""
+    """Broadcast contiguous values from process 0, as bytes: backends support few dtypes."""
     if values.numel():
         payload = values.view(-1).view(torch.uint8)
         sent = payload.to("cuda" if dist.get_backend() == "nccl" else "cpu")
@@ -77,7 +79,7 @@ def _broadcast(values: Tensor) -> Tensor:
 
 
 def _map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """A copy of nested dicts, lists and tuples with the function's results in place of tensors."""
+    """Copy nested dicts, lists and tuples, with ``function`` applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""One training step: forward, backward, clip, check on every process, and only then update.
+"""Training step: forward, backward, clip, check the result in all processes, then update.
 
-The losses, the gradient norm and a wish to stop travel in one small vector: one reduction between
-the processes and one wait for the device in an iteration.
+Losses, gradient norm and a request to stop are reduced as one small vector, so an iteration has one
+extra reduction between the processes and one synchronisation with the device.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class NonFiniteStep(Exception):
-    """A loss or the gradient is not finite; the weights are those from before the step.
+    """A loss or the gradient is not finite. The weights are those from before the step.
 
     Args:
-        losses: mean over the processes of each loss.
-        skipped: how many steps in a row float16's scaler has skipped.
+        losses: each loss, averaged over the processes.
+        skipped: number of successive steps that the scaler of float16 has skipped.
     """
 
     def __init__(self, losses: dict[str, float], skipped: int):
@@ -39,7 +39,7 @@ class NonFiniteStep(Exception):
 
 
 def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
-    """The dtype of mixed precision, None for none.
+    """Return the dtype of mixed precision, or None.
 
     Raises:
         UserError: an unknown name, or float16 without a GPU.
@@ -57,7 +57,7 @@ def amp_dtype(enabled: bool, name: str, device: str) -> torch.dtype | None:
 
 
 def seed_step(seed: int, iteration: int, rank: int) -> None:
-    """Make what the model draws at random (dropout, sampled anchors) a function of the step."""
+    """Seed the random numbers of the model (dropout, sampled anchors) for one step."""
     torch.manual_seed(((seed * 1_000_003 + iteration) * 4_099 + rank) % 2**63)
 
 
@@ -67,12 +67,12 @@ class TrainStep(SimpleTrainer):
     Args:
         model: maps a batch to a dict of losses; may be wrapped for data parallelism.
         data_loader: yields this process's part of each batch.
-        optimizer: without clipping of its own.
+        optimizer: optimiser that does not clip.
         clip: clips gradients in place and returns their total norm (see ``clipping.py``).
-        seed: of the run; with the iteration and the rank it seeds each step.
-        dtype: of mixed precision, or None.
-        max_skipped_steps: so many overflowing float16 steps in a row are an error.
-        ema: is updated after each step that was taken.
+        seed: seed of the run; each step is seeded with it, the iteration and the rank.
+        dtype: dtype of mixed precision, or None.
+        max_skipped_steps: number of successive overflowing float16 steps that is an error.
+        ema: average that is updated after each optimiser step.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class TrainStep(SimpleTrainer):
         """Train on the next batch.
 
         Raises:
-            NonFiniteStep: on every process at once; nothing was changed by this step.
+            NonFiniteStep: on all processes; the step has changed nothing.
         """
         watch = current_watch()
         with watch.state_is_whole():
@@ -140,9 +140,9 @@ class TrainStep(SimpleTrainer):
 
     @contextlib.contextmanager
     def seen_from_another_thread(self) -> Iterator[None]:
-        """Within this context a thread reads the state after the last update from the device.
+        """Read the state after the last update on a new stream, from another thread.
 
-        The main thread's stream may be waiting for ever for another process.
+        The stream of the main thread may be blocked by a process that is gone.
         """
         if self._updated is None:
             yield
@@ -161,23 +161,23 @@ class TrainStep(SimpleTrainer):
         return {"loss": losses} if isinstance(losses, Tensor) else losses
 
     def _backward(self, total: Tensor) -> Tensor:
-        """Compute gradients, undo the loss scale, clip; the norm from before the clipping."""
+        """Compute gradients, undo the loss scale and clip; return the norm before clipping."""
         if self.scaler is None:
             total.backward()
         else:
             self.scaler.scale(total).backward()
-            # `scaler.step` would wait for the device once more to learn about an overflow, which
-            # shows in the norm anyway; the scaler itself adapts on the device.
+            # `scaler.step` would synchronise with the device to detect an overflow, which the norm
+            # shows anyway; the scaler is updated on the device.
             self.scaler.unscale_(self.optimizer)
         for hook in self._hooks:
-            if hasattr(hook, "after_backward"):  # hooks of 0.5 have none
+            if hasattr(hook, "after_backward"):  # hooks of 0.5 do not
                 hook.after_backward()
         return self.clip(self._parameters)
 
     def _reduce(
         self, losses: dict[str, Tensor], total: Tensor, norm: Tensor, data_time: float
     ) -> tuple[dict[str, float], float, bool]:
-        """Mean losses and gradient norm over the processes, and whether any wants to stop."""
+        """Return losses and gradient norm, averaged over processes, and whether any must stop."""
         values = [*losses.values(), total, norm]
         vector = torch.stack([value.detach().float().to(self._device) for value in values])
         extra = vector.new_tensor([float(self.stop_requested), data_time])
@@ -196,7 +196,7 @@ class TrainStep(SimpleTrainer):
         return metrics, norm_mean, stop > 0
 
     def state_dict(self) -> dict:
-        """The optimiser, the scaler and the run of skipped steps, as tensors and plain types."""
+        """Return the state of optimiser and scaler and the number of skipped steps."""
         state = super().state_dict()
         state["skipped"] = self.skipped
         if self.scaler is not None:

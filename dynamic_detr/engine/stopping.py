@@ -41,7 +41,7 @@ class TrainingStopped(SystemExit):
         super().__init__(code)
         self.message = message
         self.agreed = agreed
-        self.told = False  # whether the message has been printed
+        self.printed = False  # whether the message has been printed
 
 
 class StopRequest:

@@ -1,7 +1,7 @@
-"""The score threshold that suits a detector: the one of the best F1 on an evaluated data set.
+"""Score threshold with the best F1 on an evaluated data set.
 
-AP does not depend on how large scores are, so a detector of good AP may give all its boxes low
-scores, and a fixed threshold of 0.5 would draw nothing.
+AP depends on the order of scores only. A detector with good AP may have low scores everywhere, and
+a fixed threshold of 0.5 would then show no box.
 """
 
 import contextlib
@@ -13,21 +13,21 @@ from pycocotools.cocoeval import COCOeval
 
 __all__ = ["DEFAULT_THRESHOLD", "best_threshold"]
 
-DEFAULT_THRESHOLD = 0.5  # where no evaluation has found a better one
+DEFAULT_THRESHOLD = 0.5  # without an evaluation
 IOU = 0.5
-MAX_DETECTIONS = 100  # for each image, as COCO counts them
+MAX_DETECTIONS = 100  # per image, as in COCO
 
 
 def best_threshold(truth: COCO, detections: COCO) -> tuple[float, float]:
-    """Finds the threshold with the best F1 over all classes together, at an IoU of 0.5.
+    """Return the threshold with the best F1 over all classes together, at an IoU of 0.5.
 
     Args:
         truth: the annotations.
-        detections: what `truth.loadRes` makes of COCO results.
+        detections: result of `truth.loadRes`.
 
     Returns:
-        The threshold, half-way between the last score that is kept and the next one, and the F1 in
-        percent; both NaN where nothing was found, or nothing was there to be found.
+        The threshold, half-way between the lowest score above it and the next one, and the F1 in
+        percent. Both are NaN without annotations or without a correct detection.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         matching = COCOeval(truth, detections, "bbox")
@@ -46,7 +46,7 @@ def best_threshold(truth: COCO, detections: COCO) -> tuple[float, float]:
     order = np.argsort(-scores, kind="stable")
     scores, hits = scores[order], np.cumsum(matched[order])
     f1 = 2 * hits / (np.arange(1, len(scores) + 1) + objects)
-    f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores are kept together
+    f1[:-1][scores[:-1] == scores[1:]] = 0  # equal scores pass a threshold together
     last = int(f1.argmax())
     below = scores[last + 1] if last + 1 < len(scores) else scores[last]
     return float(scores[last] + below) / 2, float(100 * f1[last])

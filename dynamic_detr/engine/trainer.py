@@ -195,7 +195,7 @@ class Trainer(DefaultTrainer):
             self.models.resume()
         else:
             if resume:
-                logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR} to resume; starting anew")
+                logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR}; starting at iteration 0")
             self.checkpointer.load_for_all(self.cfg.MODEL.WEIGHTS)
         self._joins_others = not resumed and self.checkpointer.has_checkpoint()
         self._build_train_loader()
@@ -217,7 +217,7 @@ class Trainer(DefaultTrainer):
         if self._joins_others:
             logger.warning(
                 f"{self.cfg.OUTPUT_DIR} has checkpoints of an earlier run; they stay, and --resume "
-                "goes on with this run"
+                "continues this run"
             )
             self._save()  # so that --resume takes this run before its first periodic checkpoint
         with self.watch.saving_with(self._save_from_outside):
@@ -265,7 +265,7 @@ class Trainer(DefaultTrainer):
     def _saved(self) -> str:
         """Save; return the outcome as the end of a message."""
         try:
-            return f"saved {self._save()}, --resume goes on from there"
+            return f"saved {self._save()}, --resume continues from there"
         except Exception as error:  # whatever a disk or a device may raise
             return f"the state could not be saved ({one_line(error)})"
 
@@ -294,7 +294,7 @@ class Trainer(DefaultTrainer):
         except UserError as error:
             self._stop_for(error, save=False)
         self._stop(
-            f"{self._stopped_by_signal()}; saved {path}, --resume goes on from there",
+            f"{self._stopped_by_signal()}; saved {path}, --resume continues from there",
             self.stop.exit_code,
         )
 

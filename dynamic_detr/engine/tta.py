@@ -1,7 +1,7 @@
-"""Test-time augmentation for any detector: several sizes, flipped or not, merged by NMS.
+"""Test-time augmentation for any detector: several sizes, with and without flip, merged by NMS.
 
-Detectron2's ``GeneralizedRCNNWithTTA`` reaches into the heads of one meta-architecture; here the
-detector is only asked for boxes.
+Detectron2's ``GeneralizedRCNNWithTTA`` needs the heads of one meta-architecture; this needs only
+the boxes of a detector.
 """
 
 import os
@@ -18,16 +18,16 @@ NMS_THRESHOLD = 0.5
 
 
 class DetectorTTA(nn.Module):
-    """A detector over several views of each image.
+    """Detector over several views of each image; merges boxes, not masks.
 
-    Views are made from the file of the image where ``file_name`` is given, so that none is
-    resized twice. Only boxes are merged, not masks.
+    Views are made from the file of an image if ``file_name`` is given, so that no image is resized
+    twice.
 
     Args:
         model: any Detectron2 detector, in evaluation mode when called.
-        mapper: makes the views of an image, with their transforms (``TEST.AUG.*``).
-        image_format: of the images that are read, ``INPUT.FORMAT``.
-        max_detections: boxes returned for each image.
+        mapper: returns views of an image and their transforms (``TEST.AUG.*``).
+        image_format: format to read images in, ``INPUT.FORMAT``.
+        max_detections: largest number of boxes per image.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class DetectorTTA(nn.Module):
 
     @torch.no_grad()
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
-        """Detect as the model itself would: boxes in the size ``height`` × ``width``."""
+        """Return boxes in pixels of ``height`` × ``width``, as the model itself does."""
         return [{"instances": self._detect(inputs)} for inputs in batched_inputs]
 
     def _detect(self, inputs: dict) -> Instances:
@@ -68,7 +68,10 @@ class DetectorTTA(nn.Module):
         return {"image": image, "height": size[0], "width": size[1]}
 
     def _detect_view(self, view: dict) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (N, 4; corners in pixels of the original image), scores and classes (N,)."""
+        """Return boxes (N, 4), scores (N,) and classes (N,).
+
+        Boxes are corners in pixels of the original image.
+        """
         to_view = view.pop("transforms")
         view["height"], view["width"] = view["image"].shape[1:]
         instances = self.model([view])[0]["instances"]

@@ -1,19 +1,18 @@
-"""Every process of a run watches over the others, so that the run ends as one.
+"""Processes of a run watch each other, so that all end together with one message.
 
-A thread beside the main one reads and writes a few keys of the run's store, twice a second:
+In each process a thread reads and writes keys of the run's store twice a second:
 
 | key | value |
 | --- | --- |
-| ``cause`` | exit code of the run, which process has ended it, and because of which; written once |
-| ``saved`` | how the saving by process 0 went, after that |
-| ``beat/R`` | how far process R has come (``heartbeat.py``) |
-| ``meeting/N`` | how many processes have come to the N-th meeting |
+| ``cause`` | exit code of the run, rank that ended it, and rank that caused the end; written once |
+| ``saved`` | how saving in process 0 went, in words |
+| ``beat/R`` | progress of process R (``heartbeat.py``) |
+| ``meeting/N`` | number of processes that have reached the N-th meeting |
 
-A process that cannot go on, or the first to see that another one is gone or hangs, writes the
-cause, waits for process 0 to save, and prints the one line of the run. All others leave silently
-with the same exit code. Process 0 saves in this thread: its main thread may wait for ever in a
-collective operation with the process that is gone. As no collective operation takes part in this,
-it works whichever one the processes are in.
+A process that fails, or the first one to find that another process is gone or hangs, writes the
+cause, waits for process 0 to save, and prints the message. All others exit silently with the same
+code. Process 0 saves in this thread, because its main thread may be blocked in a collective
+operation with a process that is gone. The watch itself uses no collective operations.
 """
 
 import contextlib
@@ -34,25 +33,25 @@ import torch.distributed as dist
 from .heartbeat import Beat, Observer
 from .stopping import EXIT_LOST
 
-__all__ = ["Watch", "current_watch", "leave", "say", "watching"]
+__all__ = ["Watch", "current_watch", "leave", "print_line", "watching"]
 
-HANG_SECONDS = 1800.0  # until the configuration is known
+HANG_SECONDS = 1800.0  # before the configuration is loaded
 _TICK_SECONDS = 0.5
-_PATIENCE_SECONDS = 10  # for a cause that is on its way, and for the main thread of process 0
+_PATIENCE_SECONDS = 10  # for a cause to arrive, and for the main thread of process 0
 _SAVE_SECONDS = 300
 
 
-def say(line: str) -> None:
-    """Print a line of the command to stderr."""
+def print_line(line: str) -> None:
+    """Print a line to stderr, with the name of the program."""
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr, flush=True)
 
 
 def leave(code: int) -> None:
-    """End this process at once, with nothing but its output flushed.
+    """Flush the output and end this process at once.
 
-    An orderly exit would wait for threads of Gloo or NCCL, which wait for processes that are gone.
+    A normal exit would wait for threads of Gloo or NCCL, which wait for processes that are gone.
     """
-    timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [code])  # nobody may take the output
+    timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [code])  # if flushing blocks
     timer.daemon = True
     timer.start()
     for child in multiprocessing.active_children():  # data workers
@@ -65,19 +64,19 @@ def leave(code: int) -> None:
 
 
 def _lost_connection(error: BaseException) -> bool:
-    """Whether an error only says that another process is gone."""
+    """Return whether an error of a collective operation says that another process is gone."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 class Watch:
-    """This process's part in a run.
+    """Watch of one process over the other processes of its run.
 
     Args:
-        rank: of this process.
-        world_size: how many there are.
-        store: of the run; None for a run of one process.
-        parent: pid of the process that has started this one and that it must not outlive.
-        peers: ranks on this machine whose end nobody else would report.
+        rank: rank of this process.
+        world_size: number of processes.
+        store: store of the run; None for a run of one process.
+        parent: pid of the launcher; this process ends when the launcher does.
+        peers: ranks on this machine that no launcher of this project watches.
     """
 
     def __init__(
@@ -90,28 +89,28 @@ class Watch:
     ) -> None:
         self.rank, self.world_size = rank, world_size
         self.hang_seconds = HANG_SECONDS
-        self.ended = False  # the run has, here or elsewhere
+        self.ended = False  # whether the run has ended, in this or another process
         self._store = store
         self._parent = parent
         self._peers = dict.fromkeys(set(peers) - {rank})  # pid by rank, once known
-        self._beat = Beat(socket.gethostname(), os.getpid())  # changed by the main thread alone
+        self._beat = Beat(socket.gethostname(), os.getpid())  # changed by the main thread only
         self._tick = 0
         self._observer = Observer()
         self._meetings = 0
         self._last_meeting = False
-        self._whole = threading.Lock()  # who holds it may change the state, or save it
+        self._whole = threading.Lock()  # its holder may change the state, or save it
         self._save: Callable[[], str] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
 
-    # Of the main thread
+    # Called by the main thread
 
     def progress(self, place: str, order: float | None = None) -> None:
-        """Tell that the process is alive and what it begins to do now.
+        """Record what this process begins to do.
 
         Args:
             place: in words, to complete "last seen ...".
-            order: see :class:`Beat`; as before when None.
+            order: see :class:`Beat`; None keeps the last one.
         """
         order = self._beat.order if order is None else order
         steps = self._beat.steps + 1
@@ -119,10 +118,10 @@ class Watch:
 
     @contextlib.contextmanager
     def saving_with(self, save: Callable[[], str]) -> Iterator[None]:
-        """Within this context process 0 saves when the run ends early.
+        """Save in process 0 if the run ends early within this context.
 
         Args:
-            save: saves without help of other processes, and says in words how that went.
+            save: saves without collective operations, and returns how it went, in words.
         """
         self._save = save
         self._whole.acquire()
@@ -134,7 +133,7 @@ class Watch:
 
     @contextlib.contextmanager
     def state_is_whole(self) -> Iterator[None]:
-        """Within this context nothing that is saved changes, so the other thread may save it."""
+        """Allow the watch to save: within this context the main thread changes no saved state."""
         if self._save is None:
             yield
             return
@@ -145,10 +144,10 @@ class Watch:
             self._whole.acquire()
 
     def meet(self, poll: Callable[[], None] = lambda: None, last: bool = False) -> None:
-        """Wait until every process has come here.
+        """Wait until every process has called this.
 
         Args:
-            poll: called now and then; may raise.
+            poll: called repeatedly while waiting; may raise.
             last: whether this process ends afterwards.
         """
         poll()
@@ -165,17 +164,17 @@ class Watch:
         self.progress(self._beat.place)
 
     def fail(self, code: int, save: bool = True) -> str:
-        """End the run because of this process, whose place it is to print the line and leave.
+        """End the run because this process failed. The caller prints the message and exits.
 
-        Where another process has ended it already, this does not return: the process ends as that
-        one wants it.
+        If another process has ended the run already, this does not return: the process exits with
+        the code of the other one.
 
         Args:
             code: exit code of all processes.
-            save: whether the state is to be saved.
+            save: whether to save the state.
 
         Returns:
-            How the saving by process 0 went, in words; empty where there is nothing to save.
+            How saving in process 0 went, in words; "" if there is nothing to save.
         """
         if not self._publish(code, self.rank):
             self._give_way()
@@ -184,10 +183,10 @@ class Watch:
         return self._save() if save and self._save else ""
 
     def settle(self, error: BaseException) -> None:
-        """Give the cause of an error time to come where the error tells of another process.
+        """If an error was caused by the loss of another process, wait for that to be reported.
 
         Args:
-            error: that the main thread has met.
+            error: error of the main thread.
         """
         if self._store is not None and _lost_connection(error):
             self._give_way(_PATIENCE_SECONDS)
@@ -196,7 +195,7 @@ class Watch:
         with self.state_is_whole():
             threading.Event().wait(seconds)
 
-    # Of the other one
+    # Called by the thread of the watch
 
     def start(self) -> None:
         self._thread.start()
@@ -235,7 +234,7 @@ class Watch:
         return replace(self._beat, tick=self._tick)
 
     def _beats(self) -> dict[int, Beat | None]:
-        """What process 0 sees of all; process 1 watches over process 0's watching."""
+        """Return the beats to observe: process 0 observes all, process 1 the watch of process 0."""
         if self.rank == 1:
             beat = self._beat_of(0)
             return {0: beat and replace(beat, waiting=True)}
@@ -247,7 +246,7 @@ class Watch:
         return Beat.load(self._store.get(key)) if self._store.check([key]) else None
 
     def _gone(self) -> Iterator[int]:
-        """Ranks on this machine whose process is no more."""
+        """Yield the ranks on this machine whose process has ended."""
         for rank, pid in self._peers.items():
             if pid is None:
                 beat = self._beat_of(rank)
@@ -261,17 +260,17 @@ class Watch:
                 pass
 
     def _publish(self, code: int, rank: int) -> bool:
-        """End the run because of process ``rank``; whether this process is the first to."""
+        """Write that process ``rank`` ends the run; return whether no cause was written before."""
         if self._store is None:
             return not self.ended
         cause = f"{code} {self.rank} {rank}"
         try:
             return self._store.compare_set("cause", "", cause) == cause.encode()
-        except RuntimeError:  # the store is gone, which the other thread tells
+        except RuntimeError:  # the store is gone; the thread of the watch reports it
             return False
 
     def _answer(self) -> str:
-        """What process 0 says of its saving."""
+        """Wait for process 0 to save; return how it went, in words."""
         try:
             self._store.wait(["saved"], timedelta(seconds=_SAVE_SECONDS))
             return self._store.get("saved").decode()
@@ -283,8 +282,8 @@ class Watch:
         if self.rank or save is None:
             return ""
         if not self._whole.acquire(timeout=_PATIENCE_SECONDS):
-            return "nothing was saved, --resume goes on from the last checkpoint"
-        return save()  # the lock stays: nothing may change any more
+            return "nothing was saved, --resume continues from the last checkpoint"
+        return save()  # keeps the lock: the state must not change any more
 
     def _obey(self, code: int) -> None:
         self.ended = True
@@ -304,7 +303,7 @@ class Watch:
         self._end(f"process {rank} on {beat.host} {found}; last seen {beat.place}", saved)
 
     def _end_orphaned(self) -> None:
-        """Every process sees for itself that the launcher, which has the store, is gone."""
+        """End this process because the launcher, which holds the store, is gone."""
         self.ended = True
         saved = self._save_from_outside()
         if self.rank == 0:
@@ -312,9 +311,9 @@ class Watch:
         leave(EXIT_LOST)
 
     def _end(self, what: str, saved: str) -> None:
-        saved = saved or "--resume goes on from the last checkpoint"
+        saved = saved or "--resume continues from the last checkpoint"
         with contextlib.suppress(OSError, ValueError):
-            say(f"{what}; {saved}")
+            print_line(f"{what}; {saved}")
         leave(EXIT_LOST)
 
 
@@ -322,13 +321,13 @@ _current = Watch()
 
 
 def current_watch() -> Watch:
-    """The watch of this process; one that does nothing where none was started."""
+    """Return the watch of this process; it does nothing if none was started."""
     return _current
 
 
 @contextlib.contextmanager
 def watching(*args, **options) -> Iterator[Watch]:
-    """Within this context a :class:`Watch` of these arguments is the current one."""
+    """Start a :class:`Watch` with these arguments; it is the current one within this context."""
     global _current
     previous, _current = _current, Watch(*args, **options)
     _current.start()

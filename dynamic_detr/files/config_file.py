@@ -114,5 +114,5 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
         check_config(cfg)
         check_detectron2_config(cfg)
     for name in compat.unsupported_keys(cfg):
-        raise UserError(f"{name} is set, but the installed Detectron2 is too old to know it")
+        raise UserError(f"{name} is set, but the installed Detectron2 is too old for it")
     return cfg

@@ -1,18 +1,18 @@
-"""Models that describe themselves: one safetensors file holds all that using a detector takes.
+"""Model files: safetensors with everything that inference needs.
 
-Beside the weights, the header (strings by name, as the format wants them) holds
+Besides the weights, a file has a header of strings by name; other types are written as JSON.
 
-| name | what |
+| name | content |
 | --- | --- |
-| ``project``, ``format``, ``version`` | "dynamic_detr", the number of this layout, the version that wrote it |
+| ``project``, ``format``, ``version`` | "dynamic_detr", version of this layout, version of the project |
 | ``config`` | the whole configuration, as YAML |
-| ``class_names``, ``category_ids`` | of the classes in the detector's order: names, and ids in the JSON that it was trained on |
-| ``threshold`` | of scores, with the best F1 where the model was evaluated |
-| ``metrics``, ``iteration`` | of that evaluation |
-| ``note`` | of whoever trained it |
-| ``checksum`` | SHA-256 of weights and header; finds damage, proves no origin |
+| ``class_names``, ``category_ids`` | names and annotation ids of the classes, in the detector's order |
+| ``threshold`` | score threshold with the best F1 in the evaluation |
+| ``metrics``, ``iteration`` | results of the evaluation, and iteration of it |
+| ``note`` | any text |
+| ``checksum`` | SHA-256 of weights and header; it detects damage, not forgery |
 
-The file is data alone: nothing in it is run. Values other than strings are JSON.
+Nothing in the file is executed.
 """  # noqa: E501
 
 import hashlib
@@ -50,24 +50,26 @@ SUFFIX = ".safetensors"
 PROJECT = "dynamic_detr"
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
-# A key outside of these nodes changes nothing that the finished detector does, so one that this
-# version does not know is passed over.
+# Keys outside of these nodes do not affect inference; unknown ones are ignored.
 _USED_NODES = ("MODEL", "INPUT", "TEST")
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a model file says of its model.
+    """Header of a model file.
 
     Args:
-        config: YAML of the configuration.
-        class_names: in the order of the detector's classes; empty where they are not known.
-        category_ids: the ids of these classes in the annotations; empty where they are not known.
-        threshold: lowest score that counts as a detection; None where none was found.
-        metrics: numbers by name.
-        iteration: how many the model was trained for.
+        config: configuration, as YAML.
+        class_names: class names by class index; empty if unknown.
+        category_ids: ids in the annotations by class index; empty if unknown.
+        threshold: lowest score of a detection; None if unknown.
+        metrics: results of the evaluation by name.
+        iteration: number of training iterations.
         note: any text.
-        version: of the project.
+        version: version of the project.
+
+    Raises:
+        ValueError: an argument has a wrong type or value.
     """
 
     config: str
@@ -80,11 +82,6 @@ class ModelInfo:
     version: str = __version__
 
     def __post_init__(self) -> None:
-        """See that every part is what it should be.
-
-        Raises:
-            ValueError: one is not.
-        """
         numbers = list(self.metrics.values()) if isinstance(self.metrics, dict) else [None]
         checks = {
             "config": isinstance(self.config, str),
@@ -110,35 +107,35 @@ def _are(values: Any, kind: Any) -> bool:
 
 
 def locate_model(name: str) -> str:
-    """The path of a model, for the name of a shipped one too; any other name stays as it is."""
+    """Return the path of a shipped model for its name; return any other name unchanged."""
     shipped = str(SHIPPED / f"{name}{SUFFIX}")
     is_name = name and os.path.basename(name) == name and not os.path.isfile(name)
     return shipped if is_name and os.path.isfile(shipped) else name
 
 
 def is_model_file(name: str) -> bool:
-    """Whether this is the path of a safetensors file, or the name of a shipped model."""
+    """Return whether this is the path of a safetensors file or the name of a shipped model."""
     return locate_model(name).endswith(SUFFIX)
 
 
 def require_model(name: str) -> str:
-    """The path of a model that is there.
+    """Return the path of an existing model file, from a path or the name of a shipped model.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such model.
     """
     path = locate_model(name)
     if not os.path.isfile(path):
         shipped = sorted(file.stem for file in SHIPPED.glob(f"*{SUFFIX}"))
         raise UserError(
-            f"the model {name:.300} does not exist, neither as a file nor among those that come "
-            f"with the project ({', '.join(shipped)}){did_you_mean(name, shipped)}"
+            f"the model {name:.300} does not exist, neither as a file nor as a shipped model "
+            f"({', '.join(shipped)}){did_you_mean(name, shipped)}"
         )
     return path
 
 
 def describe_config(cfg: CfgNode) -> str:
-    """YAML of a configuration, without what belongs to the machine it was trained on."""
+    """Return a configuration as YAML, with default weights, device and output folder."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", "cuda", "./output"
@@ -146,12 +143,13 @@ def describe_config(cfg: CfgNode) -> str:
 
 
 def merge_described_config(cfg: CfgNode, path: str) -> None:
-    """Merge the configuration that a model file holds; ``MODEL.WEIGHTS`` is then the file, and
-    ``MODEL.DEVICE`` what this machine has.
+    """Merge the configuration of a model file into ``cfg``.
+
+    Also sets ``MODEL.WEIGHTS`` to the file and ``MODEL.DEVICE`` to the device of this machine.
 
     Raises:
         UserError: the file cannot be read.
-        KeyError, ValueError: a key that the detector needs is not known here, or has a wrong value.
+        KeyError, ValueError: a key that inference needs is unknown or has a wrong value.
     """
     described = yaml.safe_load(read_header(path).config)
     if not isinstance(described, dict):
@@ -184,13 +182,13 @@ def _checksum(header: dict[str, str], weights: dict[str, Tensor]) -> str:
 
 
 def encode_model(weights: dict[str, Tensor], info: ModelInfo) -> bytes:
-    """The content of a model file.
+    """Return the content of a model file.
 
     Args:
-        weights: by the names of the model's state.
-        info: what is said of them.
+        weights: state dict of the model.
+        info: the header.
     """
-    # Copies, as the format refuses tensors that share their memory.
+    # Copies, because the format rejects tensors that share memory.
     weights = {
         name: value.detach().to("cpu", copy=True).contiguous() for name, value in weights.items()
     }
@@ -203,16 +201,16 @@ def encode_model(weights: dict[str, Tensor], info: ModelInfo) -> bytes:
 
 
 def read_header(path: str) -> ModelInfo:
-    """What a model file says of its model; the weights are not looked at.
+    """Read the header of a model file, without the weights.
 
     Raises:
-        UserError: it is missing, damaged, of another tool, or of a newer version.
+        UserError: the file is missing, damaged, or written by another tool or a newer version.
     """
     return _read(path, with_weights=False)[0]
 
 
 def read_model(path: str) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """A model file's header and weights, on the CPU, after a comparison with its checksum.
+    """Read header and weights of a model file to the CPU, and compare the checksum.
 
     Raises:
         UserError: see :func:`read_header`.
@@ -228,13 +226,12 @@ def _read(path: str, with_weights: bool) -> tuple[ModelInfo, dict[str, Tensor]]:
             info = _parse(header)
             weights = {name: file.get_tensor(name) for name in file.keys() if with_weights}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not a whole model file ({one_line(error)[:160]})") from error
+        raise UserError(f"{path} is not a valid model file ({one_line(error)[:160]})") from error
     if with_weights:
         checksum = header.pop("checksum", "")
         if _checksum(header, weights) != checksum:
             raise UserError(
-                f"{path} is damaged, or was changed by hand: its checksum is that of another "
-                "content"
+                f"{path} is damaged, or was changed by hand: its checksum does not match"
             )
     return info, weights
 

@@ -1,8 +1,7 @@
-"""Files of weights and checkpoints, read with suspicion: checksums, types and shapes are checked
-before anything is made of them.
+"""Safe reading of weights and checkpoints: checksums, types and values are checked first.
 
-``torch.save`` writes a zip archive with a CRC-32 for every tensor, which ``torch.load`` does not
-look at: a flipped bit on a disk becomes a weight of 1e30.
+``torch.save`` writes a zip archive with a CRC-32 of every tensor, which ``torch.load`` ignores: a
+flipped bit can become a weight of 1e30.
 """
 
 import re
@@ -33,23 +32,23 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _CHUNK = 1 << 20
 _RUN_ID = re.compile("[0-9a-f]{8}")
 _RUN_TYPES = {"id": str, "started": float, "processes": int}
-UNNAMED_RUN = {"id": "0" * 8, "started": 0.0, "processes": 0}  # of checkpoints that name none
+UNNAMED_RUN = {"id": "0" * 8, "started": 0.0, "processes": 0}  # for checkpoints without a run
 
 
 class BrokenCheckpoint(UserError):
-    """A file that is not a whole checkpoint: truncated, or something else altogether."""
+    """The file is truncated, damaged, or not a checkpoint."""
 
 
 def broken(path: str | PathLike, error: Exception) -> BrokenCheckpoint:
-    """The error that says in one line why a file is none of a checkpoint."""
+    """Return an error that names the reason in one line."""
     reason = one_line(error).partition(". ")[0][:120]
-    return BrokenCheckpoint(f"{path} is not a whole checkpoint of tensors ({reason})")
+    return BrokenCheckpoint(f"{path} is not a valid checkpoint ({reason})")
 
 
 def check_archive(path: str | PathLike) -> None:
     """Compare every record of a ``torch.save`` archive with its checksum.
 
-    Files in PyTorch's older format have none, and neither have records whose checksum is 0
+    Files in PyTorch's older format have no checksums. Neither have records with checksum 0
     (``torch.serialization.set_crc32_options(False)``).
 
     Raises:
@@ -62,20 +61,20 @@ def check_archive(path: str | PathLike) -> None:
             for record in archive.infolist():
                 if record.CRC == 0:
                     continue
-                with archive.open(record) as data:  # compares at the record's end
+                with archive.open(record) as data:  # compares the checksum at the end
                     while data.read(_CHUNK):
                         pass
 
 
 def check_weights(weights: Any, what: str = "model") -> None:
-    """See that weights are dense tensors or arrays of numbers by name.
+    """Check that weights are a dict of dense tensors or arrays of numbers.
 
     Args:
-        weights: from a file.
+        weights: object from a file.
         what: its name, for the message.
 
     Raises:
-        ValueError: they are something else.
+        ValueError: they are not.
     """
     if not isinstance(weights, dict):
         raise ValueError(f"its {what} is a {type(weights).__name__}, not tensors by name")
@@ -93,10 +92,10 @@ def check_weights(weights: Any, what: str = "model") -> None:
 
 
 def check_class_names(names: Any) -> None:
-    """See that what a file gives as the names of its classes is a list of strings, or None.
+    """Check that class names from a file are a list of strings, or None.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: they are not.
     """
     are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not are_names:
@@ -104,15 +103,15 @@ def check_class_names(names: Any) -> None:
 
 
 def peek_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str, Any]:
-    """As :func:`read_checkpoint`, but no tensor's numbers are read, nor their checksums compared.
+    """Read a checkpoint as :func:`read_checkpoint` does, without the values of its tensors.
 
     Returns:
-        Its content; the tensors are maps of the file, which must not be written to meanwhile.
+        Its content. The tensors are memory maps of the file, which must not change meanwhile.
     """
     try:
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception:  # a disk that cannot be mapped, or none of a file
+        except Exception:  # the file system does not support it, or the file is in the older format
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         _check_contents(checkpoint, parts)
     except Exception as error:  # torch, pickle and zip each have their own errors
@@ -121,18 +120,18 @@ def peek_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str
 
 
 def read_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str, Any]:
-    """A checkpoint of this project with everything that resuming needs.
+    """Read and check a checkpoint for resuming.
 
     Args:
-        path: a file of :class:`SafeCheckpointer`.
-        parts: names of the states that it must hold beside model and iteration.
+        path: file of :class:`SafeCheckpointer`.
+        parts: names of the states that it must contain besides model and iteration.
 
     Returns:
         Its content, on the CPU.
 
     Raises:
-        BrokenCheckpoint: it cannot be read, a checksum is wrong, or something is missing or of
-            another type.
+        BrokenCheckpoint: it cannot be read, a checksum is wrong, or a part is missing or has a
+            wrong type.
     """
     try:
         check_archive(path)
@@ -168,14 +167,14 @@ def _check_contents(checkpoint: Any, parts: Iterable[str]) -> None:
 
 
 def require_finite(model: nn.Module, source: str) -> None:
-    """See that no weight is NaN or infinite.
+    """Check that no weight is NaN or infinite.
 
     Args:
-        model: with its weights.
-        source: the file that they come from.
+        model: the model.
+        source: file of its weights, for the message.
 
     Raises:
-        UserError: one is; training would diverge, and an evaluation would find nothing.
+        UserError: a weight is not finite.
     """
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():

@@ -88,7 +88,7 @@ def as_user_error(what: str) -> Iterator[None]:
 def warn_not_written(what: str, error: BaseException) -> None:
     """Print a warning to stderr; the run continues."""
     print(
-        f"warning: {what} cannot be written ({reason(error)}); the run goes on without",
+        f"warning: {what} cannot be written ({reason(error)}); the run continues without it",
         file=sys.stderr,
         flush=True,
     )

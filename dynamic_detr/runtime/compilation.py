@@ -1,4 +1,4 @@
-"""The network through torch.compile, with one line where that does not work."""
+"""The network through `torch.compile`, with a one-line error if compilation fails."""
 
 from collections.abc import Callable
 
@@ -10,24 +10,24 @@ __all__ = ["CompilationError", "compile_network"]
 
 
 class CompilationError(UserError):
-    """The network was to be compiled, and cannot be."""
+    """The network cannot be compiled."""
 
 
 def compile_network(network: Callable, backend: str | Callable) -> Callable:
-    """The same function, compiled when it is first called.
+    """Return a function that compiles the network at its first call.
 
-    After the first size of input it is compiled for any size, as far as the compiler can; after too
-    many kinds of input it runs as it is.
+    A second input size makes the compiler use dynamic shapes. After too many recompilations,
+    `torch.compile` runs the network eagerly.
 
     Args:
-        network: of tensors.
-        backend: as `torch.compile` takes it.
+        network: function of tensors.
+        backend: backend of `torch.compile`.
 
     Returns:
-        A function that raises `CompilationError` where the compiler fails, as without a C++
+        The function; it raises `CompilationError` if the compiler fails, for example without a C++
         compiler.
     """
-    from torch._dynamo.exc import TorchDynamoException  # slow to import, and seldom needed
+    from torch._dynamo.exc import TorchDynamoException  # slow to import and rarely needed
 
     compiled = torch.compile(network, backend=backend)
 

@@ -1,16 +1,15 @@
-"""How many threads PyTorch uses on a CPU: as many as this process may use cores.
+"""Number of PyTorch's CPU threads: the number of cores that this process may use.
 
-PyTorch counts the machine's cores, also where a container may use a part of them or several
-processes share them.
+PyTorch's default is the number of cores of the machine, even if a container may use only some of
+them or several processes share them.
 
-The number is not all that matters. Threads that wait for one another keep their cores busy by
-default. Where other programs need these cores (a load of 4 to 6 on two cores), an image of the
-quickstart's detector took 2.2 s with two threads, and 0.2 to 0.4 s with one. So commands set
-``OMP_WAIT_POLICY=PASSIVE`` before they import torch, which reads it then: waiting threads give
-their cores away, and the same image took 0.1 s with two threads. The number therefore does not
-depend on the load of the machine, and neither do results. On two idle cores this policy costs time
-for small images: the same image took 112 to 140 ms, and 66 to 92 ms by default. There, set
-``OMP_WAIT_POLICY=ACTIVE``.
+Waiting threads also matter. By default they keep their cores busy. With other programs on the same
+cores (a load of 4 to 6 on two cores), an image of the quickstart's detector took 2.2 s with two
+threads and 0.2 to 0.4 s with one. The programs therefore set ``OMP_WAIT_POLICY=PASSIVE`` before
+they import torch: waiting threads yield their cores, and the same image took 0.1 s with two
+threads. So the number of threads, on which results depend, need not depend on the load. On two idle
+cores the policy costs time for small images: 112 to 140 ms instead of 66 to 92 ms for the same
+image. There, set ``OMP_WAIT_POLICY=ACTIVE``.
 """
 
 import os
@@ -28,14 +27,14 @@ _GROUPS, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 def choose_threads(processes: int = 1) -> str:
     """Set the number of PyTorch's threads, unless the user has chosen it.
 
-    A number from ``OMP_NUM_THREADS`` or ``MKL_NUM_THREADS`` stays as it is, and one from
-    ``torch.set_num_threads`` is not raised.
+    ``OMP_NUM_THREADS`` and ``MKL_NUM_THREADS`` take precedence, and the present number of threads
+    is an upper bound.
 
     Args:
-        processes: of the run on this machine, which share its cores.
+        processes: number of processes of the run that share this machine.
 
     Returns:
-        The number and the reason for it, for the user.
+        A line with the number and its reason.
     """
     chosen = next((name for name in _VARIABLES if os.environ.get(name)), None)
     if chosen:
@@ -48,8 +47,7 @@ def choose_threads(processes: int = 1) -> str:
 
 
 def available_cores() -> float:
-    """The cores that this process may use: by its affinity, and by the quota of its control group,
-    which may be a fraction."""
+    """Return the number of cores that affinity and control-group quota allow; may be a fraction."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         cores = len(os.sched_getaffinity(0))
     else:
@@ -58,7 +56,7 @@ def available_cores() -> float:
 
 
 def _quotas() -> Iterator[float]:
-    """The quota of this process's control group and of each group above it, in cores."""
+    """Yield the quota of this process's control group and of each group above it, in cores."""
     if not _MEMBERSHIP.is_file():
         return
     for line in _MEMBERSHIP.read_text().splitlines():
@@ -71,7 +69,7 @@ def _quotas() -> Iterator[float]:
             continue
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
-            # a container sees its own group as the root, whatever the path says
+            # inside a container its own group is the root, so the path may not exist
             if folder.is_relative_to(root) and all((folder / name).is_file() for name in files):
                 quota, period = " ".join((folder / name).read_text() for name in files).split()
                 if quota not in ("max", "-1"):

@@ -1,7 +1,7 @@
-"""Moving small tensors between host and device without making either wait for the other.
+"""Copies of small tensors between host and device without synchronisation.
 
-An ordinary copy to or from a GPU makes the host wait until the device has done all that it was
-told before. A copy from or to pinned memory is only one more thing in the device's queue.
+An ordinary copy to or from a GPU makes the host wait for all work in the stream. A copy from or to
+pinned memory is only added to the stream.
 """
 
 from collections.abc import Callable
@@ -13,9 +13,9 @@ __all__ = ["host_empty", "to_device", "to_host"]
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from the host to a GPU without waiting for the GPU.
+    """Copy a tensor to a device; from the host to a GPU without synchronisation.
 
-    The tensor itself may be changed or freed as soon as the call returns, unless it is pinned.
+    If the tensor is pinned, the caller must not change it before the copy is done.
     """
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -24,10 +24,10 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
-    """The tensor on the host, and a function that waits until its values have arrived.
+    """Start a copy to the host; return the copy and a function that waits for its values.
 
-    The function may be called from any thread, any number of times. Work that the device is given
-    after this call is not waited for.
+    The function may be called from any thread and repeatedly. It does not wait for later work of
+    the device.
     """
     if not tensor.is_cuda:
         return tensor.cpu(), lambda: None
@@ -37,12 +37,12 @@ def to_host(tensor: Tensor) -> tuple[Tensor, Callable[[], None]]:
     arrived.record(torch.cuda.current_stream(device))
 
     def wait() -> None:
-        with torch.cuda.device(device):  # a new thread would wake GPU 0
+        with torch.cuda.device(device):  # in a new thread the current device is GPU 0
             arrived.synchronize()
 
     return host, wait
 
 
 def host_empty(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the host, from which the device can copy by itself."""
+    """Return an uninitialised host tensor, pinned if the device is a GPU."""
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
