@@ -1,7 +1,7 @@
-"""The values that Detectron2's own configuration keys may have, as far as this project uses them.
+"""Ranges of Detectron2's own configuration keys that this project uses.
 
-Detectron2 owns their defaults and reasons (``detectron2/config/defaults.py``) and checks few of
-them: what is out of range shows up, if at all, deep in the model or hours into a run.
+Detectron2 documents the keys (``detectron2/config/defaults.py``) but checks few values. A wrong one
+would cause an error deep in the model or hours into a run, or none at all.
 """
 
 import re
@@ -20,7 +20,7 @@ STAGES = ["stem", "res2", "res3", "res4", "res5"]
 
 
 def listed(item: Range, least: int = 0, most: int | None = None) -> Range:
-    """Lists whose items are in a range."""
+    """Return the range of lists with items in a range."""
 
     def admits(value: object) -> bool:
         if not isinstance(value, (list, tuple)) or not least <= len(value):
@@ -176,7 +176,7 @@ RANGES: dict[str, Range] = {
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
 }
 
-# The registries of detectron2.modeling that names stand in.
+# Registries of detectron2.modeling with the values of keys.
 _REGISTERED = {
     "MODEL.META_ARCHITECTURE": "META_ARCH_REGISTRY",
     "MODEL.BACKBONE.NAME": "BACKBONE_REGISTRY",
@@ -184,10 +184,10 @@ _REGISTERED = {
 
 
 def check_detectron2_config(cfg: CfgNode) -> None:
-    """Check the keys of ``RANGES``, and those that depend on each other.
+    """Check the keys of ``RANGES`` and the keys that depend on others.
 
     Raises:
-        ValueError: a value is out of its range; the line names key, value and range.
+        ValueError: a value is out of range; the message names key, value and range.
     """
     for name, wanted in RANGES.items():
         value = value_of(cfg, name)
@@ -201,7 +201,7 @@ def check_detectron2_config(cfg: CfgNode) -> None:
 
 
 def _dependent(cfg: CfgNode) -> dict[str, Range]:
-    """The ranges of keys that depend on other keys, by name."""
+    """Return the ranges of keys that depend on other keys, by name."""
     ranges = {}
     model, inputs, solver = cfg.MODEL, cfg.INPUT, cfg.SOLVER
 

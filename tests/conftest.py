@@ -1,4 +1,4 @@
-"""Fixtures of all tests: where real data lies, a fixed seed, and few threads.
+"""Fixtures of all tests: paths of real data, a fixed seed, and few threads.
 
 The real images and weights are not part of the project (their licences differ). They are looked
 for in ``../shared``, or in the folder that the variable DYNAMIC_DETR_SHARED names; tests that need
@@ -23,20 +23,20 @@ if not torch.cuda.is_available():  # kernels are interpreted; Triton asks when i
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED_VARIABLE = "DYNAMIC_DETR_SHARED"
-THREADS = 2  # the tests' tensors are small: more threads cost more than they bring
+THREADS = 2  # for the small tensors of tests, more threads are slower
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "OMP_NUM_THREADS" not in os.environ:  # who sets it shares the machine
+    if "OMP_NUM_THREADS" not in os.environ:  # otherwise the user has chosen
         torch.set_num_threads(min(THREADS, os.cpu_count() or 1))
-    # Same examples in every run, and no verdict that depends on how busy the machine is.
+    # The same examples in every run, and no deadlines, which would depend on the load.
     settings.register_profile("project", derandomize=True, deadline=None, max_examples=25)
     settings.load_profile("project")
 
 
 @pytest.fixture(autouse=True)
 def seed() -> int:
-    """Every test starts from the same random state, whatever ran before it."""
+    """Seed the random generators before every test."""
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

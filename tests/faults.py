@@ -1,4 +1,4 @@
-"""Runs of the command in which a process fails in a named way at a named moment.
+"""Runs of ``train_net.py`` in which one process fails in a chosen way at a chosen moment.
 
 ``python tests/faults.py`` imports everything once and then serves requests, one line of JSON each:
 it forks, and the child runs ``train_net.py`` with several processes, which fork again. A request
@@ -39,7 +39,7 @@ def _signal(number: int, to_all: bool = False):
 
 
 def _hold_the_lock() -> None:
-    """Hang within C code, so that no other thread of this process runs either."""
+    """Hang in C code while holding the global lock, so that no thread of the process runs."""
     ctypes.PyDLL(None).sleep(600)
 
 
@@ -58,7 +58,7 @@ KINDS = {
     "SIGINT": _signal(signal.SIGINT),
     "SIGTERM to all": _signal(signal.SIGTERM, to_all=True),
 }
-SITES = {  # where a fault strikes: where it is found
+SITES = {  # functions in which a fault can be forced
     "data": (SeededDataset, "__getitem__"),
     "forward": (TrainStep, "_forward"),
     "backward": (TrainStep, "_backward"),
@@ -91,7 +91,7 @@ _child = launch._child
 
 
 def _forked_child(*args) -> None:
-    """Without the launcher's handlers, which a spawned child has not."""
+    """Restore the default signal handlers, as a spawned child has them."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, plain, few, and helpful where they do not fit."""
+"""Checkpoints: atomic, plain data, few, and with clear messages if they do not fit."""
 
 import logging
 import os
@@ -23,7 +23,7 @@ class Detector(nn.Module):
 
 
 class State:
-    """Stands for the trainer: something with a state."""
+    """Object with a state, in place of the trainer."""
 
     def __init__(self, value: int = 0):
         self.value = value
@@ -44,7 +44,7 @@ def _save(checkpointer: SafeCheckpointer, iteration: int) -> Path:
     checkpointer.checkpointables["trainer"].value = iteration
     checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
     path = Path(checkpointer.save_dir) / f"model_{iteration:07d}.pth"
-    os.utime(path, (iteration, iteration))  # no two at the same time
+    os.utime(path, (iteration, iteration))  # distinct times
     return path
 
 
@@ -98,7 +98,7 @@ def test_files_hold_the_average_for_users_and_the_weights_for_training(tmp_path)
     ema.update()
     path = _save(_checkpointer(tmp_path, model, ema=ema), 7)
 
-    plain = torch.load(path, weights_only=True)  # refuses anything but tensors and plain types
+    plain = torch.load(path, weights_only=True)  # allows tensors and plain types only
     assert torch.equal(plain["model"]["body.weight"], ema.state_dict()["body.weight"])
     assert torch.equal(plain["model_training"]["body.weight"], model.body.weight)
     assert not torch.equal(plain["model"]["body.weight"], model.body.weight)

@@ -1,5 +1,5 @@
-"""What a run prints: little before it starts, progress from the first iteration, no codes in
-pipes; everything else is in its log file."""
+"""Terminal output of a run: a short summary, progress from the first iteration, and no colour codes
+in pipes. All else is in the log file."""
 
 import re
 
@@ -19,6 +19,6 @@ def test_little_is_printed_before_progress(tmp_path, monkeypatch, capsys):
     assert "\x1b" not in log
     for part in ("Environment info", "Running with full config", "Model:", "Command line"):
         assert part in log and part not in printed
-    assert log.count("Rank of current process") == 1  # no handler twice
+    assert log.count("Rank of current process") == 1  # no duplicate handler
     content = (output / "model_final.safetensors").read_bytes()
     assert b"a note" in content[:20000]

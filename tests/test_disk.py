@@ -1,4 +1,4 @@
-"""What the disk does not take, and what a folder cannot be: one line, and no traceback."""
+"""Full disks and unusable folders cause one line, not a traceback."""
 
 import atexit
 import errno
@@ -22,12 +22,12 @@ from dynamic_detr.engine.stopping import TrainingStopped
 from dynamic_detr.engine.writers import PatientWriter
 from dynamic_detr.errors import UserError
 
-FULL = Path("/dev/full")  # takes nothing, as a full disk
+FULL = Path("/dev/full")  # behaves like a full disk
 needs_full = pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 
 
 def _full(path: Path) -> Path:
-    """Let whatever is written to ``path`` meet a full disk."""
+    """Make writing to ``path`` fail as on a full disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     path.symlink_to(FULL)
@@ -134,7 +134,7 @@ def test_resuming_beyond_the_last_iteration(tmp_path):
 
 @needs_full
 def test_a_full_disk_at_the_end_of_a_process(tmp_path, monkeypatch, capsys):
-    """The log is closed and standard output flushed once more: without a word."""
+    """Closing the log and flushing standard output at exit print no further errors."""
     log, at_exit = _full(tmp_path / "log.txt"), []
     monkeypatch.setattr(atexit, "register", lambda *call: at_exit.append(call))
     with open(FULL, "w") as full:

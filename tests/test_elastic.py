@@ -1,4 +1,4 @@
-"""A run that is stopped on N processes and resumed on M is the run that was never interrupted."""
+"""A run that is stopped on N processes and resumed on M equals an uninterrupted one."""
 
 import functools
 import itertools
@@ -25,7 +25,7 @@ TIMES = ("time", "data_time", "eta_seconds")
 
 
 def _part(cfg: CfgNode, folder: Path, resume: bool) -> None:
-    """What each process of a run does; only process 0 has the files."""
+    """Train in one process of a run; only process 0 has the files."""
     register_json("tiny_train", folder / "data" / "boxes.json", folder / "data", NAMES)
     torch.set_num_threads(1)
     if not comm.is_main_process():

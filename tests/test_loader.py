@@ -106,7 +106,7 @@ def test_batches_hold_one_group_and_every_position_once(schedule):
         assert len({schedule.groups[index] for _, index in batch}) == 1
     positions = [position for batch in batches for position, _ in batch]
     assert len(set(positions)) == len(positions)
-    # Only a part of one batch a group is ever waiting.
+    # At most one incomplete batch per group is waiting.
     waiting = max(positions) + 1 - len(positions)
     assert waiting <= len(set(schedule.groups)) * (schedule.batch_size - 1)
 

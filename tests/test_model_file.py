@@ -1,4 +1,4 @@
-"""Model files: written by training, whole in themselves, and refused in one line where not."""
+"""Model files: written by training, self-contained, and rejected in one line if damaged."""
 
 import json
 import os
@@ -31,7 +31,7 @@ import export_weights
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run of four iterations, evaluated after every second."""
+    """Run four iterations with an evaluation after every second one."""
     folder = tmp_path_factory.mktemp("run")
     options = ["SOLVER.MAX_ITER", 4, "TEST.EVAL_PERIOD", 2, "DATASETS.TEST", ("tiny_train",)]
     cfg = make_config(folder, *options, "SOLVER.EMA.ENABLED", True)
@@ -68,7 +68,7 @@ def test_a_worse_model_is_not_the_best(run, tmp_path):
         writer.keep(trainer.detector, {"bbox": {"AP": ap, "threshold": 0.3}}, iteration)
     best = read_header(str(tmp_path / "model_best.safetensors"))
     assert (best.iteration, best.threshold, best.metrics) == (2, 0.3, {"AP": 30.0})
-    again = type(trainer.models)(writer.cfg)  # of a run that goes on
+    again = type(trainer.models)(writer.cfg)  # of a resumed run
     again.resume()
     again.keep(trainer.detector, {"bbox": {"AP": 25.0}}, 4)
     assert read_header(str(tmp_path / "model_best.safetensors")).iteration == 2
@@ -121,7 +121,7 @@ def test_detectron2s_own_detectors_are_model_files(tmp_path, name):
 
 
 def small_file(path, **header) -> str:
-    """A model file whose header is changed, with a checksum that no longer fits."""
+    """Write a model file with a changed header and the old checksum."""
     info = ModelInfo(config="VERSION: 2\n", class_names=["a"], category_ids=[7], threshold=0.5)
     path.write_bytes(encode_model({"weight": torch.ones(3)}, info))
     if header:

@@ -1,4 +1,4 @@
-"""Whose an OUTPUT_DIR is: the runs that have checkpoints in it, and the one that writes to it."""
+"""OUTPUT_DIR: checkpoints of several runs in it, and the lock of the run that writes to it."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ from dynamic_detr.errors import UserError
 
 
 def _run_of(folder: Path, started: float, iterations: tuple, keep: int = 0) -> SafeCheckpointer:
-    """A run that has saved after these iterations."""
+    """Return a checkpointer of a run that has saved after these iterations."""
     checkpointer = SafeCheckpointer(nn.Linear(1, 1), str(folder), keep=keep)
     checkpointer.files.run["started"] = started
     for iteration in iterations:

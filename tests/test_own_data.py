@@ -1,5 +1,5 @@
-"""Somebody's own boxes, as a user trains on them: the R-50 configuration of COCO, made small by
-options, on photographs of blood cells with a pretrained ResNet-18."""
+"""Training on a user's own boxes: the R-50 configuration of COCO, made small by options, on
+photographs of blood cells with a pretrained ResNet-18."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SMALL = [
 
 
 def train_net(bccd: Path, val_json: Path, *options: str) -> str:
-    """Runs the command; what it printed."""
+    """Run the command; return its output."""
     places = [
         *("--train-json", bccd / "annotations" / "instances_train.json"),
         *("--train-images", bccd / "train", "--val-json", val_json, "--val-images", bccd / "val"),

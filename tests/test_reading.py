@@ -1,4 +1,4 @@
-"""Files from outside: none runs code, none that is damaged is taken, and each is told in a line."""
+"""Untrusted files: no code is executed, and damaged files are rejected in one line."""
 
 import collections
 import io
@@ -28,7 +28,7 @@ from dynamic_detr.inference import Detector
 
 
 class Call:
-    """Pickles as a call of any function."""
+    """Object whose pickle calls any function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -64,12 +64,12 @@ def test_plain_pickles_of_every_protocol_are_read(protocol):
     read = load_plain_pickle(io.BytesIO(pickle.dumps((plain, arrays), protocol=protocol)))
     assert read[0] == plain and type(read[0]["scalar"]) is np.int64
     for name, array in arrays.items():
-        assert read[1][name].dtype == array.dtype.newbyteorder("=")  # as PyTorch wants it
+        assert read[1][name].dtype == array.dtype.newbyteorder("=")  # PyTorch requires native order
         np.testing.assert_array_equal(read[1][name], array)
 
 
 def test_pickles_of_python_2_are_read():
-    """The array [1.5, 2] as Python 2 and its NumPy wrote it: strings of bytes."""
+    """Return the array [1.5, 2] as Python 2 and its NumPy pickled it, with byte strings."""
     text = (
         b"(dp0\nS'conv_w'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n"
         b"(I0\ntp4\nS'b'\np5\ntp6\nRp7\n(I1\n(I2\ntp8\ncnumpy\ndtype\np9\n(S'f4'\np10\nI0\nI1\n"
@@ -113,7 +113,7 @@ def test_code_in_a_pickle_is_refused_by_name(tmp_path, value, refused):
 @pytest.mark.parametrize(
     "text",
     [
-        b"cnumpy\nndarray\n(I1\ntR.",  # the class itself is nobody's to call
+        b"cnumpy\nndarray\n(I1\ntR.",  # the class itself must not be called
         b"cnumpy.core.multiarray\n_reconstruct\n(tR(I1\n(I9\ntS'O'\nI00\nS''\ntb.",
         b"cnumpy\ndtype\n(S'f4'\ntRp0\n0cnumpy.core.multiarray\n_reconstruct\n(tR"
         b"(I1\n(I1000000000\ntg0\nI00\nS'abcd'\ntb.",
@@ -125,7 +125,7 @@ def test_code_in_a_pickle_is_refused_by_name(tmp_path, value, refused):
     ],
 )
 def test_crafted_pickles_end_in_an_error_of_python(text):
-    with pytest.raises(Exception):  # noqa: B017  (whatever it is: it was raised, not run)
+    with pytest.raises(Exception):  # noqa: B017  (any error, as long as no code is executed)
         load_plain_pickle(io.BytesIO(text))
 
 
@@ -142,7 +142,7 @@ def test_proposals_are_read_plainly(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> CfgNode:
-    """A configuration whose OUTPUT_DIR holds a finished run."""
+    """Return a configuration with a finished run in OUTPUT_DIR."""
     folder = tmp_path_factory.mktemp("tiny")
     cfg = make_config(folder, "SOLVER.MAX_ITER", 4, "DATASETS.TEST", ("tiny_train",))
     cfg.TEST.EVAL_PERIOD = 100
@@ -172,7 +172,7 @@ def test_training_evaluation_and_demo_refuse_code(tiny, tmp_path):
 
 
 def test_zoo_files_load_by_name_matching(tmp_path):
-    """A backbone in the model zoo's form: names without a prefix, arrays, a heuristic to match."""
+    """Write a backbone as in the model zoo: arrays, names without prefix, heuristic matching."""
     from detectron2.modeling import build_model
 
     source, target = build_model(small_config()), build_model(small_config())
@@ -243,7 +243,7 @@ def test_a_resumed_run_falls_back_from_flipped_bits(tiny, tmp_path, caplog):
     _flip(_last(cfg), largest, 1000, 6)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=True)
-    assert trainer.start_iter == 4  # model_0000003.pth holds the same
+    assert trainer.start_iter == 4  # model_0000003.pth has the same content
     assert "model_final.pth" in caplog.text and "falling back" in caplog.text
 
 
@@ -262,14 +262,14 @@ def _set(checkpoint: dict, where: str, value: object) -> None:
         checkpoint[key] = value
 
 
-BROKEN = {  # what is no checkpoint, whatever the configuration: the one before it is taken
+BROKEN = {  # invalid for any configuration: the checkpoint before it is loaded
     "iteration": (..., None, "3", 3.0, True, -2, 10**20, float("nan"), [3], torch.tensor(3)),
     "trainer": (..., None, [], "state", torch.zeros(2)),
     "model": (..., None, [], {"a": "text"}, {"a": {}}, {3: torch.zeros(1)}, torch.zeros(2)),
     "model/pixel_mean": (None, [1.0], torch.zeros(2).to_sparse(), torch.zeros(3, device="meta")),
     "model_training": (None, [], {"a": 3}),
 }
-UNFIT = {  # what the trainer cannot take over: resuming is refused
+UNFIT = {  # does not fit the trainer: resuming is refused
     "trainer/iteration": (..., None, "3", -5, 2.5),
     "trainer/seed": (..., None, -1, "5", 10**30),
     "trainer/images_per_batch": (..., "2", None),

@@ -1,4 +1,4 @@
-"""A step that diverged is kept, and its replay names the module that did it."""
+"""A diverged step is saved, and its replay names the module that caused it."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ from tools import replay_step
 
 
 def _diverge(folder: Path, monkeypatch, poison) -> tuple[Trainer, str, dict]:
-    """Train until ``poison`` has worked, before the third step; the message and its losses."""
+    """Train with ``poison`` before the third step; return the message and the losses."""
     cfg = make_config(folder, "MODEL.DYNAMIC_DECODER.DROPOUT", 0.1)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -45,7 +45,7 @@ def _diverge(folder: Path, monkeypatch, poison) -> tuple[Trainer, str, dict]:
 
 def test_a_diverged_step_is_replayed(tmp_path, monkeypatch, capsys):
     def poison(detector: nn.Module) -> None:
-        for layer in (0, 3):  # finite weights whose product is not
+        for layer in (0, 3):  # finite weights with an infinite product
             detector.decoder.stages[1].ffn[layer].weight.fill_(1e25)
 
     trainer, message, losses = _diverge(tmp_path, monkeypatch, poison)
@@ -76,7 +76,7 @@ def test_a_diverged_step_is_replayed(tmp_path, monkeypatch, capsys):
 
 
 class Toy(nn.Module):
-    """A chain of parts that ends in a loss."""
+    """Sequence of modules that ends in a loss."""
 
     def __init__(self, *parts: nn.Module):
         super().__init__()
@@ -89,7 +89,7 @@ class Toy(nn.Module):
 
 
 class Do(nn.Module):
-    """A function as a module; with a part, whose result it takes."""
+    """Module that applies a function, to the output of an inner module if there is one."""
 
     def __init__(self, function, part: nn.Module | None = None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never interrupted."""
+"""A run that is killed and resumed equals an uninterrupted one."""
 
 import json
 import signal
@@ -18,13 +18,13 @@ from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a step draws at random, in the model and in the data, must come back as well.
+# The random numbers of a step, in the model and in the data, must be the same too.
 RANDOM = [*TWO_LEVELS, "MODEL.DYNAMIC_DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
 EMA = ["SOLVER.EMA.ENABLED", True]
 
 
 def _metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of numbers, but for times."""
+    """Return the lines of metrics without times."""
     lines = (folder / "output" / "metrics.json").read_text().splitlines()
     times = ("time", "data_time", "eta_seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
@@ -51,7 +51,7 @@ def test_resumed_losses_weights_average_and_metrics_are_those_of_the_whole_run(t
 
 
 def test_losses_differ_between_iterations_and_seeds(tmp_path):
-    """Else the comparison above would show nothing."""
+    """Otherwise the comparison above would prove nothing."""
     first = losses_of(train(make_config(tmp_path / "a", "SOLVER.BASE_LR", 1e-12)))
     other = losses_of(train(make_config(tmp_path / "b", "SOLVER.BASE_LR", 1e-12, "SEED", 6)))
     assert len(set(first.values())) > 3
@@ -118,7 +118,7 @@ def test_sigterm_saves_and_exits_cleanly(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_in_an_evaluation_save_the_trained_weights(tmp_path, monkeypatch, number):
-    """However many come: a launcher forwards what the whole group has got already."""
+    """Signals may arrive twice: a launcher forwards what the whole group has received."""
     options = ["TEST.EVAL_PERIOD", 3, "DATASETS.TEST", ("tiny_train",)]
     trainer = Trainer(make_config(tmp_path, *EMA, *options))
     trainer.resume_or_load(resume=False)

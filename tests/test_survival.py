@@ -1,5 +1,5 @@
-"""Whatever happens to one process of a run, the run ends as one: one line, one exit code, and the
-state after the same iteration on disk. Faults are forced by ``faults.py``."""
+"""After a fault of one process, all processes of a run end with one line and one exit code, and the
+state after one iteration is on disk. ``faults.py`` forces the faults."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ HANG = ("SOLVER.HANG_SECONDS", "8")
 
 @dataclass
 class Ended:
-    """A run of the command that has ended."""
+    """Result of a run of the command."""
 
     code: int
     stderr: str
@@ -38,11 +38,11 @@ class Ended:
 
     @property
     def lines(self) -> list[str]:
-        """What the run says of itself; others write warnings to stderr as well."""
+        """Lines of the command in stderr; libraries write warnings there too."""
         return [line for line in self.stderr.splitlines() if line.startswith("train_net.py: ")]
 
     def iteration(self) -> int:
-        """Of the checkpoint that ``--resume`` would take."""
+        """Return the iteration of the checkpoint that ``--resume`` would load."""
         return self.checkpoint()["iteration"]
 
     def checkpoint(self) -> dict:
@@ -51,7 +51,7 @@ class Ended:
 
 
 class Commands:
-    """Runs the command in processes that have imported everything already."""
+    """Run the command in forks of a process that has imported all modules."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -68,7 +68,7 @@ class Commands:
         )
 
     def start(self, output: str, *options: str, faults: list[dict] = (), processes: int = 2) -> int:
-        """Begin a run; the id of its launcher, which leads a group with all its processes."""
+        """Start a run; return the pid of its launcher, which leads the process group."""
         self.output = self.folder / output
         keys = ["OUTPUT_DIR", str(self.output), "SOLVER.EMA.ENABLED", "True"]
         request = {
@@ -95,7 +95,7 @@ class Commands:
         return Ended(code, (self.folder / "stderr").read_text(), self.output)
 
     def kill(self) -> None:
-        """Clear up after a test, whatever its outcome."""
+        """End all processes after a test, passed or failed."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.group, signal.SIGKILL)
         if self.running:
@@ -199,7 +199,7 @@ def test_an_error_that_another_process_has_alone_is_told(commands):
 
 
 def _run_for_long(commands: Commands, output: str, *options: str) -> int:
-    """Start a run that ends by no fault of its own; its launcher, once it has saved."""
+    """Start a long run, wait for its first checkpoint, and return the pid of its launcher."""
     options = ("SOLVER.MAX_ITER", "5000", *options)
     launcher = commands.start(output, *options)
     _until((commands.output / "last_checkpoint").exists, 300, "nothing was saved")
@@ -228,7 +228,7 @@ ENDS = (0, 4, 128 + signal.SIGTERM, -signal.SIGTERM, -signal.SIGKILL)
 
 
 def _survive(commands: Commands, seconds: float, iterations: int) -> int:
-    """Kill processes of runs at random moments and resume them, until they are done; how often."""
+    """Kill processes at random moments and resume until done; return the number of kills."""
     rng = random.Random(0)
     options = ["SOLVER.MAX_ITER", str(iterations), "SOLVER.STEPS", f"({iterations * 2 // 3},)"]
     options += ["SOLVER.CHECKPOINT_PERIOD", "9"]
@@ -295,10 +295,10 @@ def _beats(*places: tuple[float, int, bool]) -> dict[int, Beat]:
 @pytest.mark.parametrize(
     ("beats", "rank"),
     [
-        (_beats((7, 7, False), (6, 6, False)), 1),  # the other waits for its gradients
-        (_beats((5, 9, True), (5, 8, False)), 1),  # and here for the end of an evaluation
+        (_beats((7, 7, False), (6, 6, False)), 1),  # process 0 waits for the gradients of process 1
+        (_beats((5, 9, True), (5, 8, False)), 1),  # process 0 waits for the end of an evaluation
         (_beats((6, 6, False), (7, 7, False), (7, 7, False)), 0),
-        ({**_beats((0, 1, False)), 1: None}, 1),  # it has never come
+        ({**_beats((0, 1, False)), 1: None}, 1),  # it has sent no beat
         (_beats((5, 9, True), (5, 8, True)), None),
     ],
 )

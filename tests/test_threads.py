@@ -1,4 +1,4 @@
-"""The number of threads on a CPU: cores that the process may use, shared by the run's processes."""
+"""Number of CPU threads: the cores that a process may use, divided by the number of processes."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ from dynamic_detr.runtime import threads
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine of 16 cores, whose control groups are in a folder."""
+    """Simulate a machine of 16 cores with its control groups in a folder."""
     before = torch.get_num_threads()
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
@@ -81,7 +81,7 @@ def test_a_number_that_the_user_chose_stays(machine, monkeypatch):
     ],
 )
 def test_waiting_threads_of_commands_leave_their_cores(command):
-    """The policy is set before anything that imports torch."""
+    """Programs set the policy before they import torch."""
     lines = (ROOT / command).read_text().splitlines()
     policy = next(n for n, line in enumerate(lines) if '"OMP_WAIT_POLICY", "PASSIVE"' in line)
     before = "\n".join(lines[:policy])

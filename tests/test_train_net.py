@@ -1,4 +1,4 @@
-"""The command: what a user gets wrong is one line and exit code 2; what is right trains."""
+"""``train_net.py``: user errors end with one line and exit code 2; valid commands train."""
 
 import json
 import logging
@@ -41,13 +41,13 @@ def _arguments(folder: Path, *options: str) -> list[str]:
 
 
 def _run(monkeypatch, *arguments: str) -> int:
-    """Run the command in this process; its exit code."""
+    """Run the command in this process; return its exit code."""
     monkeypatch.setattr(sys, "argv", ["train_net.py", *arguments])
     try:
         command.main()
     except SystemExit as stop:
         return stop.code or 0
-    finally:  # its loggers hold the output stream of this test
+    finally:  # its loggers keep the output stream of this test
         for name in ("detectron2", "fvcore", "dynamic_detr"):
             logging.getLogger(name).handlers.clear()
             logging.getLogger(name).propagate = True
@@ -166,7 +166,7 @@ def test_model_zoo_configurations_train_on_the_same_data(tmp_path, monkeypatch, 
 
 
 def test_hooks_run_after_the_backward_pass(tmp_path):
-    """As in newer Detectron2s: gradients are there, the optimiser has not stepped."""
+    """Hook of newer Detectron2 versions: gradients exist, the optimiser has not stepped."""
 
     class Hook(HookBase):
         seen = ()
@@ -239,7 +239,7 @@ def test_more_classes_in_the_data_than_in_the_model_are_refused(tmp_path):
 
 
 class FromViews(nn.Module):
-    """Finds the one bright square of an image, and something else in flipped views only."""
+    """Detector of the bright square of an image, and of another object in flipped views only."""
 
     def forward(self, batched_inputs):
         results = []

@@ -1,4 +1,4 @@
-"""Two processes on the CPU take the steps that one takes with the whole batch."""
+"""Two processes on the CPU train as one process with the whole batch does."""
 
 import os
 import signal
@@ -44,7 +44,7 @@ def _assert_same(result: dict, trainer) -> None:
 
 
 def test_same_losses_and_updates_as_one_process(tmp_path):
-    # SGD: with Adam the first steps are +-lr whatever the gradient, and hide its errors.
+    # SGD, because the first steps of Adam are ±lr for any gradient, which would hide errors.
     options = [*OPTIONS, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01]
     torch.set_num_threads(1)
     one = train(make_config(tmp_path / "one", *options))
@@ -92,7 +92,7 @@ def _signal_one(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def test_torchrun_trains_and_both_processes_stop_at_sigterm(tmp_path):
-    """SIGTERM to one process: both agree on the iteration, one saves, both leave with 0."""
+    """After SIGTERM to one process, both stop at the same iteration and exit with 0; one saves."""
     output = tmp_path / "output"
     process = _torchrun(tmp_path, "SOLVER.MAX_ITER", "5000")
     _wait_for(output / "last_checkpoint", process)

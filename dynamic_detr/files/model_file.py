@@ -8,7 +8,7 @@ Besides the weights, a file has a header of strings by name; other types are wri
 | ``config`` | the whole configuration, as YAML |
 | ``class_names``, ``category_ids`` | names and annotation ids of the classes, in the detector's order |
 | ``threshold`` | score threshold with the best F1 in the evaluation |
-| ``metrics``, ``iteration`` | results of the evaluation, and iteration of it |
+| ``metrics``, ``iteration`` | results of the evaluation, number of training iterations before it |
 | ``note`` | any text |
 | ``checksum`` | SHA-256 of weights and header; it detects damage, not forgery |
 
