@@ -96,7 +96,7 @@ def _ap(text: str) -> str:
         (["{tiny}", "DATASETS.TRAIN", "()"], "DATASETS.TRAIN is empty"),
         (["--eval-only", "{tiny}"], "DATASETS.TEST is empty"),
         (["--num-gpus", "99", "{tiny}"], "--num-gpus 99, but this machine has"),
-        (["--num-processes", "0", "{tiny}"], "count from 0, 1 and 1"),
+        (["--num-processes", "0", "{tiny}"], "--num-processes and --num-machines at least 1"),
         (["--num-machines", "2", "--machine-rank", "2", "{tiny}"], "--machine-rank 2"),
         (["--num-machines", "2", "{tiny}", "DATASETS.TRAIN", "('coco_2017_train',)"], "classes"),
         (["--train-json", "a.json", "{tiny}"], "--train-images"),

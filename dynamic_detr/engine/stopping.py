@@ -47,8 +47,8 @@ class TrainingStopped(SystemExit):
 class StopRequest:
     """Signal that asks this process to stop, if there was one.
 
-    Signal handlers set ``signal`` (``cli/signals.py``). Training compares it between the processes
-    in the reduction of each step (``step.py``); an evaluation looks at it after each image.
+    Signal handlers set ``signal`` (``cli/signals.py``). Training exchanges it between the processes
+    in each step (``step.py``); an evaluation checks it after each image.
     """
 
     def __init__(self) -> None:
