@@ -1,8 +1,8 @@
-"""The fusion of a level's maps in Triton: their weighted sum and the maximum of two linear
-functions of it, tile by tile; and the gradients of the coefficients.
+"""Fusion of the maps of a level in Triton, the maximum of two linear functions of their weighted
+sum; and the gradients of the coefficients.
 
-The backward pass sums the gradients of the coefficients up per slab of pixels; a second, small
-kernel adds the slabs in their order, so that the result is the same in every run.
+The gradients of the coefficients are summed within slabs of pixels; a second, small kernel sums the
+slabs in a fixed order, so the result is deterministic.
 """
 
 import torch
@@ -22,8 +22,8 @@ from .common import (
 
 __all__ = ["coefficient_gradients", "fuse"]
 
-TILES = 4  # of a program of the forward kernel
-SLAB = 16  # tiles of a program of the gradient kernel
+TILES = 4  # tiles per program of the forward kernel
+SLAB = 16  # tiles per program of the gradient kernel
 COEFFICIENTS = tl.constexpr(7)
 
 
@@ -31,7 +31,7 @@ COEFFICIENTS = tl.constexpr(7)
 def fuse(
     same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor, coefficients: Tensor
 ) -> Tensor:
-    """(B, C, H, W); the arguments are those of `plain.fuse_levels.fuse`."""
+    """Compute `plain.fuse_levels.fuse`: (B, C, H, W)."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))
     out = torch.empty_like(same, memory_format=torch.channels_last)
     batch, channels, height, width = same.shape
@@ -55,7 +55,7 @@ def coefficient_gradients(
     sizes: Tensor,
     coefficients: Tensor,
 ) -> Tensor:
-    """The gradients of the coefficients, (7, B, C)."""
+    """Compute `plain.fuse_levels.coefficient_gradients`: (7, B, C)."""
     grad_out, same, finer, coarser = (channels_last(m) for m in (grad_out, same, finer, coarser))
     batch, channels, height, width = same.shape
     blocks = block_sizes(channels, 1024)
@@ -121,7 +121,7 @@ def _coefficient_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program goes over SLAB tiles of true pixels of one image."""
+    """Sum the gradients over one slab: SLAB tiles of true pixels of one image."""
     slab, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
@@ -188,7 +188,7 @@ def _add_slabs_kernel(
     partial, sizes, grads, slabs, slab, batch, channels, height, width,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program adds the sums of one coefficient over the slabs of one image."""
+    """Sum the gradient of one coefficient over the slabs of one image."""
     coefficient, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
@@ -205,7 +205,7 @@ def _add_slabs_kernel(
 
 @triton.jit
 def _upsampled(coarser, row, column, h, w, half_width, channels, c, mask):
-    """A float32 tile of the upsampled coarser map at pixels (row, column) of the level.
+    """Return the upsampled coarser map at pixels (row, column) of the level, in float32.
 
     h and w are the true size of the level; `coarser` points to the image.
     """

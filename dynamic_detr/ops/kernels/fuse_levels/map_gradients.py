@@ -1,8 +1,8 @@
-"""The gradients of the maps of a level in Triton, through their moments and their fusion at once.
+"""Gradients of the maps of a level in Triton, through their moments and their fusion at once.
 
-A program owns a block of the coarser map and the pixels of the level above it, and computes the
-gradient of the sum for one row and column around them as well, which the upsampled block reaches.
-So nothing is added up in memory, and the result is the same in every run.
+A program writes the gradients of a block of the coarser map and of the pixels of the level that it
+covers. It also computes the gradient of the sum for one row and column around these pixels, which
+the upsampled block reaches. No atomics are needed, so the result is deterministic.
 """
 
 import torch
@@ -22,7 +22,7 @@ from .common import (
 
 __all__ = ["map_gradients"]
 
-ROWS = 8  # coarse rows of a program
+ROWS = 8  # rows of the coarser map per program
 
 
 @on_device_of_first
@@ -36,7 +36,7 @@ def map_gradients(
     grad_out: Tensor,
     coefficients: Tensor,
 ) -> list[Tensor]:
-    """The gradients of the maps; empty where there is no map."""
+    """Compute `plain.fuse_levels.map_gradients`: three maps, empty for None."""
     maps = same, finer, coarser, grad_out = tuple(
         channels_last(m) for m in (same, finer, coarser, grad_out)
     )
@@ -62,8 +62,10 @@ def map_gradients(
 
 @triton.jit
 def _through_moments(moments, grad_moments, which, count, image, batch, channels, c, known):
-    """The gradient of a pixel y through its map's mean and variance is y · slope + shift; third,
-    the gradient of the mean after upsampling. Each (1, channels)."""
+    """Return slope, shift and the gradient of the mean after upsampling, each (1, channels).
+
+    The gradient of a pixel y through mean and variance of its map is y · slope + shift.
+    """
     own = (which * batch + image) * channels + c
     step = 3 * batch * channels
     mean = tl.load(moments + own, known, 0)
@@ -81,12 +83,12 @@ def _gradient_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program owns ROWS × BLOCK_P pixels of the coarser grid and the level's pixels there.
+    """Write the gradients of ROWS × BLOCK_P pixels of the coarser map and of the pixels they cover.
 
-    Rows of the level come in pairs (2m - 1, 2m), which lie between the same two coarse rows m - 1
-    and m; what a pair adds to row m is carried to the next pair, which completes it. The columns
-    2j - 1 ... 2j + 2 that coarse column j reaches are four tiles of pixels, of which the program
-    owns the middle two.
+    Rows of the level are processed in pairs (2m - 1, 2m), which lie between the coarse rows m - 1
+    and m. The contribution of a pair to row m is carried to the next pair, which completes it. The
+    columns 2j - 1 ... 2j + 2 that coarse column j reaches are four tiles of pixels; the program
+    writes the middle two.
     """
     image = tl.program_id(2)
     first_row = tl.program_id(0) // strips * ROWS
@@ -125,7 +127,7 @@ def _gradient_kernel(
     for step in range(tl.minimum(ROWS, half_height - first_row) + 1):
         m = first_row + step
         if HAS_COARSER:
-            # the two coarse rows, at the three columns that are read
+            # two coarse rows at three columns
             low, high, _ = upsampling(2 * m, half_h)
             low_start = half_start + tl.minimum(low, half_h - 1) * half_width
             high_start = half_start + high * half_width
@@ -172,7 +174,7 @@ def _gradient_kernel(
                     grad = tl.load(grad_out + offset, true, 0).to(tl.float32)
                     grad_x = grad * (share * a1 + (1 - share) * a2)
                     if HAS_COARSER:
-                        # how much of coarse column j is read; at the edge, all that is continued
+                        # weight of coarse column j, including its replication at an edge
                         if side == 1:
                             reads = 0.75 + tl.where(j == 0, 0.25, 0.0)
                         elif side == 2:
@@ -215,5 +217,5 @@ def _row(coarser, start, column, channels, c, mask):
 
 @triton.jit
 def _write(to, value, true, mask):
-    """Zeros where it is not true."""
+    """Store the value, or zero beyond the true size."""
     tl.store(to, tl.where(true, value, 0.0).to(to.dtype.element_ty), mask)

@@ -1,5 +1,7 @@
-"""The moments of a level's maps in Triton: a running mean and variance per pixel of a tile
-(Welford), combined within and then between slabs of pixels (Chan), always in the same order.
+"""Moments of the maps of a level in Triton.
+
+Each pixel of a tile keeps a running mean and variance (Welford). They are combined within slabs of
+pixels and then between slabs (Chan) in a fixed order, so the result is deterministic.
 """
 
 import torch
@@ -12,12 +14,12 @@ from .common import block_sizes, channels_last, true_size
 
 __all__ = ["moments"]
 
-SLAB = 16  # tiles of a program
+SLAB = 16  # tiles per program
 
 
 @on_device_of_first
 def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor) -> Tensor:
-    """(3, 3, B, C); the arguments are those of `plain.fuse_levels.moments`."""
+    """Compute `plain.fuse_levels.moments`: (3, 3, B, C)."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))
     batch, channels, height, width = same.shape
     out = same.new_empty((3, 3, batch, channels), dtype=torch.float32)
@@ -50,7 +52,7 @@ def _slab_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Programs are slabs of `same`, then of `finer`, then of `coarser`."""
+    """Compute the moments of one slab: programs are slabs of same, then of finer, then coarser."""
     program, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h, w = true_size(sizes, image, height, width)
@@ -78,9 +80,10 @@ def _measure(
     features, to, slab, h, w, level_h, level_w, row_length, channels, c,
     HALF: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Stores three numbers of a slab of the h × w true pixels of an image, if there is such a slab:
-    mean, sum of centred squares, and the sum in which a pixel weighs as many pixels of the level
-    as it covers (up to 4 in the half-sized map, else 1).
+    """Store three statistics of a slab of the h × w true pixels of an image, if the slab exists.
+
+    These are the mean, the sum of centred squares, and the sum of pixels weighted by the number of
+    pixels of the level that each covers: up to 4 in the coarser map, else 1.
     """
     first = slab * SLAB * BLOCK_P
     if (first >= 0) & (first < h * w):
@@ -120,7 +123,7 @@ def _combine_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program combines the slabs of one map (0 same, 1 finer, 2 coarser) of one image."""
+    """Combine the slabs of one map (0 same, 1 finer, 2 coarser) of one image."""
     which, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = c < channels
