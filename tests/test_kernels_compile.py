@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import compile_table  # noqa: E402
+
 TABLE = ROOT / "docs" / "kernels.md"
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # per block: smallest GPU since Ampere, H100
 
@@ -48,3 +52,10 @@ def test_kernels_fit_the_gpu(architecture, dtype, cases, kernels, tmp_path):
         assert (sum(kernel["atomics"].values()) > 0) == (kernel["added"] > 0)
         row = rf"\| {kernel['case']}: {kernel['kernel']} +\| {architecture} "
         assert re.search(row, TABLE.read_text())
+
+
+def test_absent_folder_is_refused_before_compiling(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compile_table.main(["--output", str(tmp_path / "absent" / "kernels.md")])
+    assert stop.value.code == 2
+    assert f"the folder {tmp_path / 'absent'} does not exist" in capsys.readouterr().err

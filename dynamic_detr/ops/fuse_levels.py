@@ -27,7 +27,7 @@ from torch import Tensor
 from .backend import kernel_serves
 from .check import check_tensor
 
-__all__ = ["FusionWeights", "fuse_levels"]
+__all__ = ["FusionWeights", "fuse_levels", "hard_sigmoid"]
 
 
 class FusionWeights(NamedTuple):
@@ -66,7 +66,7 @@ def fuse_levels(
 
     All statistics are taken over true pixels. A coarser map is upsampled by 2 (bilinear,
     align_corners=False) from its true pixels with replicated edges, and cropped. Variances are
-    means of centred squares, so a large mean does not cancel them. Autocast has no effect. Second
+    computed from centred squares, so a large mean costs no accuracy. Autocast has no effect. Second
     derivatives are not supported.
 
     Args:
@@ -249,13 +249,13 @@ def _coefficients(
         weight = _mean_weights(mean)
         if scale_weight is not None:
             score = F.linear(pooled * gain + shift, scale_weight.to(dtype), scale_bias.to(dtype))
-            weight = weight * _hard_sigmoid(score.relu())
+            weight = weight * hard_sigmoid(score.relu())
         gain, shift = weight * gain, (weight * shift).sum(dim=1)
         a1, b1, a2, b2 = torch.ones_like(shift), 0 * shift, 0 * shift, 0 * shift
         if reduce_weight is not None:
             pooled = (pooled * gain).sum(dim=1) + shift
             hidden = F.linear(pooled, reduce_weight.to(dtype), reduce_bias.to(dtype)).relu()
-            y = _hard_sigmoid(F.linear(hidden, expand_weight.to(dtype), expand_bias.to(dtype)))
+            y = hard_sigmoid(F.linear(hidden, expand_weight.to(dtype), expand_bias.to(dtype)))
             a1, b1, a2, b2 = (y - 0.5).chunk(4, dim=-1)
             a1, a2 = 2 * a1 + 1, 2 * a2
         # x is the sum of gain · map without the shift, so the intercepts include it
@@ -282,8 +282,9 @@ def _mean_weights(mean: Tensor) -> Tensor:
     return exists / exists.sum(dim=1, keepdim=True)
 
 
-def _hard_sigmoid(x: Tensor) -> Tensor:
-    return F.relu6(x + 3) / 6  # F.hardsigmoid's gradient has float32 accuracy in float64
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """Return relu6(x + 3) / 6; the gradient of `F.hardsigmoid` has float32 accuracy in float64."""
+    return F.relu6(x + 3) / 6
 
 
 def _setup_context(ctx, inputs, output) -> None:

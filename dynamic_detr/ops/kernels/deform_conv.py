@@ -288,7 +288,7 @@ def forward(
     bias = None if bias is None else bias.contiguous()
     batch, _, height, width = input.shape
     _, _, out_height, out_width = offset.shape
-    channels_out, _, kernel_height, kernel_width = weight.shape
+    channels_out, _, _, kernel_width = weight.shape
     out = input.new_empty(batch, out_height, out_width, channels_out)
     packed = _pack(weight, groups)
     packs, taps, group_k, group_n = packed.shape

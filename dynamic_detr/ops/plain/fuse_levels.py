@@ -36,7 +36,7 @@ def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: T
 
 
 def _mean_and_variance(features: Tensor, sizes: Tensor) -> Tensor:
-    """Return (2, B, C), in two passes: uncentred squares would cancel the variance."""
+    """Return (2, B, C), in two passes: with uncentred squares, a large mean costs accuracy."""
     out = features.new_empty((2, *features.shape[:2]), dtype=_wide(features))
     if features.device.type == "cpu":
         for image, (height, width) in enumerate(sizes.tolist()):

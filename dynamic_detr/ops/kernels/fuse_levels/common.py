@@ -56,19 +56,19 @@ def upsampling(position, true_length):
 
 
 @triton.jit
-def load_coefficients(coefficients, image, batch, channels, c, known):
+def load_coefficients(coefficients, image, batch, channels, c, c_mask):
     """Return the three gains, a1, b1, a2 and b2 of an image, each (1, channels)."""
     own = coefficients + image * channels + c[None, :]
     step = batch * channels
-    known = known[None, :]
+    c_mask = c_mask[None, :]
     return (
-        tl.load(own, known, 0),
-        tl.load(own + step, known, 0),
-        tl.load(own + 2 * step, known, 0),
-        tl.load(own + 3 * step, known, 0),
-        tl.load(own + 4 * step, known, 0),
-        tl.load(own + 5 * step, known, 0),
-        tl.load(own + 6 * step, known, 0),
+        tl.load(own, c_mask, 0),
+        tl.load(own + step, c_mask, 0),
+        tl.load(own + 2 * step, c_mask, 0),
+        tl.load(own + 3 * step, c_mask, 0),
+        tl.load(own + 4 * step, c_mask, 0),
+        tl.load(own + 5 * step, c_mask, 0),
+        tl.load(own + 6 * step, c_mask, 0),
     )
 
 

@@ -61,17 +61,17 @@ def map_gradients(
 
 
 @triton.jit
-def _through_moments(moments, grad_moments, which, count, image, batch, channels, c, known):
+def _through_moments(moments, grad_moments, which, count, image, batch, channels, c, c_mask):
     """Return slope, shift and the gradient of the mean after upsampling, each (1, channels).
 
     The gradient of a pixel y through mean and variance of its map is y · slope + shift.
     """
     own = (which * batch + image) * channels + c
     step = 3 * batch * channels
-    mean = tl.load(moments + own, known, 0)
-    mean_grad = tl.load(grad_moments + own, known, 0)
-    slope = 2 * tl.load(grad_moments + step + own, known, 0) / count
-    upsampled_mean_grad = tl.load(grad_moments + 2 * step + own, known, 0)
+    mean = tl.load(moments + own, c_mask, 0)
+    mean_grad = tl.load(grad_moments + own, c_mask, 0)
+    slope = 2 * tl.load(grad_moments + step + own, c_mask, 0) / count
+    upsampled_mean_grad = tl.load(grad_moments + 2 * step + own, c_mask, 0)
     shift = mean_grad / count - slope * mean
     return slope[None, :], shift[None, :], upsampled_mean_grad[None, :]
 
@@ -94,7 +94,7 @@ def _gradient_kernel(
     first_row = tl.program_id(0) // strips * ROWS
     j = tl.program_id(0) % strips * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     half_h, half_w = (h + 1) // 2, (w + 1) // 2
     half_height, half_width = (height + 1) // 2, (width + 1) // 2
@@ -103,17 +103,17 @@ def _gradient_kernel(
     count, half_count = (h * w).to(tl.float32), (half_h * half_w).to(tl.float32)
 
     same_slope, same_shift, extra = _through_moments(
-        moments, grad_moments, 0, count, image, batch, channels, c, known
+        moments, grad_moments, 0, count, image, batch, channels, c, c_mask
     )
     same_shift += extra / count
     if HAS_FINER:
         finer_slope, finer_shift, extra = _through_moments(
-            moments, grad_moments, 1, count, image, batch, channels, c, known
+            moments, grad_moments, 1, count, image, batch, channels, c, c_mask
         )
         finer_shift += extra / count
     if HAS_COARSER:
         coarser_slope, coarser_shift, extra = _through_moments(
-            moments, grad_moments, 2, half_count, image, batch, channels, c, known
+            moments, grad_moments, 2, half_count, image, batch, channels, c, c_mask
         )
         covered_grad = extra / count
         left = tl.minimum(tl.maximum(j - 1, 0), half_w - 1)
@@ -121,7 +121,7 @@ def _gradient_kernel(
         right = tl.minimum(j + 1, half_w - 1)
         carried = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     same_gain, finer_gain, coarser_gain, a1, b1, a2, b2 = load_coefficients(
-        coefficients, image, batch, channels, c, known
+        coefficients, image, batch, channels, c, c_mask
     )
 
     for step in range(tl.minimum(ROWS, half_height - first_row) + 1):
@@ -131,7 +131,7 @@ def _gradient_kernel(
             low, high, _ = upsampling(2 * m, half_h)
             low_start = half_start + tl.minimum(low, half_h - 1) * half_width
             high_start = half_start + high * half_width
-            mask = (j < half_width)[:, None] & known[None, :]
+            mask = (j < half_width)[:, None] & c_mask[None, :]
             low_left = _row(coarser, low_start, left, channels, c, mask)
             low_middle = _row(coarser, low_start, middle, channels, c, mask)
             low_right = _row(coarser, low_start, right, channels, c, mask)
@@ -155,7 +155,7 @@ def _gradient_kernel(
                 if HAS_COARSER | (side == 1) | (side == 2):
                     column = 2 * j - 1 + side
                     offset = (start + row * width + column)[:, None] * channels + c[None, :]
-                    true = ((column >= 0) & (column < true_width))[:, None] & known[None, :]
+                    true = ((column >= 0) & (column < true_width))[:, None] & c_mask[None, :]
                     own_value = tl.load(same + offset, true, 0).to(tl.float32)
                     x = same_gain * own_value
                     if HAS_FINER:
@@ -186,7 +186,7 @@ def _gradient_kernel(
                         else:
                             even += reads[:, None] * grad_x
                     if (side == 1) | (side == 2):
-                        write = (column < owned_width)[:, None] & known[None, :]
+                        write = (column < owned_width)[:, None] & c_mask[None, :]
                         same_result = same_gain * grad_x + own_value * same_slope + same_shift
                         _write(same_grad + offset, same_result, true, write)
                         if HAS_FINER:
@@ -203,9 +203,9 @@ def _gradient_kernel(
             result += coarser_gain * (carried + at_bottom * odd + 0.25 * even)
             carried = 0.25 * odd + at_top * even
             offset = (half_start + done * half_width + j)[:, None] * channels + c[None, :]
-            true = (j < tl.where(done < half_h, half_w, 0))[:, None] & known[None, :]
+            true = (j < tl.where(done < half_h, half_w, 0))[:, None] & c_mask[None, :]
             owned_width = tl.where((done >= first_row) & (done < half_height), half_width, 0)
-            write = (j < owned_width)[:, None] & known[None, :]
+            write = (j < owned_width)[:, None] & c_mask[None, :]
             _write(coarser_grad + offset, result, true, write)
 
 

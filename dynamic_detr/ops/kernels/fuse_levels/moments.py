@@ -87,7 +87,7 @@ def _measure(
     """
     first = slab * SLAB * BLOCK_P
     if (first >= 0) & (first < h * w):
-        known = c < channels
+        c_mask = c < channels
         lane = tl.arange(0, BLOCK_P)
         mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -98,7 +98,7 @@ def _measure(
             row, column = pixel // w, pixel % w
             offset = (row * row_length + column).to(tl.int64)[:, None] * channels + c[None, :]
             true = pixel < h * w
-            value = tl.load(features + offset, true[:, None] & known[None, :], 0).to(tl.float32)
+            value = tl.load(features + offset, true[:, None] & c_mask[None, :], 0).to(tl.float32)
             count += tl.where(true, 1.0, 0.0)
             delta = tl.where(true[:, None], value - mean, 0.0)
             mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
@@ -111,10 +111,10 @@ def _measure(
         slab_mean = tl.sum(mean * count[:, None], 0) / total
         apart = mean - slab_mean[None, :]
         squares += count[:, None] * apart * apart
-        tl.store(to, slab_mean, known)
-        tl.store(to + channels, tl.sum(squares, 0), known)
+        tl.store(to, slab_mean, c_mask)
+        tl.store(to + channels, tl.sum(squares, 0), c_mask)
         covered_sum = tl.sum(covered_sums, 0) if HALF else slab_mean * total
-        tl.store(to + 2 * channels, covered_sum, known)
+        tl.store(to + 2 * channels, covered_sum, c_mask)
 
 
 @triton.jit(do_not_specialize=["slabs", "all_slabs", "slab", "batch", "height", "width"])
@@ -126,7 +126,7 @@ def _combine_kernel(
     """Combine the slabs of one map (0 same, 1 finer, 2 coarser) of one image."""
     which, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     level_count = (h * w).to(tl.float32)
     if which == 2:
@@ -144,22 +144,22 @@ def _combine_kernel(
     for first in range(0, filled, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         offset = (t * 3 * channels)[:, None] + c[None, :]
-        there = (t < filled)[:, None] & known[None, :]
+        mask = (t < filled)[:, None] & c_mask[None, :]
         size = tl.minimum(h * w - t * slab, slab).to(tl.float32)[:, None]
-        mean_sum += size * tl.load(start + offset, there, 0)
-        covered_sum += tl.load(start + offset + 2 * channels, there, 0)
+        mean_sum += size * tl.load(start + offset, mask, 0)
+        covered_sum += tl.load(start + offset + 2 * channels, mask, 0)
     mean = tl.sum(mean_sum, 0) / count
 
     squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(0, filled, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         offset = (t * 3 * channels)[:, None] + c[None, :]
-        there = (t < filled)[:, None] & known[None, :]
+        mask = (t < filled)[:, None] & c_mask[None, :]
         size = tl.minimum(h * w - t * slab, slab).to(tl.float32)[:, None]
-        apart = tl.where(there, tl.load(start + offset, there, 0) - mean[None, :], 0.0)
-        squares += tl.load(start + offset + channels, there, 0) + size * apart * apart
+        apart = tl.where(mask, tl.load(start + offset, mask, 0) - mean[None, :], 0.0)
+        squares += tl.load(start + offset + channels, mask, 0) + size * apart * apart
     to = moments + (which * batch + image) * channels + c
     step = 3 * batch * channels
-    tl.store(to, mean, known)
-    tl.store(to + step, tl.sum(squares, 0) / count, known)
-    tl.store(to + 2 * step, tl.sum(covered_sum, 0) / level_count, known)
+    tl.store(to, mean, c_mask)
+    tl.store(to + step, tl.sum(squares, 0) / count, c_mask)
+    tl.store(to + 2 * step, tl.sum(covered_sum, 0) / level_count, c_mask)
