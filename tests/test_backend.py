@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs."""
+"""Choice between Triton kernels and plain PyTorch."""
 
 import types
 import warnings
@@ -26,15 +26,15 @@ def test_kernels_serve_on_a_gpu(working):
     assert not backend.kernel_serves(tensor(is_cuda=False))
 
 
-def test_they_can_be_switched_off(working, monkeypatch):
+def test_environment_disables_kernels(working, monkeypatch):
     monkeypatch.setenv(backend.SWITCH, "0")
     assert not backend.kernel_serves(tensor())
 
 
-def test_where_triton_does_not_work_one_warning_says_why(working, monkeypatch):
-    monkeypatch.setattr(backend, "triton_problem", lambda device: "Triton is away")
+def test_broken_triton_warns_once(working, monkeypatch):
+    monkeypatch.setattr(backend, "triton_problem", lambda device: "Triton is missing")
     backend._warn.cache_clear()
-    with pytest.warns(UserWarning, match="^Triton is away. Operators run in plain PyTorch"):
+    with pytest.warns(UserWarning, match="^Triton is missing. Operators run in plain PyTorch"):
         assert not backend.kernel_serves(tensor())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -44,7 +44,7 @@ def test_where_triton_does_not_work_one_warning_says_why(working, monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that is feigned, and not asked before."""
+    """A fake GPU that was not tried before."""
     monkeypatch.setattr(backend, "_problems", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -53,8 +53,8 @@ def gpu(monkeypatch):
     return torch.device("cuda", 0)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU")
-def test_what_does_not_work_is_one_line(gpu):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_problem_is_one_line(gpu):
     problem = backend.triton_problem(gpu)
     assert problem.startswith("Triton cannot") and "\n" not in problem
 

@@ -1,4 +1,4 @@
-"""Bilinear samples against a float64 loop: indices, weights and all gradients."""
+"""Bilinear samples against a float64 loop, and their gradients against finite differences."""
 
 import math
 
@@ -18,7 +18,7 @@ COORDINATES = st.one_of(st.sampled_from(POSITIONS), st.floats(-3, 7))
 
 
 def sampled(samples: BilinearSamples, image: Tensor) -> Tensor:
-    """What the samples are on a (H, W) image."""
+    """Return the samples of a (H, W) image."""
     index = samples.index(image.shape[1])
     assert index.dtype == torch.int32
     assert index.min() >= 0 and index.max() < image.numel()
@@ -36,10 +36,10 @@ def test_is_the_reference(height, width, positions):
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("nowhere", [math.nan, math.inf, -math.inf, 1e30, -1e30])
-def test_nowhere_is_outside(nowhere):
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+def test_bad_positions_are_outside(bad):
     image = torch.ones(3, 4)
-    y, x = torch.tensor([nowhere, 1.0, nowhere]), torch.tensor([1.0, nowhere, nowhere])
+    y, x = torch.tensor([bad, 1.0, bad]), torch.tensor([1.0, bad, bad])
     samples = BilinearSamples(y, x, 3, 4)
     assert sampled(samples, image).tolist() == [0, 0, 0]
     for grad in samples.backward(torch.ones(3, 4))[:2]:
@@ -47,7 +47,7 @@ def test_nowhere_is_outside(nowhere):
 
 
 def test_sizes_and_positions_broadcast():
-    """A row of y and a column of x, on maps of two sizes in one table."""
+    """A column of y and a row of x, on maps of two sizes in one table."""
     image = torch.randn(4, 6, dtype=torch.float64)
     y, x = torch.rand(2, 5, 1, dtype=torch.float64) * 6, torch.rand(2, 1, 3, dtype=torch.float64)
     heights, widths = torch.tensor([4, 1]).view(2, 1, 1), torch.tensor([6, 2]).view(2, 1, 1)
@@ -64,7 +64,7 @@ def test_sizes_and_positions_broadcast():
 @settings(deadline=None)
 @given(SIDES, SIDES, st.integers(0, 1000), st.booleans())
 def test_gradients(height, width, seed, scaled):
-    """Away from pixels, where there is but one: finite differences."""
+    """Finite differences, away from pixels, where the derivative jumps."""
     generator = torch.Generator().manual_seed(seed)
     cell = torch.randint(-3, 6, (2, 8), generator=generator)
     y, x = cell + 0.1 + 0.8 * torch.rand(2, 8, generator=generator, dtype=torch.float64)
@@ -91,8 +91,8 @@ def test_gradients(height, width, seed, scaled):
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_on_a_pixel_the_gradient_is_of_the_cell_behind_it(size):
-    """Also at the edges, where that cell has a side outside, and out there."""
+def test_gradient_on_a_pixel_is_that_of_the_next_cell(size):
+    """Also at the edges and outside."""
     image = torch.randn(size, 1, dtype=torch.float64)
     y = torch.arange(-3.0, size + 3, dtype=torch.float64)
     samples = BilinearSamples(y, torch.zeros_like(y), size, 1)

@@ -1,5 +1,7 @@
-"""The operator behind the encoder's convolutions, on every backend, against the float64 reference;
-the kernels through Triton's interpreter where there is no GPU."""
+"""`fuse_levels` on both backends against the float64 reference.
+
+The kernels run on a GPU, or in Triton's interpreter where there is none.
+"""
 
 import importlib
 from typing import NamedTuple
@@ -26,7 +28,7 @@ def use_backend(patch: pytest.MonkeyPatch, name: str) -> None:
 
 @pytest.fixture(params=["plain", "kernel"])
 def backend(request, monkeypatch) -> str:
-    """Which implementation runs."""
+    """Implementation that runs."""
     if request.param == "kernel":
         pytest.importorskip("triton")
     use_backend(monkeypatch, request.param)
@@ -43,12 +45,12 @@ class Arguments(NamedTuple):
     eps: float = EPS
 
     def tensors(self) -> list[Tensor]:
-        """All maps and parameters, wanting gradients."""
+        """Return all maps and parameters, which require gradients."""
         floating = [*self.same, *self.finer, *self.coarser, *self.weights]
         return [t.requires_grad_() for t in floating if t is not None]
 
     def map(self, function) -> "Arguments":
-        """The same with the function's results for maps and parameters."""
+        """Apply a function to maps and parameters."""
         same, finer, coarser = ([function(m) for m in part] for part in self[:3])
         weights = FusionWeights(*(None if p is None else function(p) for p in self.weights))
         return Arguments(same, finer, coarser, self.sizes, weights, self.num_groups, self.eps)
@@ -69,7 +71,7 @@ def arguments(
     garbage=torch.nan,
     device=DEVICE,
 ) -> Arguments:
-    """Maps with garbage beyond the true sizes, and weights that are all different."""
+    """Return random arguments with garbage beyond the true sizes."""
     batch, branches = len(sizes), 3 if levels > 1 else 1
     true = torch.tensor(sizes, dtype=torch.int64).reshape(batch, 2)
     same, finer, coarser, true_sizes = [], [], [], []
@@ -112,7 +114,7 @@ SHAPES = {
 
 
 def results(given: Arguments, function=fuse_levels) -> list[Tensor]:
-    """The levels and all gradients."""
+    """Return the levels and all gradients."""
     tensors = given.tensors()
     levels = function(*given)
     generator = torch.Generator().manual_seed(1)
@@ -121,7 +123,7 @@ def results(given: Arguments, function=fuse_levels) -> list[Tensor]:
 
 
 def check(given: Arguments, tolerance=1e-3) -> list[Tensor]:
-    """Levels and all gradients against the reference on the same numbers in float64."""
+    """Compare the levels and all gradients with the reference in float64, and return them."""
     tensors = results(given)
     pairs = zip(tensors, results(given.exact(), reference.fuse_levels), strict=True)
     for found, exactly in pairs:
@@ -163,7 +165,7 @@ def test_no_images(backend):
 
 
 def test_gradients_in_float64():
-    """Of the levels, and of the moments that the operator returns beside them."""
+    """Finite differences of the levels and of the moments, the second output of the operator."""
     given = arguments((3, 2), 2, ((3, 2), (2, 1)), garbage=0.5).exact()
 
     def function(*tensors):
@@ -180,7 +182,6 @@ def test_gradients_in_float64():
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
 )
 def test_dtypes(backend, dtype, tolerance):
-    """The results are of the dtypes and in the memory that fake tensors promise."""
     given = arguments(dtype=dtype)
     for level in check(given, tolerance)[:2]:
         assert level.dtype == dtype
@@ -194,7 +195,7 @@ def test_parameters_in_half_precision(dtype):
 
 
 def test_autocast_changes_nothing():
-    """Not even where the backward pass runs under it."""
+    """Also if the backward pass runs under it."""
     given = arguments()
     found = []
     for enabled in (False, True):
@@ -203,8 +204,8 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
-def test_a_large_mean_does_not_drown_the_variance(backend):
-    """Nor does an outlier, or a corner that differs from all else."""
+def test_variance_of_a_large_mean(backend):
+    """Without and with an outlier in a corner."""
     given = arguments((60, 40), 6, ((60, 40),), 1, groups=6)
     for corner in (0, 1000):
         features = torch.randn(1, 6, 60, 40, device=DEVICE) + 1000
@@ -220,7 +221,7 @@ def test_a_large_mean_does_not_drown_the_variance(backend):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("elements", [1, 50, 100, 240, 500])
 def test_tiles_leave_no_seam(monkeypatch, shape, elements):
-    """Tiles of two rows, of several, of whole images and of several images."""
+    """Tiles of two rows, several rows, one image and several images."""
     use_backend(monkeypatch, "plain")
     monkeypatch.setattr(tiles, "ELEMENTS", elements)
     size, sizes = SHAPES[shape]
@@ -229,7 +230,7 @@ def test_tiles_leave_no_seam(monkeypatch, shape, elements):
 
 @pytest.mark.parametrize("channels", [1, 64, 70])
 def test_any_number_of_channels(backend, channels):
-    """From channels-first memory."""
+    """In channels-first memory."""
     given = arguments((4, 3), channels, ((4, 3), (3, 2)), 2)
     check(given.map(lambda t: t.contiguous()))
 
@@ -245,7 +246,7 @@ def test_upstream_gradients_of_any_strides(backend):
 
 
 def test_equal_linear_functions_get_half_of_the_gradient_each(backend):
-    """Of the ReLU's two where the level is 0: as `torch.maximum` has it."""
+    """A ReLU at 0, as in `torch.maximum`."""
     given = arguments((2, 3), 4, ((2, 3),), 1, scale=False, dyrelu=False)
     given = given.map(torch.zeros_like)
     grads = results(given)[1:]
@@ -298,8 +299,8 @@ def test_any_shape_on_kernels(sizes, padding, channels, levels):
         check_any_shape(sizes, padding, channels, levels)
 
 
-def test_is_one_for_pytorch():
-    """Schema, fake tensors and autograd fit together, forward and backward."""
+def test_opcheck():
+    """Schema, fake tensors and autograd of all operators."""
     levels = 2
     given = arguments((3, 5), 4, ((3, 5), (2, 2)), levels, garbage=0.5)
     given.tensors()
@@ -333,29 +334,30 @@ def with_part(given: Arguments, part: str, index: int, tensor: Tensor) -> Argume
 @pytest.mark.parametrize(
     ("part", "index", "tensor", "message"),
     [
-        ("same", 0, torch.zeros(3, 4), r"same\[0\] has shape \(3, 4\); wants \(B, C, H, W\)"),
-        ("same", 1, torch.zeros(2, 8, 4, 4), r"same\[1\] has .*4\); wants \(2, 8, 4, 5\)"),
-        ("same", 0, torch.zeros(2, 8, 7, 10, dtype=torch.int64), r"same\[0\] is torch.int64"),
-        ("finer", 0, torch.zeros(2, 8, 7, 9), r"finer\[0\] has .*9\); wants \(2, 8, 4, 5\)"),
-        ("finer", 0, torch.zeros(2, 8, 4, 5).half(), r"finer\[0\] is torch.float16; wants torch.f"),
-        ("coarser", 0, torch.zeros(2, 8, 3, 5), r"coarser\[0\] has .*wants \(2, 8, 4, 5\)"),
-        ("sizes", 0, torch.ones(2, 2), r"sizes\[0\] is torch.float32; wants int32 or int64"),
-        ("sizes", 1, torch.ones(3, 2).long(), r"sizes\[1\] has .*wants \(2, 2\)"),
-        ("finer", 0, torch.zeros(2, 8, 4, 5, device="meta"), r"finer\[0\] is on meta; wants cpu"),
+        ("same", 0, torch.zeros(3, 4), r"shape \(B, C, H, W\), got \(3, 4\)"),
+        ("same", 1, torch.zeros(2, 8, 4, 4), r"shape \(2, 8, 4, 5\), got \(2, 8, 4, 4\)"),
+        ("same", 0, torch.zeros(2, 8, 7, 10).long(), "a floating dtype, got torch.int64"),
+        ("finer", 0, torch.zeros(2, 8, 7, 9), r"shape \(2, 8, 4, 5\), got \(2, 8, 7, 9\)"),
+        ("finer", 0, torch.zeros(2, 8, 4, 5).half(), "torch.float32, got torch.float16"),
+        ("coarser", 0, torch.zeros(2, 8, 3, 5), r"shape \(2, 8, 4, 5\), got \(2, 8, 3, 5\)"),
+        ("sizes", 0, torch.ones(2, 2), "int32 or int64, got torch.float32"),
+        ("sizes", 1, torch.ones(3, 2).long(), r"shape \(2, 2\), got \(3, 2\)"),
+        ("finer", 0, torch.zeros(2, 8, 4, 5).to("meta"), "a tensor on cpu, got one on meta"),
     ],
 )
 def test_wrong_maps_are_named(part, index, tensor, message):
     given = with_part(arguments(device="cpu"), part, index, tensor)
-    with pytest.raises(ValueError, match=f"^fuse_levels: {message}"):
+    message = rf"^fuse_levels: {part}\[{index}\]: expected {message}$"
+    with pytest.raises(ValueError, match=message):
         fuse_levels(*given)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"finer": []}, "finer has 0 tensors; wants 1"),
-        ({"same": []}, "same has 0 tensors; wants 1"),
-        ({"num_groups": 3}, "num_groups is 3; wants a divisor of 8"),
+        ({"finer": []}, "finer: expected 1 tensors, got 0"),
+        ({"same": []}, "same: expected 1 tensors, got 0"),
+        ({"num_groups": 3}, "num_groups: expected a divisor of 8 channels, got 3"),
     ],
 )
 def test_wrong_numbers_are_named(change, message):
@@ -376,5 +378,5 @@ def test_wrong_numbers_are_named(change, message):
 def test_wrong_weights_are_named(name, shape):
     given = arguments(device="cpu")
     weights = given.weights._replace(**{name: torch.zeros(shape)})
-    with pytest.raises(ValueError, match=f"^fuse_levels: {name.split('_')[0]}"):
+    with pytest.raises(ValueError, match=f"^fuse_levels: {name.split('_')[0]}.*: expected shape"):
         fuse_levels(*given._replace(weights=weights))

@@ -1,4 +1,4 @@
-"""The check on a GPU, as far as it goes without one."""
+"""`gpu_check.py` and the comparison with other packages, without a GPU."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ import benchmark  # noqa: E402
 import gpu_check  # noqa: E402
 from benchmarks.peers import measure_peers  # noqa: E402
 
-# The layouts that deformops 3.0.1 documents; its attention fails here.
+# A stand-in with the layouts that deformops 3.0.1 documents; its attention fails.
 DEFORMOPS = """
 import torch, torchvision
 
@@ -42,13 +42,13 @@ def test_steps_are_commands_that_exist(rehearse, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_what_to_do(capsys):
+def test_error_without_a_gpu(capsys):
     with pytest.raises(SystemExit) as stop:
         gpu_check.main([])
     assert stop.value.code == 2 and "--rehearse" in capsys.readouterr().err
 
 
-def test_a_step_that_fails_or_hangs_does_not_end_the_check(tmp_path, monkeypatch):
+def test_check_continues_after_failed_and_slow_steps(tmp_path, monkeypatch):
     commands = {
         "good": "print('fine')",
         "bad": "raise SystemExit(3)",

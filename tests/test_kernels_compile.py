@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not there, and fit into them."""
+"""The kernels compile for GPUs without one, and fit into their registers and shared memory."""
 
 import importlib.util
 import json
@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import compile_table  # noqa: E402
+
 TABLE = ROOT / "docs" / "kernels.md"
-SHARED_MEMORY = {
-    80: 99 * 1024,
-    90: 227 * 1024,
-}  # of a block, on the smallest GPU since Ampere; H100
+SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # per block: smallest GPU since Ampere, H100
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -39,15 +40,22 @@ def test_kernels_fit_the_gpu(architecture, dtype, cases, kernels, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     launched = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({(said["case"], said["kernel"]) for said in launched}) == kernels
-    for said in launched:
-        assert said["shared"] <= SHARED_MEMORY[architecture], said
-        assert said["stack"] <= 256, said  # bytes that a thread spills: a few do not matter
-        assert "128" in said["loads"], said
-        half = dtype != "float32"  # whose products are exact, so not on tensor cores
-        if said["case"].startswith("deform_conv") and half:
-            assert all(("HGMMA" in name) == (architecture == 90) for name in said["products"])
-            assert sum(said["products"].values()) > 0
-        assert (sum(said["atomics"].values()) > 0) == (said["added"] > 0)
-        row = rf"\| {said['case']}: {said['kernel']} +\| {architecture} "
+    assert len({(kernel["case"], kernel["kernel"]) for kernel in launched}) == kernels
+    for kernel in launched:
+        assert kernel["shared"] <= SHARED_MEMORY[architecture], kernel
+        assert kernel["stack"] <= 256, kernel  # bytes spilled per thread
+        assert "128" in kernel["loads"], kernel
+        half = dtype != "float32"  # float32 products do not use tensor cores
+        if kernel["case"].startswith("deform_conv") and half:
+            assert all(("HGMMA" in name) == (architecture == 90) for name in kernel["products"])
+            assert sum(kernel["products"].values()) > 0
+        assert (sum(kernel["atomics"].values()) > 0) == (kernel["added"] > 0)
+        row = rf"\| {kernel['case']}: {kernel['kernel']} +\| {architecture} "
         assert re.search(row, TABLE.read_text())
+
+
+def test_absent_folder_is_refused_before_compiling(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        compile_table.main(["--output", str(tmp_path / "absent" / "kernels.md")])
+    assert stop.value.code == 2
+    assert f"the folder {tmp_path / 'absent'} does not exist" in capsys.readouterr().err

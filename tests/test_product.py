@@ -1,4 +1,4 @@
-"""Products against float64, with every library that may compute them."""
+"""Matrix products in all dtypes, with each library."""
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
 #!/usr/bin/env python
-"""Compile every Triton kernel for GPUs that are not there, and tabulate what each takes of one: its
-registers, spills, shared memory, tensor-core instructions, widths of loads and atomics; and an
-estimate of its time.
+"""Compile every Triton kernel without a GPU, and tabulate its registers, spills, shared memory,
+tensor-core instructions, widths of loads and atomics, and an estimate of its time.
 
 python tools/compile_table.py                               # prints the tables
 python tools/compile_table.py --output docs/kernels.md
@@ -23,18 +22,18 @@ from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.errors import UserError
 
 PROGRAM = "compile_table.py"
-L2_BYTES = 5120  # a clock, as NVIDIA states for the A100; taken for the H100 too
+L2_BYTES = 5120  # per clock: NVIDIA's figure for the A100, used for the H100 too
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """A GPU's peaks, as its data sheet states them.
+    """Peak numbers from the data sheet of a GPU.
 
     Args:
-        name: for tables.
-        bandwidth: of its memory, bytes a second.
-        flops: dense products a second of the tensor cores, by dtype; float32 counts as TF32 is off.
-        clock: boosted, in hertz.
+        name: name in the tables.
+        bandwidth: memory bandwidth in bytes per second.
+        flops: dense FLOP/s of matrix products by dtype; float32 without TF32.
+        clock: boost clock in hertz.
     """
 
     name: str
@@ -51,44 +50,43 @@ GPUS = {
     80: Gpu("A100", 2.04e12, _flops(312e12, 19.5e12), 1.41e9),
     90: Gpu("H100", 3.35e12, _flops(989e12, 67e12), 1.755e9),
 }
-PAGE = """# What the compiler says of the kernels
+PAGE = """# Compiled kernels
 
-Written by `{command}`, with Triton {triton}. No GPU was used,
-and nothing was timed. Shapes are those of one image of 800 × 1344 in {dtype}: the finest level
-(P2, 200 × 336, 256 channels) for deformable convolution and fusion, all levels for RoIAlign (300
-boxes) and attention (a query for each position of strides 8 to 64).
+Written by `{command}` with Triton {triton}, without a
+GPU and without timing. Shapes are those of one 800 × 1344 image in {dtype}: the finest level (P2,
+200 × 336, 256 channels) for deformable convolution and fusion, all levels for RoIAlign (300 boxes)
+and attention (one query for each position of strides 8 to 64).
 
-## What a kernel takes
+## Resources
 
-Instructions are counted in the code, not as often as loops run them. Loads are given by their width
-in bits, atomics by the numbers that each adds.
+Instructions are counted in the machine code; loops execute them more often. Loads are listed by
+width in bits, atomics by the number of values that each adds.
 
 {code}
 
-## An estimate, not a measurement
+## Estimated time
 
-The time that a kernel needs at the peaks of its GPU for the slowest of three things: its tensors,
-each once through memory; its products on the tensor cores; and its gathers and atomic additions (4
-bytes read and 4 written each) through the L2 cache at 5,120 bytes a clock, as if none were found in
-the L1 cache.
+The estimate is the largest of three times at the peak rates of the GPU: reading or writing every
+tensor once; the matrix products; and the gathers and atomic additions (4 bytes read and 4 written
+each) through the L2 cache at 5,120 bytes per clock, without hits in the L1 cache.
 
 {estimates}
 """
 
 
 def describe(case: str, dtype: str, architecture: int) -> list[dict]:
-    """What each kernel of an operator takes, and the parts of its estimate in seconds."""
+    """Return resources and estimated seconds of each kernel of an operator."""
     from compiled.cases import CASES, Work
     from compiled.launches import record_launches
     from compiled.machine_code import read_machine_code
 
     run, work = CASES[case].run, CASES[case].work
-    gpu, bytes_each = GPUS[architecture], getattr(torch, dtype).itemsize
+    gpu, itemsize = GPUS[architecture], getattr(torch, dtype).itemsize
     rows = []
     for launch in record_launches(functools.partial(run, getattr(torch, dtype))):
         compiled = launch.compile(architecture)
-        todo = work.get(launch.name, Work())
-        through_cache = todo.gathered * bytes_each + todo.added * 8
+        done = work.get(launch.name, Work())
+        cache_bytes = done.gathered * itemsize + done.added * 8
         rows.append(
             {
                 "case": case,
@@ -100,11 +98,11 @@ def describe(case: str, dtype: str, architecture: int) -> list[dict]:
                 "shared": compiled.metadata.shared,
                 **dataclasses.asdict(read_machine_code(compiled.asm["cubin"])),
                 "tensor_bytes": launch.tensor_bytes,
-                **dataclasses.asdict(todo),
+                **dataclasses.asdict(done),
                 "seconds": {
                     "memory": launch.tensor_bytes / gpu.bandwidth,
-                    "products": todo.flop / gpu.flops[dtype],
-                    "gathers and atomics": through_cache / (L2_BYTES * gpu.clock),
+                    "products": done.flop / gpu.flops[dtype],
+                    "gathers and atomics": cache_bytes / (L2_BYTES * gpu.clock),
                 },
             }
         )
@@ -170,8 +168,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print a line of JSON for each kernel")
     args = parser.parse_args(argv)
     with report_user_errors(PROGRAM):
+        if args.output and not args.output.parent.is_dir():
+            raise UserError(f"--output: the folder {args.output.parent} does not exist")
         if os.environ.get("TRITON_INTERPRET") == "1":
-            raise UserError("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+            raise UserError("TRITON_INTERPRET=1 disables the compiler; unset it")
         try:
             import triton
             from compiled.cases import CASES
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"Triton cannot be imported ({error}): pip install triton") from error
         unknown = set(args.cases) - set(CASES)
         if unknown:
-            raise UserError(f"{min(unknown)!r} is none of the operators {', '.join(CASES)}")
+            raise UserError(f"unknown operator {min(unknown)!r}; known: {', '.join(CASES)}")
         rows = []
         for case in args.cases or CASES:
             for architecture in args.architecture or GPUS:

@@ -34,12 +34,12 @@ LARGE = ("--size", "800x1344", "--budget", "10")
 
 @dataclass
 class Step:
-    """A command whose output goes to a file.
+    """A command whose output is written to a file.
 
     Args:
-        name: of the step, and of its file.
-        command: for this interpreter.
-        share: of the time that is left, at most.
+        name: name of the step and of its file.
+        command: arguments of the Python interpreter.
+        share: largest share of the remaining time.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Step:
 
 
 def steps(rehearse: bool, output: Path) -> list[Step]:
-    """In order; what is most likely to be needed comes first."""
+    """Return the steps, the most important first."""
     names = REHEARSED_TESTS if rehearse else TESTS
     tests = [str(PROJECT / "tests" / f"test_{name}.py") for name in names]
     size = SMALL if rehearse else LARGE
@@ -69,10 +69,7 @@ def steps(rehearse: bool, output: Path) -> list[Step]:
 
 
 def run(step: Step, output: Path, seconds: float) -> tuple[str, float]:
-    """Run a step; its result in words, and how long it took.
-
-    A step that takes longer than its seconds is stopped.
-    """
+    """Run a step, for at most so many seconds, and return its result in words and its duration."""
     paths = [str(PROJECT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     start = time.monotonic()
@@ -87,12 +84,12 @@ def run(step: Step, output: Path, seconds: float) -> tuple[str, float]:
                 timeout=seconds,
             ).returncode
         except subprocess.TimeoutExpired:
-            return "stopped: no time was left", time.monotonic() - start
+            return "stopped: out of time", time.monotonic() - start
     return "passed" if code == 0 else f"failed with exit code {code}", time.monotonic() - start
 
 
 def check(output: Path, rehearse: bool, minutes: float) -> bool:
-    """Run all steps and write ``summary.md``; whether all passed."""
+    """Run all steps, write ``summary.md`` and return whether all passed."""
     output.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     title = f"{device}, PyTorch {torch.__version__}{', rehearsal' if rehearse else ''}"
@@ -120,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         if not torch.cuda.is_available() and not args.rehearse:
             raise UserError("there is no GPU here; --rehearse runs the same steps on the CPU")
         if args.minutes <= 0:
-            raise UserError(f"--minutes {args.minutes:g} is not above 0")
+            raise UserError(f"--minutes: expected a positive number, got {args.minutes:g}")
         return 0 if check(args.output.resolve(), args.rehearse, args.minutes) else 1
 
 

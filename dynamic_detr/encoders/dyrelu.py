@@ -4,12 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.fuse_levels import hard_sigmoid
+
 __all__ = ["DyReLU", "hard_sigmoid"]
-
-
-def hard_sigmoid(x: Tensor) -> Tensor:
-    """Return relu6(x + 3) / 6; the gradient of `F.hardsigmoid` has float32 accuracy in float64."""
-    return F.relu6(x + 3) / 6
 
 
 class DyReLU(nn.Module):

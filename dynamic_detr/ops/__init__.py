@@ -1,7 +1,8 @@
-"""Operators: functions without parameters of their own, each with one meaning on every device.
+"""Operators: functions without learnable parameters, the same on every device.
 
-A file here holds the public function, its checks, its registration and its gradient, and chooses
-between the file of the same name in `plain` (PyTorch) and the one in `kernels` (Triton)."""
+A file here defines the public function: it checks the arguments, registers the operator and its
+gradient, and dispatches to the file of the same name in `plain` (PyTorch) or `kernels` (Triton).
+"""
 
 from .deform_conv import deform_conv2d
 from .dynamic_conv import dynamic_conv

@@ -1,4 +1,4 @@
-"""Which implementation of an operator runs: a Triton kernel on a GPU, else plain PyTorch."""
+"""Choice of an operator's implementation: a Triton kernel on a GPU, plain PyTorch elsewhere."""
 
 import functools
 import os
@@ -9,8 +9,8 @@ from torch import Tensor
 
 __all__ = ["kernel_serves", "triton_problem"]
 
-SWITCH = "DYNAMIC_DETR_KERNELS"  # an environment variable; 0 leaves the kernels out
-OLDEST = (8, 0)  # Ampere: older GPUs have too little shared memory, and no bfloat16
+SWITCH = "DYNAMIC_DETR_KERNELS"  # environment variable; 0 disables the kernels
+OLDEST = (8, 0)  # Ampere: older GPUs lack bfloat16 and have too little shared memory
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -18,11 +18,11 @@ _problems: dict[torch.device, str | None] = {}
 
 
 def triton_problem(device: torch.device) -> str | None:
-    """Why Triton cannot run the kernels on this GPU; None if it can.
+    """Return why Triton cannot run the kernels on this GPU, or None if it can.
 
-    The kernels are compiled when they are first used, for which Triton needs a C compiler. A
-    trivial kernel is run to find out, once a process and GPU; never while a CUDA graph is captured,
-    where nothing can be waited for.
+    Triton compiles a kernel at its first launch and needs a C compiler for that. The first call for
+    each GPU runs a trivial kernel. During the capture of a CUDA graph, which must not synchronise,
+    an untested GPU counts as working.
     """
     if device not in _problems:
         if torch.cuda.is_current_stream_capturing():
@@ -34,7 +34,7 @@ def triton_problem(device: torch.device) -> str | None:
 def _try(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"{torch.cuda.get_device_name(device)} is too old for the Triton kernels"
-    torch.cuda.synchronize(device)  # what went wrong before is not Triton's fault
+    torch.cuda.synchronize(device)  # raises errors of earlier launches, which are not Triton's
     try:
         from .kernels.probe import probe
 
@@ -44,18 +44,18 @@ def _try(device: torch.device) -> str | None:
         raise
     except ImportError as error:
         return f"Triton cannot be imported ({error}); install the package triton"
-    except Exception as error:  # whatever a compiler or a driver may say
+    except Exception as error:  # compilers and drivers raise errors of many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         return f"Triton cannot compile kernels here ({reason}); is there a C compiler (CC)?"
     return None
 
 
 def kernel_serves(tensor: Tensor) -> bool:
-    """Whether a Triton kernel computes what concerns this tensor.
+    """Return whether operators on this tensor run as Triton kernels.
 
-    True for float32, bfloat16 and float16 on a CUDA device where Triton works. Where it does
-    not, the first call warns, and everything runs on PyTorch's own operators. The environment
-    variable DYNAMIC_DETR_KERNELS=0 asks for these, to tell a kernel's fault from another.
+    True for float32, bfloat16 and float16 on a CUDA device where Triton works. Where Triton does
+    not work, the first call warns. DYNAMIC_DETR_KERNELS=0 in the environment disables the kernels,
+    which tells whether a kernel causes a fault.
     """
     if not tensor.is_cuda or tensor.dtype not in KERNEL_DTYPES or os.environ.get(SWITCH) == "0":
         return False

@@ -1,5 +1,6 @@
-"""Modulated deformable convolution (Deformable ConvNets v2) as one operator on every device:
-sampling fused into the matrix product by a Triton kernel, or a gather and a product in PyTorch.
+"""Modulated deformable convolution (Deformable ConvNets v2), the same operator on every device.
+
+The Triton kernel samples inside the matrix product; the plain path gathers, then multiplies.
 """
 
 import math
@@ -26,29 +27,27 @@ def deform_conv2d(
     dilation: int = 1,
     groups: int = 1,
 ) -> Tensor:
-    """Convolves a map at displaced positions, each sample scaled by its modulation.
+    """Compute a convolution with displaced taps and modulated samples.
 
-    Nothing but the arguments is kept for the backward pass. On a GPU the gradient of the input is
-    added up in an order that changes from run to run, unless
-    `torch.use_deterministic_algorithms` is on, which costs the kernel's speed. There are no
-    gradients of gradients.
+    The backward pass saves only the arguments. Second derivatives are not supported. On a GPU,
+    atomic additions make the gradient of the input differ slightly between runs;
+    `torch.use_deterministic_algorithms` selects the plain backward pass, which is slower.
 
     Args:
         input: (B, C, H, W).
-        offset: (B, 2·kh·kw, Ho, Wo), displacement (y, x) of each tap in pixels of the input;
-            float32 or float64 recommended, as half precision places samples coarsely.
+        offset: (B, 2·kh·kw, Ho, Wo), displacement (y, x) of each tap in pixels of the input.
+            Half precision rounds positions coarsely, so float32 or float64 is recommended.
         mask: (B, kh·kw, Ho, Wo), modulation of each tap; None for all ones.
         weight: (C_out, C / groups, kh, kw).
         bias: (C_out,) or None.
-        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, one number each.
+        stride, padding, dilation, groups: integers, as in `torch.nn.functional.conv2d`.
 
     Returns:
-        (B, C_out, Ho, Wo) in channels-last memory and in the input's dtype (under autocast: in
-        the autocast dtype). Positions and weights are computed in float32 whatever the features
-        are.
+        (B, C_out, Ho, Wo) in channels-last memory, in the dtype of `input`, or in the autocast
+        dtype under autocast. Positions and bilinear weights are computed in float32 or wider.
 
     Raises:
-        ValueError: a shape, a dtype or a device does not fit; the line names the argument.
+        ValueError: if a shape, dtype or device does not fit; the message names the argument.
     """
     _check(input, offset, mask, weight, bias, stride, padding, dilation, groups)
     device = input.device.type
@@ -71,8 +70,8 @@ def _check(input, offset, mask, weight, bias, stride, padding, dilation, groups)
     out_channels, _, *kernel = weight.shape
     if channels % groups or out_channels % groups:
         raise ValueError(
-            f"{name}: groups is {groups}; wants a divisor of the {channels} channels of input and "
-            f"of the {out_channels} output channels of weight."
+            f"{name}: groups: expected a divisor of {channels} input channels and "
+            f"{out_channels} output channels, got {groups}"
         )
     check_tensor(f"{name}: weight", weight, (out_channels, channels // groups, *kernel))
     taps = kernel[0] * kernel[1]
@@ -115,7 +114,7 @@ def _(input, offset, mask, weight, bias, stride, padding, dilation, groups):
 
 @register_flop_formula(torch.ops.dynamic_detr.deform_conv2d)
 def _(input_shape, offset_shape, mask_shape, weight_shape, *_, out_shape, **__) -> int:
-    """That of a plain convolution; interpolation is not counted."""
+    """Return the FLOPs of an ordinary convolution; interpolation is not counted."""
     return 2 * math.prod(out_shape) * math.prod(weight_shape[1:])
 
 

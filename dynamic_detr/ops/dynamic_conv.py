@@ -1,5 +1,5 @@
-"""Dynamic convolution (equation 11): every query filters its own region with its own 1×1
-convolution."""
+"""Dynamic convolution (equation 11): the features of each query pass through a 1×1 convolution that
+the query generates."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ __all__ = ["dynamic_conv"]
 
 
 def dynamic_conv(features: Tensor, filters: Tensor) -> Tensor:
-    """Applies one 1×1 convolution to each region.
+    """Apply a separate 1×1 convolution to each region.
 
     Args:
         features: (..., P, C_in), P positions of each region.
@@ -18,11 +18,11 @@ def dynamic_conv(features: Tensor, filters: Tensor) -> Tensor:
         (..., P, C_out).
 
     Raises:
-        ValueError: features and filters do not fit together.
+        ValueError: if the shapes do not match.
     """
     if features.shape[:-2] != filters.shape[:-2] or features.shape[-1] != filters.shape[-2]:
         raise ValueError(
-            f"dynamic_conv: features {tuple(features.shape)} and filters {tuple(filters.shape)} "
-            "must be (..., P, C_in) and (..., C_in, C_out)."
+            "dynamic_conv: expected features (..., P, C_in) and filters (..., C_in, C_out), "
+            f"got {tuple(features.shape)} and {tuple(filters.shape)}"
         )
     return torch.matmul(features, filters)

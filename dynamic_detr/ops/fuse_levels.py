@@ -1,18 +1,18 @@
-"""Equations 5 to 7 behind the convolutions, for a whole pyramid in one operator:
+"""Equations 5 to 7 after the convolutions, for a whole pyramid in one operator:
 
     level' = DyReLU( mean over k of  s_k · GN_k(map_k) )
     s_k = hard_sigmoid( ReLU( scale( mean of GN_k(map_k) ) ) )
 
-over the maps k of a level: its own (`same`), that of the `finer` neighbour, which has the level's
-size, and that of the `coarser` one, which has half of it and is upsampled here.
+A level has up to three maps k: its own (`same`), that of the `finer` neighbour, already in the size
+of the level, and that of the `coarser` neighbour, in half that size, which is upsampled here.
 
-Operation by operation this would move every map through memory a dozen times. But norm, weight and
-mean are linear in the maps, so that a level is max(a1·x + b1, a2·x + b2) of x = Σ_k gain_k · map_k,
-and gains, slopes a and intercepts b depend on three numbers per channel of each map: its mean, its
-variance, and its mean after upsampling. The first read of the maps takes these moments; a few
-operations on (L, 3, B, C) numbers make the coefficients of all levels; the second read writes the
-levels. The backward pass reads the maps once for the gradients of the coefficients, and once for
-their own, through coefficients and moments together (`docs/encoder.md` counts).
+Separate operations would read and write every map a dozen times. Norm, weight and mean are linear
+in the maps, so a level is max(a1·x + b1, a2·x + b2) with x = Σ_k gain_k · map_k. The gains, slopes
+a and intercepts b depend on three moments of each channel of each map: its mean, its variance and
+its mean after upsampling. The forward pass reads the maps once for the moments, computes the
+coefficients of all levels from (L, 3, B, C) tensors, and reads the maps again to write the levels.
+The backward pass reads the maps once for the gradients of the coefficients and once for the
+gradients of the maps. `docs/encoder.md` counts the memory traffic.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,19 +27,19 @@ from torch import Tensor
 from .backend import kernel_serves
 from .check import check_tensor
 
-__all__ = ["FusionWeights", "fuse_levels"]
+__all__ = ["FusionWeights", "fuse_levels", "hard_sigmoid"]
 
 
 class FusionWeights(NamedTuple):
-    """The parameters of `fuse_levels`, in any floating dtype; they are used in float32 or wider.
+    """Parameters of `fuse_levels`, in any floating dtype; computed with in float32 or wider.
 
     Args:
-        conv_bias: (3, C), biases that the convolutions of `same`, `finer` and `coarser` left out;
-            (1, C) where there is one level.
-        norm_weight, norm_bias: of the three GroupNorms, in the same shape.
-        scale_weight, scale_bias: (1, C) and (1,), of the scale attention; None for a plain mean.
-        reduce_weight, reduce_bias: (D, C) and (D,), of the DyReLU's first layer; None for a ReLU.
-        expand_weight, expand_bias: (4·C, D) and (4·C,), of its second.
+        conv_bias: (3, C), biases of the convolutions that produced `same`, `finer` and `coarser`,
+            which are added here; (1, C) if there is one level.
+        norm_weight, norm_bias: parameters of the three GroupNorms, same shape as `conv_bias`.
+        scale_weight, scale_bias: (1, C) and (1,), the scale attention; None for a plain mean.
+        reduce_weight, reduce_bias: (D, C) and (D,), first layer of the DyReLU; None for a ReLU.
+        expand_weight, expand_bias: (4·C, D) and (4·C,), second layer of the DyReLU.
     """
 
     conv_bias: Tensor
@@ -62,28 +62,28 @@ def fuse_levels(
     num_groups: int,
     eps: float = 1e-5,
 ) -> list[Tensor]:
-    """Normalises, weighs, averages and activates the maps of every level.
+    """Normalise, weight, average and activate the maps of every level.
 
-    Means, variances and pools are taken over true pixels. A coarser map is upsampled twofold
-    (bilinear, align_corners=False), its last true row and column continued, and cropped. Autocast
-    changes nothing. Variances come from centred squares, so that a large mean does not drown them.
-    There are no gradients of gradients.
+    All statistics are taken over true pixels. A coarser map is upsampled by 2 (bilinear,
+    align_corners=False) from its true pixels with replicated edges, and cropped. Variances are
+    computed from centred squares, so a large mean costs no accuracy. Autocast has no effect. Second
+    derivatives are not supported.
 
     Args:
         same: (B, C, H, W) for each of the L levels, fine to coarse; each level has half the size
             of the one before, rounded up.
-        finer: for each level but the first, a map of the level's shape.
-        coarser: for each level but the last, a map of the shape of the next.
-        sizes: for each level (B, 2) integers, the true (height, width) for each image, at least 1.
-        weights: of convolutions, norms, scale attention and DyReLU.
-        num_groups, eps: of the GroupNorms.
+        finer: for each level but the first, a map in the shape of the level.
+        coarser: for each level but the last, a map in the shape of the next level.
+        sizes: for each level (B, 2) integers, true (height, width) of each image, at least 1.
+        weights: parameters of convolutions, norms, scale attention and DyReLU.
+        num_groups, eps: options of the GroupNorms.
 
     Returns:
-        (B, C, H, W) for each level, in the dtype of the maps and channels-last memory; zero beyond
-        the true sizes.
+        (B, C, H, W) for each level, in the dtype of the maps and in channels-last memory; zero
+        beyond the true sizes.
 
     Raises:
-        ValueError: an argument does not fit; the line names it.
+        ValueError: if an argument does not fit; the message names it.
     """
     _check(same, finer, coarser, sizes, weights, num_groups)
     same, finer, coarser = (
@@ -96,14 +96,14 @@ def fuse_levels(
 
 def _check(same, finer, coarser, sizes, weights, num_groups) -> None:
     name, levels = "fuse_levels", len(same)
-    for argument, maps, wanted in (
+    for argument, maps, expected in (
         ("same", same, max(levels, 1)),
         ("finer", finer, levels - 1),
         ("coarser", coarser, levels - 1),
         ("sizes", sizes, levels),
     ):
-        if len(maps) != wanted:
-            raise ValueError(f"{name}: {argument} has {len(maps)} tensors; wants {wanted}.")
+        if len(maps) != expected:
+            raise ValueError(f"{name}: {argument}: expected {expected} tensors, got {len(maps)}")
     check_tensor(f"{name}: same[0]", same[0], ("B", "C", "H", "W"))
     device, dtype = same[0].device, same[0].dtype
     batch, channels, height, width = same[0].shape
@@ -115,14 +115,16 @@ def _check(same, finer, coarser, sizes, weights, num_groups) -> None:
         for argument, features in maps.items():
             check_tensor(f"{name}: {argument}", features, shape, device)
             if features.dtype != dtype:
-                raise ValueError(f"{name}: {argument} is {features.dtype}; wants {dtype}.")
+                raise ValueError(f"{name}: {argument}: expected {dtype}, got {features.dtype}")
         check_tensor(f"{name}: sizes[{i}]", sizes[i], (batch, 2), device, integer=True)
         height, width = (height + 1) // 2, (width + 1) // 2
     if channels % num_groups:
-        raise ValueError(f"{name}: num_groups is {num_groups}; wants a divisor of {channels}.")
+        raise ValueError(
+            f"{name}: num_groups: expected a divisor of {channels} channels, got {num_groups}"
+        )
     branches = 1 if levels == 1 and len(weights.conv_bias) == 1 else 3
     hidden = "D" if weights.reduce_bias is None else weights.reduce_bias.shape[0]
-    wanted = FusionWeights(
+    shapes = FusionWeights(
         *[(branches, channels)] * 3,
         (1, channels),
         (1,),
@@ -133,7 +135,7 @@ def _check(same, finer, coarser, sizes, weights, num_groups) -> None:
     )
     for argument, tensor in weights._asdict().items():
         if tensor is not None:
-            check_tensor(f"{name}: {argument}", tensor, getattr(wanted, argument), device)
+            check_tensor(f"{name}: {argument}", tensor, getattr(shapes, argument), device)
 
 
 @torch.library.custom_op(
@@ -145,8 +147,11 @@ def _check(same, finer, coarser, sizes, weights, num_groups) -> None:
     " int num_groups, float eps) -> (Tensor[], Tensor)",
 )
 def _forward(same, finer, coarser, sizes, *parameters):
-    """The levels, and the moments (3, L, 3, B, C): first the mean, the variance (biased) and the
-    mean after upsampling; third same, finer and coarser, zeros where there is no such map."""
+    """Return the levels and their moments (3, L, 3, B, C).
+
+    First dimension: mean, biased variance, mean after upsampling. Third dimension: same, finer,
+    coarser; zeros for a map that does not exist.
+    """
     backend, levels = _backend(same[0]), list(_by_level(same, finer, coarser, sizes))
     moments = torch.stack([backend.moments(*level) for level in levels], dim=1)
     coefficients = _coefficients(moments, *parameters).unbind()
@@ -212,7 +217,7 @@ def _backend(features: Tensor) -> ModuleType:
 def _by_level(
     same, finer, coarser, sizes
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None, Tensor]]:
-    """The maps of each level, None where there is no neighbour, and its true sizes."""
+    """Return the maps of each level, None for a missing neighbour, and its true sizes."""
     return zip_longest(same, [None, *finer], coarser, sizes)
 
 
@@ -230,7 +235,7 @@ def _coefficients(
     num_groups: int,
     eps: float,
 ) -> Tensor:
-    """The gains of same, finer and coarser, a1, b1, a2 and b2 of all levels: (L, 7, B, C)."""
+    """Return gains of same, finer and coarser, a1, b1, a2 and b2 of each level: (L, 7, B, C)."""
     dtype = moments.dtype
     conv_bias, norm_weight, norm_bias = (
         p.to(dtype)[:, None] for p in (conv_bias, norm_weight, norm_bias)
@@ -241,19 +246,19 @@ def _coefficients(
             mean + conv_bias, variance, norm_weight, norm_bias, num_groups, eps
         )
         shift = shift + gain * conv_bias
-        weight = _one_by_number_of_maps(mean)
+        weight = _mean_weights(mean)
         if scale_weight is not None:
             score = F.linear(pooled * gain + shift, scale_weight.to(dtype), scale_bias.to(dtype))
-            weight = weight * _hard_sigmoid(score.relu())
+            weight = weight * hard_sigmoid(score.relu())
         gain, shift = weight * gain, (weight * shift).sum(dim=1)
         a1, b1, a2, b2 = torch.ones_like(shift), 0 * shift, 0 * shift, 0 * shift
         if reduce_weight is not None:
             pooled = (pooled * gain).sum(dim=1) + shift
             hidden = F.linear(pooled, reduce_weight.to(dtype), reduce_bias.to(dtype)).relu()
-            y = _hard_sigmoid(F.linear(hidden, expand_weight.to(dtype), expand_bias.to(dtype)))
+            y = hard_sigmoid(F.linear(hidden, expand_weight.to(dtype), expand_bias.to(dtype)))
             a1, b1, a2, b2 = (y - 0.5).chunk(4, dim=-1)
             a1, a2 = 2 * a1 + 1, 2 * a2
-        # the sum of the gained maps lacks the shift
+        # x is the sum of gain · map without the shift, so the intercepts include it
         functions = torch.stack([a1, a1 * shift + b1, a2, a2 * shift + b2], dim=1)
         return torch.cat([gain, functions], dim=1)
 
@@ -261,7 +266,7 @@ def _coefficients(
 def _group_norm(
     mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The GroupNorm of y as y · gain + shift, from the moments (..., C) of the channels of y."""
+    """Return gain and shift of the GroupNorm y · gain + shift from the moments (..., C) of y."""
     by_group = mean.unflatten(-1, (num_groups, -1))  # (..., G, C / G)
     centre = by_group.mean(dim=-1, keepdim=True)
     spread = variance.unflatten(-1, (num_groups, -1)) + (by_group - centre).square()
@@ -270,15 +275,16 @@ def _group_norm(
     return gain, bias - centre.expand_as(by_group).flatten(-2) * gain
 
 
-def _one_by_number_of_maps(mean: Tensor) -> Tensor:
-    """One by the number of maps of a level; 0 where there is no map: (L, 3, 1, 1)."""
+def _mean_weights(mean: Tensor) -> Tensor:
+    """Return 1 / number of maps of a level, 0 for a map that does not exist: (L, 3, 1, 1)."""
     exists = torch.ones_like(mean[:, :, :1, :1])
     exists[0, 1], exists[-1, 2] = 0, 0
     return exists / exists.sum(dim=1, keepdim=True)
 
 
-def _hard_sigmoid(x: Tensor) -> Tensor:
-    return F.relu6(x + 3) / 6  # torch's own takes a float32 of 1/6 in float64 too
+def hard_sigmoid(x: Tensor) -> Tensor:
+    """Return relu6(x + 3) / 6; the gradient of `F.hardsigmoid` has float32 accuracy in float64."""
+    return F.relu6(x + 3) / 6
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -289,7 +295,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _differentiate(ctx, grads, grad_moments):
-    *saved, moments = ctx.saved_tensors  # asked once: under checkpointing, asking computes
+    *saved, moments = ctx.saved_tensors  # once: activation checkpointing recomputes here
     maps = []
     for count in (0, -1, -1, 0):  # same, finer, coarser, sizes
         count += ctx.num_levels

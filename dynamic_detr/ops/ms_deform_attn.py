@@ -1,5 +1,5 @@
 """Multi-scale deformable attention (Deformable DETR, equation 3): each head of a query sums a few
-samples of a pyramid of values, at places and with weights of its own."""
+samples of a feature pyramid."""
 
 from collections.abc import Sequence
 
@@ -19,28 +19,28 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sums samples of all levels: out = Σ_lp weight_lp · value_l(location_lp), head by head.
+    """Compute out = Σ_lp weight_lp · value_l(location_lp) for each head of each query.
 
-    A sample is bilinear on a map that zeros surround; one nowhere (not finite) is zero. Nothing
-    but the arguments is kept for the backward pass. On a GPU the gradient of the values is added
-    up in an order that changes from run to run, unless `torch.use_deterministic_algorithms` is
-    on, which costs the kernel's speed. There are no gradients of gradients.
+    Samples are bilinear with zero padding; a location that is not finite gives zero. The backward
+    pass saves only the arguments. Second derivatives are not supported. On a GPU, atomic additions
+    make the gradient of the values differ slightly between runs;
+    `torch.use_deterministic_algorithms` selects the plain backward pass, which is slower.
 
     Args:
-        value: (B, ΣHW, heads, d), the levels one after the other, each row by row
+        value: (B, ΣHW, heads, d), the levels concatenated, each in row-major order
             (`Pyramid.table`, projected).
         spatial_shapes: (H, W) of each of the L levels.
-        sampling_locations: (B, Q, heads, L, P, 2) x, y, normalised: (0, 0) is the upper left
-            corner of the upper left pixel, (1, 1) the lower right corner of the lower right one.
-            Float32 recommended, as half precision places samples coarsely.
+        sampling_locations: (B, Q, heads, L, P, 2) normalised x, y: (0, 0) is the upper left corner
+            of the upper left pixel, (1, 1) the lower right corner of the lower right pixel. Half
+            precision rounds positions coarsely, so float32 is recommended.
         attention_weights: (B, Q, heads, L, P).
 
     Returns:
-        (B, Q, heads·d) in the dtype of value (under autocast: in the autocast dtype). Positions
-        and weights are computed in float32 whatever the values are.
+        (B, Q, heads·d) in the dtype of `value`, or in the autocast dtype under autocast. Positions
+        and weights are computed in float32 or wider.
 
     Raises:
-        ValueError: a shape, a dtype or a device does not fit; the line names the argument.
+        ValueError: if a shape, dtype or device does not fit; the message names the argument.
     """
     _check(value, spatial_shapes, sampling_locations, attention_weights)
     device = value.device.type
@@ -63,7 +63,7 @@ def _check(value, spatial_shapes, sampling_locations, attention_weights) -> None
     check_tensor(f"{name}: attention_weights", attention_weights, attention, value.device)
 
 
-# `shapes` are the levels' (H, W), one after the other.
+# `shapes` holds H and W of each level: [H_0, W_0, H_1, W_1, ...].
 @torch.library.custom_op("dynamic_detr::ms_deform_attn", mutates_args=())
 def _forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
     if kernel_serves(value):

@@ -1,8 +1,7 @@
-"""RoIAlign over a whole pyramid (equation 8): every box is pooled from the level that suits its
-size, all boxes of all images in one operator.
+"""RoIAlign over a feature pyramid (equation 8), for all boxes of all images in one operator.
 
-Unlike torchvision's operator it clamps at the true edge of each image's level, not at the edge
-of the padded batch, so that what a box pools does not depend on the padding.
+Each box is pooled from the level that suits its size. Unlike torchvision's operator, samples are
+clamped at the true edge of each image, so the result does not depend on the padding.
 """
 
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from torch import Tensor
 from .backend import kernel_serves
 from .check import check_at_least, check_spatial_shapes, check_tensor
 from .plain import roi_align as plain
+from .plain.gather import rows_of
 
 __all__ = ["pyramid_roi_align"]
 
@@ -27,38 +27,38 @@ def pyramid_roi_align(
     sampling_ratio: int = 2,
     canonical_size: float = plain.CANONICAL_SIZE,
 ) -> Tensor:
-    """Pools a square grid of features from each box.
+    """Pool an R×R grid of features from each box.
 
-    Each bin is the mean of sampling_ratio² bilinear samples, on the box shifted by half a pixel
-    (`aligned=True`). Samples up to one pixel outside the true level are moved to its edge, those
-    further out, or nowhere, are zero. Boxes get no gradient.
+    Each bin is the mean of sampling_ratio² bilinear samples with `aligned=True` (shifted by half a
+    pixel). Samples up to one pixel outside the true level are clamped to its edge; those further
+    outside, or not finite, are zero. Boxes get no gradient.
 
-    On a GPU the gradient of the features is added up in an order that changes from run to run,
-    unless `torch.use_deterministic_algorithms` is on, which costs the kernel's speed. There are
-    no gradients of gradients.
+    Second derivatives are not supported. On a GPU, atomic additions make the gradient of the
+    features differ slightly between runs; `torch.use_deterministic_algorithms` selects the plain
+    backward pass, which is slower.
 
     Args:
-        table: (B, ΣHW, C), the levels one after the other, each row by row (`Pyramid.table`).
+        table: (B, ΣHW, C), the levels concatenated, each in row-major order (`Pyramid.table`).
         spatial_shapes: (H, W) of each of the L levels.
-        strides: strides of the levels in pixels of the image, each twice the one before.
+        strides: stride of each level in pixels of the image, each twice the one before.
         image_sizes: (B, 2) integers, true (height, width) of each image in pixels.
         boxes: (B, Q, 4) corners in pixels of the unpadded image.
-        output_size: R, bins on each side.
-        sampling_ratio: samples on each side of a bin.
+        output_size: bins R per side.
+        sampling_ratio: samples per side of a bin.
         canonical_size: see `assign_levels`.
 
     Returns:
-        (B, Q, R·R, C), bins row by row, in the dtype of the table, also under autocast.
-        Positions and weights are computed in float32 whatever the features are.
+        (B, Q, R·R, C), bins in row-major order, in the dtype of `table`, also under autocast.
+        Positions and weights are computed in float32 or wider.
 
     Raises:
-        ValueError: an argument does not fit; the line names it.
+        ValueError: if an argument does not fit; the message names it.
     """
     _check(table, spatial_shapes, strides, image_sizes, boxes)
     check_at_least("pyramid_roi_align", 1, output_size=output_size, sampling_ratio=sampling_ratio)
     if not canonical_size > 0:
         raise ValueError(
-            f"pyramid_roi_align: canonical_size is {canonical_size!r}; wants a number above 0."
+            f"pyramid_roi_align: canonical_size: expected a positive number, got {canonical_size!r}"
         )
     with torch.autocast(boxes.device.type, enabled=False):
         return _forward(
@@ -78,8 +78,8 @@ def _check(table, spatial_shapes, strides, image_sizes, boxes) -> None:
     check_spatial_shapes(f"{name}: spatial_shapes", spatial_shapes)
     if len(strides) != len(spatial_shapes):
         raise ValueError(
-            f"{name}: strides is {tuple(strides)}; wants one for each of the "
-            f"{len(spatial_shapes)} levels of spatial_shapes."
+            f"{name}: strides: expected one for each of {len(spatial_shapes)} levels, "
+            f"got {tuple(strides)}"
         )
     positions = sum(height * width for height, width in spatial_shapes)
     check_tensor(f"{name}: table", table, ("B", positions, "C"))
@@ -87,7 +87,7 @@ def _check(table, spatial_shapes, strides, image_sizes, boxes) -> None:
     check_tensor(f"{name}: boxes", boxes, (len(table), "Q", 4), device)
 
 
-# `shapes` are the levels' (H, W), one after the other.
+# `shapes` holds H and W of each level: [H_0, W_0, H_1, W_1, ...].
 @torch.library.custom_op("dynamic_detr::pyramid_roi_align", mutates_args=())
 def _forward(
     table: Tensor,
@@ -113,7 +113,7 @@ def _(table, boxes, image_sizes, shapes, strides, output_size, sampling_ratio, c
     return table.new_empty(*boxes.shape[:2], output_size**2, table.shape[-1])
 
 
-# The gradient does not depend on the features, so that they are not kept for it.
+# The gradient does not depend on the features, so they are not saved.
 @torch.library.custom_op("dynamic_detr::pyramid_roi_align_backward", mutates_args=())
 def _backward(
     grad_out: Tensor,
@@ -136,7 +136,7 @@ def _backward(
 
 @_backward.register_fake
 def _(grad_out, boxes, image_sizes, shapes, strides, output_size, sampling_ratio, canonical_size):
-    return grad_out.new_empty(boxes.shape[0], plain.rows_of(shapes), grad_out.shape[-1])
+    return grad_out.new_empty(boxes.shape[0], rows_of(shapes), grad_out.shape[-1])
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -1,2 +1,4 @@
-"""What the papers' equations say, written out a second time: float64, NumPy, one unpadded image,
-one loop for everything that is summed. Slow, short, and without a line of the project's code."""
+"""Reference implementations of the papers' equations, independent of the package: short and slow.
+
+Most are loops in float64 NumPy over one unpadded image.
+"""

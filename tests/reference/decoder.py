@@ -1,4 +1,4 @@
-"""One stage of the dynamic decoder (equations 8 to 14), query by query, for one unpadded image."""
+"""Reference of a stage of the dynamic decoder (equations 8 to 14) for one unpadded image."""
 
 import numpy as np
 
@@ -24,7 +24,7 @@ def relu(x: np.ndarray) -> np.ndarray:
 
 
 def self_attention(queries: np.ndarray, weights: Weights, heads: int) -> np.ndarray:
-    """Equation 1 with Q = K = V."""
+    """Return equation 1 with Q = K = V."""
     projection = weights["self_attention.in_proj_weight"]
     bias = weights["self_attention.in_proj_bias"]
     query, key, value = np.split(queries @ projection.T + bias, 3, axis=1)
@@ -40,7 +40,7 @@ def self_attention(queries: np.ndarray, weights: Weights, heads: int) -> np.ndar
 
 
 def interaction(query: np.ndarray, region: np.ndarray, weights: Weights) -> np.ndarray:
-    """Equations 10 and 11: one query (C,) filters its own region (P, C)."""
+    """Filter the region (P, C) of one query (C,) (equations 10 and 11)."""
     channels = query.shape[0]
     filters = linear(query, weights, "interaction.filters")
     if "interaction.norm_reduce.weight" in weights:
@@ -64,7 +64,7 @@ def branch(query: np.ndarray, weights: Weights, name: str, layers: int) -> np.nd
 
 
 def refine(box: np.ndarray, deltas: np.ndarray) -> np.ndarray:
-    """cx, cy, w, h moved by (dx, dy) / 2 of its size and scaled by at most 1e5 / 16."""
+    """Move a box cx, cy, w, h by (dx, dy) / 2 of its size and scale it by at most 1e5 / 16."""
     dx, dy, dw, dh = deltas
     cx, cy, w, h = box
     largest = np.log(1e5 / 16)
@@ -89,12 +89,12 @@ def decoder_stage(
     bins: int,
     canonical_size: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries (Q, C) and normalised boxes (Q, 4) to queries, logits and boxes."""
+    """Map queries (Q, C) and normalised boxes (Q, 4) to queries, logits and boxes."""
     height, width = image_size
     queries = layer_norm(
         queries + self_attention(queries, weights, heads), weights, "norm_attention"
     )
-    seen = np.empty_like(queries)
+    updates = np.empty_like(queries)
     for index, (query, (cx, cy, w, h)) in enumerate(zip(queries, boxes, strict=True)):
         corners = np.array(
             [
@@ -105,8 +105,8 @@ def decoder_stage(
             ]
         )
         region = roi_align(levels, strides, corners, bins, canonical_size=canonical_size)
-        seen[index] = interaction(query, region, weights)
-    queries = layer_norm(queries + seen, weights, "norm_interaction")
+        updates[index] = interaction(query, region, weights)
+    queries = layer_norm(queries + updates, weights, "norm_interaction")
     hidden = relu(linear(queries, weights, "ffn.0"))
     queries = layer_norm(queries + linear(hidden, weights, "ffn.3"), weights, "norm_ffn")
     logits = linear(branch(queries, weights, "class_branch", 1), weights, "class_logits")

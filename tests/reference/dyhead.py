@@ -1,5 +1,5 @@
-"""The arithmetic of the published DyHead code (its first two attentions and its DyReLU) on a
-padded batch, under its names, with torchvision's deformable convolution in place of its own."""
+"""Reference of the published DyHead code with its names: the first two attentions and the DyReLU on
+a padded batch, with torchvision's deformable convolution."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,11 +7,11 @@ from torchvision.ops import deform_conv2d
 
 
 def dyhead_block(levels: list[Tensor], weights: dict[str, Tensor], groups: int) -> list[Tensor]:
-    """Levels (B, C, H, W), fine to coarse; padding counts as image."""
+    """Apply a block to levels (B, C, H, W), fine to coarse, without regard to padding."""
 
     def branch(index: int, image: Tensor, offset: Tensor, mask: Tensor, stride: int) -> Tensor:
-        # The kernel of the published code reads the first numbers of each image's buffer, as many
-        # as its own grid has, whatever the shape of the buffer.
+        # The published kernel reads the flattened offsets and masks of an image as if they had the
+        # shape of its output.
         _, _, height, width = image.shape
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
         offset = offset.flatten(1)[:, : 18 * height * width].view(-1, 18, height, width)

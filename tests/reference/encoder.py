@@ -1,4 +1,4 @@
-"""One block of the dynamic encoder (equations 4 to 7), pixel by pixel, for one unpadded image."""
+"""Reference of a block of the dynamic encoder (equations 4 to 7) for one unpadded image."""
 
 import math
 
@@ -23,7 +23,7 @@ def group_norm(image: np.ndarray, groups: int, weight: np.ndarray, bias: np.ndar
 
 
 def convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """3×3, padding 1."""
+    """Apply a 3×3 convolution with padding 1."""
     _, height, width = image.shape
     padded = np.pad(image, ((0, 0), (1, 1), (1, 1)))
     out = np.zeros((weight.shape[0], height, width))
@@ -35,7 +35,7 @@ def convolve(image: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndar
 
 
 def halve(predicted: np.ndarray) -> np.ndarray:
-    """Mean of each 2×2 block; of what there is of it at an odd edge."""
+    """Return the mean of each 2×2 block; blocks at an odd edge are smaller."""
     channels, height, width = predicted.shape
     out = np.empty((channels, math.ceil(height / 2), math.ceil(width / 2)))
     for row in range(out.shape[1]):
@@ -46,7 +46,7 @@ def halve(predicted: np.ndarray) -> np.ndarray:
 
 
 def upsample_twice(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Pixel i lies at (i + ½)/2 - ½ of the coarser map; positions are clamped to the map."""
+    """Upsample by 2: pixel i is at (i + ½)/2 - ½ of the coarser map, clamped to the map."""
     out = np.empty((image.shape[0], height, width))
     for row in range(height):
         for column in range(width):
@@ -57,7 +57,7 @@ def upsample_twice(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def dyrelu(image: np.ndarray, weights: Weights) -> np.ndarray:
-    """Equation 6: max(a1·x + b1, a2·x + b2)."""
+    """Return max(a1·x + b1, a2·x + b2) (equation 6)."""
     channels = image.shape[0]
     pooled = image.mean(axis=(1, 2))
     hidden = np.maximum(weights["dyrelu.reduce.weight"] @ pooled + weights["dyrelu.reduce.bias"], 0)
@@ -69,7 +69,7 @@ def dyrelu(image: np.ndarray, weights: Weights) -> np.ndarray:
 
 
 def encoder_block(levels: list[np.ndarray], weights: Weights, groups: int) -> list[np.ndarray]:
-    """Levels (C, H, W), fine to coarse, each of half the size of the one before, rounded up."""
+    """Apply a block to levels (C, H, W), fine to coarse, each half the one before, rounded up."""
 
     def branch(name: str, image, offset, mask, stride: int) -> np.ndarray:
         out = deform_conv(
@@ -88,9 +88,9 @@ def encoder_block(levels: list[np.ndarray], weights: Weights, groups: int) -> li
         predicted = convolve(level, weights["offset.weight"], weights["offset.bias"])
         offset, mask = predicted[:18], 1 / (1 + np.exp(-predicted[18:]))
         maps = [branch("same", level, offset, mask, stride=1)]
-        if index > 0:  # one pixel here is two there
+        if index > 0:  # one pixel of the level is two pixels there
             maps.append(branch("finer", levels[index - 1], offset * 2, mask, stride=2))
-        if index + 1 < len(levels):  # one pixel here is half a pixel there
+        if index + 1 < len(levels):  # one pixel of the level is half a pixel there
             coarse = branch(
                 "coarser", levels[index + 1], halve(offset * 0.5), halve(mask), stride=1
             )

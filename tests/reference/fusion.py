@@ -1,4 +1,4 @@
-"""What `fuse_levels` computes, image by image, cut to its true size, operation by operation."""
+"""Reference of `fuse_levels`: separate operations on single images, cropped to their true sizes."""
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,7 @@ def fuse_levels(
 
 
 def _norm(features: Tensor, k: int, weights: FusionWeights, groups: int, eps: float) -> Tensor:
-    """Neighbour k's map (C, h, w), at the level's resolution: (1, C, h, w) or up to one more."""
+    """Normalise map k (C, h, w), upsampled if coarser: (1, C, h, w), perhaps one pixel larger."""
     bias, weight, shift = (p[k] for p in weights[:3])
     normed = F.group_norm((features + bias[:, None, None])[None], groups, weight, shift, eps)
     if k == 2:

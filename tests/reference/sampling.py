@@ -1,5 +1,5 @@
-"""Reading a map at fractional positions: bilinear samples, and the operators made of them:
-deformable convolution, RoIAlign, multi-scale deformable attention."""
+"""Reference of bilinear sampling and of the operators built on it: deformable convolution, RoIAlign
+and multi-scale deformable attention."""
 
 import math
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def bilinear(image: np.ndarray, y: float, x: float) -> np.ndarray:
-    """(C, H, W) at one position; everything outside the map is zero."""
+    """Sample (C, H, W) at one position, with zeros outside the map."""
     _, height, width = image.shape
     value = np.zeros(image.shape[0])
     for row in (math.floor(y), math.floor(y) + 1):
@@ -28,9 +28,12 @@ def deform_conv(
     dilation: int = 1,
     groups: int = 1,
 ) -> np.ndarray:
-    """y(p) = Σ_k w_k · x(p + p_k + Δp_k) · Δm_k (Deformable ConvNets v2, equation 1).
+    """Return y(p) = Σ_k w_k · x(p + p_k + Δp_k) · Δm_k (Deformable ConvNets v2, equation 1).
 
-    image (C, H, W), offset (2·taps, Ho, Wo) as y, x of each tap, mask (taps, Ho, Wo).
+    Args:
+        image: (C, H, W).
+        offset: (2·taps, Ho, Wo), y, x of each tap.
+        mask: (taps, Ho, Wo).
     """
     out_channels, group_channels, kh, kw = weight.shape
     _, out_height, out_width = offset.shape
@@ -60,7 +63,7 @@ def deform_conv(
 
 
 def roi_level(box: np.ndarray, strides: list[int], canonical_size: float = 224) -> int:
-    """Feature Pyramid Networks, equation 1: k = ⌊4 + log2(√(wh) / 224)⌋, of the given levels."""
+    """Return the level ⌊4 + log2(√(wh) / 224)⌋ (Feature Pyramid Networks, equation 1), clamped."""
     width, height = box[2] - box[0], box[3] - box[1]
     if width <= 0 or height <= 0:
         return 0
@@ -77,9 +80,9 @@ def roi_align(
     sampling_ratio: int = 2,
     canonical_size: float = 224,
 ) -> np.ndarray:
-    """One box (corners in pixels of the image) to (bins², C); Mask R-CNN's RoIAlign, aligned.
+    """Pool one box (corners in pixels of the image) to (bins², C) by aligned RoIAlign (Mask R-CNN).
 
-    A sample up to one pixel outside the map is moved to its edge, one further out is zero.
+    Samples up to one pixel outside the map are clamped to its edge; those further out are zero.
     """
     level = roi_level(box, strides, canonical_size)
     feature = levels[level]
@@ -104,10 +107,15 @@ def ms_deform_attn(
     locations: np.ndarray,
     weights: np.ndarray,
 ) -> np.ndarray:
-    """One image and one query: Σ_lp A_mlp · x_l(φ_l(p_mlp)) (Deformable DETR, equation 3).
+    """Return Σ_lp A_mlp · x_l(φ_l(p_mlp)) for one query of one image (Deformable DETR, equation 3).
 
-    value (ΣHW, heads, d), locations (heads, L, P, 2) as x, y in [0, 1], weights (heads, L, P);
-    returns (heads · d). Samples that are not finite are zero.
+    Args:
+        value: (ΣHW, heads, d).
+        locations: (heads, L, P, 2), x, y in [0, 1]; samples that are not finite are zero.
+        weights: (heads, L, P).
+
+    Returns:
+        (heads · d).
     """
     _, heads, channels = value.shape
     out = np.zeros((heads, channels))

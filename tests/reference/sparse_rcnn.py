@@ -1,7 +1,7 @@
-"""A stage of Sparse R-CNN's head under its published names, and its tensors' order of axes.
+"""Reference of the head of Sparse R-CNN with the published names and tensor layouts.
 
-Queries and regions are laid out as there: images and queries in one axis, positions first, and the
-parameters of the dynamic convolutions cut out of one row.
+As in the published code, images and queries share one dimension, and the parameters of the dynamic
+convolutions of a query are slices of one row.
 """
 
 import math
@@ -25,7 +25,7 @@ def linear(x: Tensor, weights: Weights, name: str) -> Tensor:
 
 
 def pool(levels: list[Tensor], boxes: Tensor, bins: int) -> Tensor:
-    """Levels (B, C, H, W) from stride 4 on, boxes (B, N, 4) as corners, to (B·N, C, bins, bins)."""
+    """Pool boxes (B, N, 4), corners, from levels (B, C, H, W), to (B·N, C, bins, bins)."""
     batch, count = boxes.shape[:2]
     side = (boxes[..., 2:] - boxes[..., :2]).prod(dim=-1).sqrt()
     level = torch.floor(CANONICAL_LEVEL + torch.log2(side / CANONICAL_SIZE + 1e-8))
@@ -41,7 +41,7 @@ def pool(levels: list[Tensor], boxes: Tensor, bins: int) -> Tensor:
 
 
 def apply_deltas(deltas: Tensor, boxes: Tensor) -> Tensor:
-    """Corners to corners."""
+    """Refine boxes, corners to corners."""
     width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
     x, y = boxes[:, 0] + 0.5 * width, boxes[:, 1] + 0.5 * height
     dx, dy, dw, dh = (d / w for d, w in zip(deltas.unbind(dim=1), DELTA_WEIGHTS, strict=True))
@@ -53,7 +53,7 @@ def apply_deltas(deltas: Tensor, boxes: Tensor) -> Tensor:
 def stage(
     levels: list[Tensor], boxes: Tensor, queries: Tensor, weights: Weights, heads: int, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (B, N, 4) as corners in pixels and queries (B, N, C) to logits, boxes and queries."""
+    """Map boxes (B, N, 4), corners in pixels, and queries (B, N, C) to logits, boxes, queries."""
     batch, count, channels = queries.shape
     regions = pool(levels, boxes, bins).view(batch * count, channels, -1).permute(0, 2, 1)
     q = queries.permute(1, 0, 2)  # N, B, C
@@ -78,15 +78,15 @@ def stage(
         q + linear(F.relu(linear(q, weights, "linear1")), weights, "linear2"), weights, "norm3"
     )
 
-    answers = []
+    outputs = []
     for module, layers in (("cls_module", 1), ("reg_module", 3)):
         x = q
         for layer in range(layers):
             x = linear(x, weights, f"{module}.{3 * layer}")
             x = F.relu(norm(x, weights, f"{module}.{3 * layer + 1}"))
-        answers.append(x)
-    logits = linear(answers[0], weights, "class_logits").view(batch, count, -1)
-    deltas = linear(answers[1], weights, "bboxes_delta")
+        outputs.append(x)
+    logits = linear(outputs[0], weights, "class_logits").view(batch, count, -1)
+    deltas = linear(outputs[1], weights, "bboxes_delta")
     refined = apply_deltas(deltas, boxes.flatten(0, 1)).view(batch, count, 4)
     return logits, refined, q.view(batch, count, channels)
 
@@ -94,7 +94,7 @@ def stage(
 def head(
     levels: list[Tensor], image_sizes: Tensor, weights: Weights, heads: int, bins: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Logits and boxes (corners in pixels) of every stage; images (height, width) unpadded."""
+    """Return logits and boxes (corners in pixels) of each stage; image_sizes: (B, 2) unpadded."""
     batch = len(image_sizes)
     scale = image_sizes.flip(1).repeat(1, 2)[:, None]
     center, size = weights["init_proposal_boxes.weight"].split(2, dim=1)

@@ -1,5 +1,8 @@
-"""The launches of each operator for an image of 800 × 1344, at the finest level (P2, 200 × 336; for
-RoIAlign and attention over all levels), and how much work each kernel has."""
+"""Calls of each operator for an 800 × 1344 image, and the work of each kernel.
+
+Deformable convolution and fusion run at the finest level (P2, 200 × 336), RoIAlign and attention on
+all levels.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,12 +24,12 @@ CORNERS = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What a kernel does beside reading and writing each of its tensors once.
+    """Work of a kernel besides reading or writing each of its tensors once.
 
     Args:
-        flop: of matrix products.
-        gathered: numbers read by bilinear sampling, four for each sample and channel.
-        added: numbers added to memory atomically.
+        flop: FLOPs of matrix products.
+        gathered: values read by bilinear sampling, four for each sample and channel.
+        added: values added to memory atomically.
     """
 
     flop: float = 0
@@ -36,11 +39,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Case:
-    """An operator, forward and backward.
+    """Forward and backward pass of an operator.
 
     Args:
-        run: calls it, with tensors of a dtype.
-        work: of each of its kernels, by name; those that are not named gather nothing.
+        run: function that runs both with tensors of a dtype.
+        work: work of its kernels by name; kernels not named have no additional work.
     """
 
     run: Callable[[torch.dtype], None]

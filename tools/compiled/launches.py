@@ -1,4 +1,4 @@
-"""Kernels for GPUs that are not there: the launches of a function are recorded, and compiled."""
+"""Recording and compiling of kernel launches without a GPU."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ WARP = 32  # threads
 
 @dataclass
 class Launch:
-    """A kernel with the arguments and options of one launch.
+    """One launch of a kernel.
 
     Args:
-        kernel: of Triton.
-        arguments: by name; tensors may be fake.
-        options: of the compiler.
-        grid: programs along each axis.
+        kernel: the kernel.
+        arguments: arguments by name; tensors may be fake.
+        options: compiler options.
+        grid: number of programs along each axis.
     """
 
     kernel: JITFunction
@@ -47,18 +47,18 @@ class Launch:
 
     @property
     def tensor_bytes(self) -> int:
-        """Of all tensors that the kernel reads or writes, each counted once."""
+        """Bytes of all tensors of the kernel, each counted once."""
         tensors = {id(t): t for t in self.arguments.values() if isinstance(t, Tensor)}
         return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
 
     def compile(self, architecture: int) -> CompiledKernel:
-        """For compute capability ``architecture / 10``, such as 90."""
+        """Compile for compute capability ``architecture / 10``; 90 is that of the H100."""
         target = GPUTarget("cuda", architecture, WARP)
         return triton.compile(self._source(), target=target, options=self.options)
 
     def _source(self) -> ASTSource:
-        """The kernel for these arguments, specialised as a launch specialises it: ones and absent
-        tensors are constants, multiples of 16 are known to be so."""
+        """Return the source, specialised as in a launch: 1 and None are constants, multiples of 16
+        are marked as divisible."""
         signature, constants, attributes = {}, {}, {}
         for parameter in self.kernel.params:
             place, value = (parameter.num,), self.arguments[parameter.name]
@@ -79,7 +79,7 @@ class Launch:
 
 
 def record_launches(run: Callable[[], object]) -> list[Launch]:
-    """What a function would launch. Its tensors are fake: they hold no memory."""
+    """Return the launches of a function, which runs on fake tensors without memory."""
     launches = []
 
     def record(kernel: JITFunction, *args: object, grid: tuple, warmup: bool, **kwargs: object):
@@ -98,7 +98,7 @@ def record_launches(run: Callable[[], object]) -> list[Launch]:
 
 
 def _kind(value: object) -> str:
-    """The type of an argument, as Triton writes it."""
+    """Return the type of an argument in Triton's notation."""
     if isinstance(value, Tensor):
         return "*" + TYPES[value.dtype]
     if isinstance(value, bool):

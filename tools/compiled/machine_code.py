@@ -1,5 +1,4 @@
-"""What a compiled kernel takes of a GPU, read from its machine code by the ``cuobjdump`` that comes
-with Triton."""
+"""Resources and instructions of a compiled kernel, read by the ``cuobjdump`` of Triton."""
 
 import re
 import subprocess
@@ -19,14 +18,14 @@ INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
 
 @dataclass(frozen=True)
 class MachineCode:
-    """Counts are of instructions in the code; in loops they run more often.
+    """Resources and instruction counts. Instructions in loops count once.
 
     Args:
-        registers: of a thread.
-        stack: bytes that a thread holds in memory, for want of registers.
-        products: instructions of the tensor cores, by name.
-        loads: from global memory, by width in bits.
-        atomics: on global memory, by how many numbers each adds to.
+        registers: registers per thread.
+        stack: spilled bytes per thread.
+        products: tensor-core instructions by name.
+        loads: loads from global memory by width in bits.
+        atomics: atomics on global memory by number of values.
     """
 
     registers: int
@@ -37,7 +36,7 @@ class MachineCode:
 
 
 def read_machine_code(cubin: bytes) -> MachineCode:
-    """Of a cubin that holds one kernel."""
+    """Read a cubin with one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

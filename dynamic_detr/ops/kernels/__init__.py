@@ -1,7 +1,7 @@
-"""Triton kernels, one file per operator; each file holds the kernels and the functions that launch
-them on tensors. Imported only where a kernel runs: Triton may be missing.
+"""Triton kernels, one file per operator, with the functions that launch them. These modules are
+imported only where a kernel runs, as Triton may be missing.
 
-With ``TRITON_INTERPRET=1`` in the environment before Triton is imported, they run on CPU tensors
-in Triton's interpreter, slowly, which is how they are tested without a GPU. It computes bfloat16
-wrongly, so kernels convert what they load to float32 before any arithmetic.
+If ``TRITON_INTERPRET=1`` is set before Triton is imported, kernels run on CPU tensors in Triton's
+interpreter; the tests use this where there is no GPU. The interpreter computes bfloat16 wrongly, so
+kernels convert what they load to float32 before any arithmetic.
 """

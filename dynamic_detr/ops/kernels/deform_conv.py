@@ -1,30 +1,29 @@
-"""Modulated deformable convolution: samples are made where the matrix product reads them, forward
-and backward, so that the columns of the convolution never reach memory.
+"""Modulated deformable convolution: samples are computed inside the matrix products, forward and
+backward, so the columns of the convolution are never written to memory.
 
-A program owns a tile of output positions. For each tap it finds the four neighbours of its
-positions once, then walks over the channels: gather, weigh, multiply on the tensor cores. Groups
-that are too narrow for these are packed side by side into a block-diagonal weight.
+A program computes a tile of output positions. For each tap it computes the four neighbours of its
+positions once, then loops over channels: gather, weight, multiply on the tensor cores. Groups too
+narrow for the tensor cores are packed into a block-diagonal weight.
 """
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plain.packing import groups_per_pack, pack, unpack
 from .launch import on_device_of_first
-from .sampling import INTERPRETED, corners, dot_dtype
+from .sampling import INTERPRETED, add_rows, corners, dot_dtype, load_rows
 
 __all__ = ["backward", "forward"]
 
-PACKED_CHANNELS = 64  # narrower groups are packed until they are about as wide as this
-WEIGHT_SPLITS = 8  # parts of the positions whose weight gradients are summed at the end
+PACKED_CHANNELS = 64  # largest number of input or output channels of packed groups
+WEIGHT_SPLITS = 8  # splits of the positions; their weight gradients are summed at the end
 
 
 @triton.jit
 def _position(tile, out_height, out_width, positions, BLOCK_M: tl.constexpr):
-    """Image, row and column of a tile's output positions, and whether they exist."""
+    """Return index, image, row and column of a tile's output positions, and whether they exist."""
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     exists = index < positions
     area = out_height * out_width
@@ -41,7 +40,7 @@ def _tap(
     KERNEL_WIDTH: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     DILATION: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Where a tap samples: its corners, and its modulation."""
+    """Return the corners that a tap samples, and its modulation."""
     at = offset + image * so_image + row * so_row + column * so_column + 2 * tap * so_tap
     y = tl.load(at, mask=exists, other=0.0).to(tl.float32)
     x = tl.load(at + so_tap, mask=exists, other=0.0).to(tl.float32)
@@ -59,23 +58,18 @@ def _tap(
 
 
 @triton.jit
-def _corner(pointer, inside, channel_exists):
-    """One neighbour of each position: (BLOCK_M, BLOCK_K) float32."""
-    keep = inside[:, None] & channel_exists[None, :]
-    return tl.load(pointer, mask=keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _columns(
     pointer, fy, fx, top, bottom, left, right, modulation, channel_exists, sx_row, sx_column
 ):
-    """The weighted sum of the four neighbours: (BLOCK_M, BLOCK_K) float32."""
+    """Return the samples, weighted sums of four neighbours: (BLOCK_M, BLOCK_K) float32."""
     upper, lower = (1.0 - fy) * modulation, fy * modulation
-    columns = _corner(pointer, top & left, channel_exists) * (upper * (1.0 - fx))[:, None]
-    columns += _corner(pointer + sx_column, top & right, channel_exists) * (upper * fx)[:, None]
+    columns = load_rows(pointer, top & left, channel_exists) * (upper * (1.0 - fx))[:, None]
+    columns += load_rows(pointer + sx_column, top & right, channel_exists) * (upper * fx)[:, None]
     pointer += sx_row
-    columns += _corner(pointer, bottom & left, channel_exists) * (lower * (1.0 - fx))[:, None]
-    columns += _corner(pointer + sx_column, bottom & right, channel_exists) * (lower * fx)[:, None]
+    columns += load_rows(pointer, bottom & left, channel_exists) * (lower * (1.0 - fx))[:, None]
+    columns += (
+        load_rows(pointer + sx_column, bottom & right, channel_exists) * (lower * fx)[:, None]
+    )
     return columns
 
 
@@ -136,7 +130,7 @@ def _sample_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the input (added up atomically), the offsets and the modulations."""
+    """Compute the gradients of the input (atomically), the offsets and the modulations."""
     index, image, row, column, exists = _position(
         tl.program_id(0), out_height, out_width, positions, BLOCK_M
     )
@@ -149,7 +143,7 @@ def _sample_grad_kernel(
     upper, lower = (1.0 - fy) * modulation, fy * modulation
     read = image * sx_image + y0.to(tl.int64) * sx_row + x0 * sx_column
     write = ((image * height + y0) * width + x0) * channels
-    # the gradient of the column, times each neighbour, summed over the channels
+    # gradient of the column times each neighbour, summed over channels
     at_upper_left = tl.zeros([BLOCK_M], tl.float32)
     at_upper_right = tl.zeros([BLOCK_M], tl.float32)
     at_lower_left = tl.zeros([BLOCK_M], tl.float32)
@@ -170,24 +164,20 @@ def _sample_grad_kernel(
             channel = group * GROUP_K + k
             if NEEDS_SAMPLING:
                 at = input + read[:, None] + channel[None, :]
-                at_upper_left += tl.sum(grad * _corner(at, top & left, k_exists), 1)
-                at_upper_right += tl.sum(grad * _corner(at + sx_column, top & right, k_exists), 1)
+                at_upper_left += tl.sum(grad * load_rows(at, top & left, k_exists), 1)
+                at_upper_right += tl.sum(grad * load_rows(at + sx_column, top & right, k_exists), 1)
                 at += sx_row
-                at_lower_left += tl.sum(grad * _corner(at, bottom & left, k_exists), 1)
+                at_lower_left += tl.sum(grad * load_rows(at, bottom & left, k_exists), 1)
                 at_lower_right += tl.sum(
-                    grad * _corner(at + sx_column, bottom & right, k_exists), 1
+                    grad * load_rows(at + sx_column, bottom & right, k_exists), 1
                 )
             if NEEDS_INPUT:
                 at = grad_input + write[:, None] + channel[None, :]
-                keep = (top & left)[:, None] & k_exists[None, :]
-                tl.atomic_add(at, grad * (upper * (1.0 - fx))[:, None], mask=keep, sem="relaxed")
-                keep = (top & right)[:, None] & k_exists[None, :]
-                tl.atomic_add(at + channels, grad * (upper * fx)[:, None], mask=keep, sem="relaxed")
+                add_rows(at, grad, upper * (1.0 - fx), top & left, k_exists)
+                add_rows(at + channels, grad, upper * fx, top & right, k_exists)
                 at += width * channels
-                keep = (bottom & left)[:, None] & k_exists[None, :]
-                tl.atomic_add(at, grad * (lower * (1.0 - fx))[:, None], mask=keep, sem="relaxed")
-                keep = (bottom & right)[:, None] & k_exists[None, :]
-                tl.atomic_add(at + channels, grad * (lower * fx)[:, None], mask=keep, sem="relaxed")
+                add_rows(at, grad, lower * (1.0 - fx), bottom & left, k_exists)
+                add_rows(at + channels, grad, lower * fx, bottom & right, k_exists)
     if NEEDS_SAMPLING:
         left_change, right_change = at_lower_left - at_upper_left, at_lower_right - at_upper_right
         upper_change, lower_change = at_upper_right - at_upper_left, at_lower_right - at_lower_left
@@ -214,7 +204,7 @@ def _weight_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the packed weight over one split of the positions."""
+    """Compute the gradient of the packed weight over one split of the positions."""
     block, split = tl.program_id(0), tl.program_id(2)
     group, tap = tl.program_id(1) // TAPS, tl.program_id(1) % TAPS
     k = (block // BLOCKS_N) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -245,43 +235,23 @@ def _weight_grad_kernel(
     tl.store(grad_weight + at, total, mask=k_exists[:, None] & n_exists[None, :])
 
 
-@dataclass(frozen=True)
-class _Packing:
-    """How groups lie side by side: `packs` block-diagonal weights of `together` groups each."""
+def _pack(weight: Tensor, groups: int) -> Tensor:
+    """Pack narrow groups, (C_out, C / groups, kh, kw) to (packs, taps, K, N)."""
+    widest = max(weight.shape[1], weight.shape[0] // groups)
+    together = groups_per_pack(groups, widest, PACKED_CHANNELS)
+    packed = pack(weight, groups, together).flatten(2)
+    return packed.unflatten(0, (groups // together, -1)).permute(0, 3, 2, 1).contiguous()
 
-    groups: int
-    together: int
 
-    @classmethod
-    def of(cls, weight: Tensor, groups: int) -> "_Packing":
-        widest = max(weight.shape[1], weight.shape[0] // groups)
-        fitting = [n for n in range(1, groups + 1) if groups % n == 0]
-        return cls(groups, max(n for n in fitting if n == 1 or n * widest <= PACKED_CHANNELS))
-
-    @property
-    def packs(self) -> int:
-        return self.groups // self.together
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """(C_out, C / groups, kh, kw) to (packs, taps, K, N)."""
-        blocks = weight.flatten(2).unflatten(0, (self.packs, self.together, -1))
-        blocks = blocks.permute(0, 4, 1, 3, 2)  # (packs, taps, together, C / g, C_out / g)
-        if self.together == 1:
-            return blocks[:, :, 0].contiguous()
-        diagonal = torch.diag_embed(blocks.movedim(2, -1), dim1=2, dim2=4)
-        # (packs, taps, together, C / g, together, C_out / g)
-        return diagonal.flatten(4, 5).flatten(2, 3).contiguous()
-
-    def unpack(self, packed: Tensor, shape: torch.Size) -> Tensor:
-        """The diagonal blocks of (packs, taps, K, N), as a weight of the given shape."""
-        blocks = packed.unflatten(3, (self.together, -1)).unflatten(2, (self.together, -1))
-        blocks = blocks.diagonal(dim1=2, dim2=4)  # (packs, taps, C / g, C_out / g, together)
-        return blocks.permute(0, 4, 3, 2, 1).reshape(shape)
+def _unpack(packed: Tensor, shape: torch.Size, groups: int) -> Tensor:
+    """Invert `_pack`, to a weight of the given shape."""
+    weight = packed.permute(0, 3, 2, 1).flatten(0, 1).unflatten(2, shape[2:])
+    return unpack(weight, shape, groups)
 
 
 def _blocks(group_n: int, group_k: int, most_n: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Channels of the output and of the input in a tile, half as many where they are twice as
-    wide, so that tiles fit into registers and into the shared memory of any GPU since Ampere."""
+    """Return the output and input channels of a tile, which fits into the registers and the shared
+    memory of any GPU since Ampere; float32 tiles have half as many channels."""
     wide = 2 if dtype == torch.float32 else 1
     return _block(group_n, most_n // wide), _block(group_k, 64 // wide)
 
@@ -291,13 +261,13 @@ def _block(size: int, most: int) -> int:
 
 
 def _precision(input: Tensor) -> str:
-    """Tensor cores round float32 to TF32 where PyTorch's own convolutions may."""
+    """Return the precision of products: TF32 where PyTorch's own convolutions may use it."""
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if input.dtype == torch.float32 and allowed else "ieee"
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Of the image, the tap, the row and the column."""
+    """Return the strides of image, tap, row and column."""
     return (0, 0, 0, 0) if tensor is None else tensor.stride()
 
 
@@ -313,19 +283,18 @@ def forward(
     dilation: int,
     groups: int,
 ) -> Tensor:
-    """The convolution; arguments and result are those of `deform_conv2d`, without autograd."""
+    """Compute `dynamic_detr.ops.deform_conv2d` without autograd."""
     input = input.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.contiguous()
     batch, _, height, width = input.shape
     _, _, out_height, out_width = offset.shape
-    channels_out, _, kernel_height, kernel_width = weight.shape
+    channels_out, _, _, kernel_width = weight.shape
     out = input.new_empty(batch, out_height, out_width, channels_out)
-    packing = _Packing.of(weight, groups)
-    packed = packing.pack(weight)
-    _, taps, group_k, group_n = packed.shape
+    packed = _pack(weight, groups)
+    packs, taps, group_k, group_n = packed.shape
     block_n, block_k = _blocks(group_n, group_k, 256, input.dtype)
     block_m, positions = 64, batch * out_height * out_width
-    grid = (triton.cdiv(positions, block_m), triton.cdiv(group_n, block_n), packing.packs)
+    grid = (triton.cdiv(positions, block_m), triton.cdiv(group_n, block_n), packs)
     if out.numel():
         _forward_kernel[grid](
             input, offset, mask, packed, bias, out,
@@ -354,17 +323,16 @@ def backward(
     needs_sampling: bool,
     needs_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of input, offset, mask and weight; None for those that are not needed.
+    """Return the gradients of input, offset, mask and weight; None for those not needed.
 
-    The gradient of the input is added up with atomics, in an order that changes from run to run.
+    The gradient of the input is summed with atomics, so its rounding differs between runs.
     """
     input = input.contiguous(memory_format=torch.channels_last)
     grad_out = grad_out.permute(0, 2, 3, 1).contiguous()
     batch, channels, height, width = input.shape
     _, out_height, out_width, channels_out = grad_out.shape
-    packing = _Packing.of(weight, groups)
-    packed = packing.pack(weight)
-    _, taps, group_k, group_n = packed.shape
+    packed = _pack(weight, groups)
+    packs, taps, group_k, group_n = packed.shape
     kernel_width = weight.shape[3]
     positions = batch * out_height * out_width
     block_n, block_k = _blocks(group_n, group_k, 128, input.dtype)
@@ -388,7 +356,7 @@ def backward(
         _sample_grad_kernel[triton.cdiv(positions, block_m), taps](
             grad_out, input, offset, mask, packed, grad_input, grad_offset, grad_mask,
             *sizes, channels, channels_out, *strides, *geometry,
-            packing.packs, group_k, group_n, needs_input, needs_sampling,
+            packs, group_k, group_n, needs_input, needs_sampling,
             block_m, block_n, block_k, *products, num_warps=8, num_stages=2,
         )  # fmt: skip
     if needs_weight:
@@ -397,13 +365,13 @@ def backward(
         splits = 1 if INTERPRETED else max(1, min(WEIGHT_SPLITS, tiles // 16))
         partial = input.new_empty((splits, *packed.shape), dtype=torch.float32)
         blocks_k, blocks_n = triton.cdiv(group_k, block_k), triton.cdiv(group_n, block_n)
-        _weight_grad_kernel[blocks_k * blocks_n, packing.packs * taps, splits](
+        _weight_grad_kernel[blocks_k * blocks_n, packs * taps, splits](
             grad_out, input, offset, mask, partial,
             *sizes, channels_out, triton.cdiv(tiles, splits), *strides, *geometry,
-            packing.packs, group_k, group_n, blocks_n,
+            packs, group_k, group_n, blocks_n,
             block_m, block_n, block_k, *products, num_warps=4, num_stages=2,
         )  # fmt: skip
-        grad_weight = packing.unpack(partial.sum(0), weight.shape).to(weight.dtype).contiguous()
+        grad_weight = _unpack(partial.sum(0), weight.shape, groups).to(weight.dtype).contiguous()
     return (
         None if grad_input is None else grad_input.to(input.dtype).permute(0, 3, 1, 2),
         None if grad_offset is None else grad_offset.flatten(3).permute(0, 3, 1, 2),

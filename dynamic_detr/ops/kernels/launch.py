@@ -1,7 +1,7 @@
-"""Where a kernel is launched.
+"""Device of kernel launches.
 
-Sizes of images are no reason to compile a kernel anew, as Triton does for integers that are 1 or
-another multiple of 16: kernels list them under `do_not_specialize`.
+Triton recompiles a kernel when an integer argument becomes 1 or changes its divisibility by 16. The
+kernels list sizes of images under `do_not_specialize`, so that new sizes do not recompile them.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def on_device_of_first(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Makes the device of the function's first tensor the current one, on which Triton launches."""
+    """Run the function with its first tensor's device as the current one, which Triton uses."""
 
     @wraps(function)
     def launch(tensor: torch.Tensor, *args, **kwargs) -> Result:

@@ -1,8 +1,8 @@
 """Multi-scale deformable attention: the values of a head are gathered and summed in registers.
 
-A program owns some outputs, each one head of one query, and all channels of that head. The
-backward pass reads the same rows again: the gradients of positions and weights are sums over the
-channels, which lie in one program and need no atomics; those of the values are added atomically.
+A program computes some outputs, each one head of one query, with all channels of the head. The
+backward pass reads the same rows again. The gradients of locations and weights are sums over
+channels within a program; the gradient of the values is summed with atomics.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import on_device_of_first
-from .sampling import corners
+from .sampling import add_rows, corners, load_rows
 
 __all__ = ["backward", "forward"]
 
-TILE = 2048  # elements of the output that a program owns where there are many
-MIN_PROGRAMS = 512  # some for every processor of a large GPU
-WARP_TILE = 512  # elements that one warp holds
+TILE = 2048  # elements of the output per program; fewer for small outputs
+MIN_PROGRAMS = 512  # several for every multiprocessor of a large GPU
+WARP_TILE = 512  # elements per warp
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _sample(
     locations, weights, index, exists, heights, widths, level: tl.constexpr, point,
     LEVELS: tl.constexpr, POINTS: tl.constexpr,
 ):  # fmt: skip
-    """The corners of one sample of each output, and its attention weight."""
+    """Return the index and the corners of one sample of each output, and its attention weight."""
     at = index * (LEVELS * POINTS) + level * POINTS + point
     x = tl.load(locations + 2 * at, mask=exists, other=0.0).to(tl.float32) * widths[level] - 0.5
     y = tl.load(locations + 2 * at + 1, mask=exists, other=0.0).to(tl.float32)
@@ -35,18 +35,6 @@ def _sample(
     y0, x0, fy, fx, top, bottom, left, right = corners(y, x, heights[level], widths[level])
     weight = tl.load(weights + at, mask=exists, other=0.0).to(tl.float32)
     return at, y0, x0, fy, fx, top & exists, bottom & exists, left, right, weight
-
-
-@triton.jit
-def _row(pointer, inside, channel_exists):
-    keep = inside[:, None] & channel_exists[None, :]
-    return tl.load(pointer, mask=keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _scatter(pointer, grad, weight, inside, channel_exists):
-    keep = inside[:, None] & channel_exists[None, :]
-    tl.atomic_add(pointer, grad * weight[:, None], mask=keep, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["outputs", "queries", "rows"])
@@ -73,13 +61,13 @@ def _forward_kernel(
             above = value + (row * CHANNELS)[:, None] + channel[None, :]
             under = above + row_length * (HEADS * CHANNELS)
             upper, lower = (1.0 - fy) * weight, fy * weight
-            part = _row(above, top & left, channel_exists)
+            part = load_rows(above, top & left, channel_exists)
             total += part * (upper * (1.0 - fx))[:, None]
-            part = _row(above + HEADS * CHANNELS, top & right, channel_exists)
+            part = load_rows(above + HEADS * CHANNELS, top & right, channel_exists)
             total += part * (upper * fx)[:, None]
-            part = _row(under, bottom & left, channel_exists)
+            part = load_rows(under, bottom & left, channel_exists)
             total += part * (lower * (1.0 - fx))[:, None]
-            part = _row(under + HEADS * CHANNELS, bottom & right, channel_exists)
+            part = load_rows(under + HEADS * CHANNELS, bottom & right, channel_exists)
             total += part * (lower * fx)[:, None]
         first += tl.cast(heights[level], tl.int32) * row_length
     at = out + (index * CHANNELS)[:, None] + channel[None, :]
@@ -100,7 +88,9 @@ def _backward_kernel(
     index = number.to(tl.int64)
     channel = tl.arange(0, BLOCK_C)
     channel_exists = channel < CHANNELS
-    grad = _row(grad_out + (index * CHANNELS)[:, None] + channel[None, :], exists, channel_exists)
+    grad = load_rows(
+        grad_out + (index * CHANNELS)[:, None] + channel[None, :], exists, channel_exists
+    )
     first = image.to(tl.int64) * rows
     for level in tl.static_range(LEVELS):
         row_length = tl.cast(widths[level], tl.int32)
@@ -112,14 +102,18 @@ def _backward_kernel(
             above = (row * CHANNELS)[:, None] + channel[None, :]
             under = above + row_length * (HEADS * CHANNELS)
             if NEEDS_SAMPLING:
-                # what each corner would add to the loss, were its weight 1
-                dot = grad * _row(value + above, top & left, channel_exists)
+                # gradients of the corners' weights: s00 upper left, s01 upper right, ...
+                dot = grad * load_rows(value + above, top & left, channel_exists)
                 s00 = tl.sum(dot, axis=1)
-                dot = grad * _row(value + above + HEADS * CHANNELS, top & right, channel_exists)
+                dot = grad * load_rows(
+                    value + above + HEADS * CHANNELS, top & right, channel_exists
+                )
                 s01 = tl.sum(dot, axis=1)
-                dot = grad * _row(value + under, bottom & left, channel_exists)
+                dot = grad * load_rows(value + under, bottom & left, channel_exists)
                 s10 = tl.sum(dot, axis=1)
-                dot = grad * _row(value + under + HEADS * CHANNELS, bottom & right, channel_exists)
+                dot = grad * load_rows(
+                    value + under + HEADS * CHANNELS, bottom & right, channel_exists
+                )
                 s11 = tl.sum(dot, axis=1)
                 along_x = (1.0 - fy) * (s01 - s00) + fy * (s11 - s10)
                 along_y = (1.0 - fx) * (s10 - s00) + fx * (s11 - s01)
@@ -136,25 +130,24 @@ def _backward_kernel(
             if NEEDS_VALUE:
                 upper, lower = (1.0 - fy) * weight, fy * weight
                 above, under = grad_value + above, grad_value + under
-                _scatter(above, grad, upper * (1.0 - fx), top & left, channel_exists)
+                add_rows(above, grad, upper * (1.0 - fx), top & left, channel_exists)
                 above += HEADS * CHANNELS
-                _scatter(above, grad, upper * fx, top & right, channel_exists)
-                _scatter(under, grad, lower * (1.0 - fx), bottom & left, channel_exists)
+                add_rows(above, grad, upper * fx, top & right, channel_exists)
+                add_rows(under, grad, lower * (1.0 - fx), bottom & left, channel_exists)
                 under += HEADS * CHANNELS
-                _scatter(under, grad, lower * fx, bottom & right, channel_exists)
+                add_rows(under, grad, lower * fx, bottom & right, channel_exists)
         first += tl.cast(heights[level], tl.int32) * row_length
 
 
 @on_device_of_first
 def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> Tensor:
-    """Attends; see `dynamic_detr.ops.ms_deform_attn`.
+    """Compute `dynamic_detr.ops.ms_deform_attn` without autograd.
 
     Args:
-        value: (B, ΣHW, heads, d) float32, bfloat16 or float16; this and the other tensors are
-            made contiguous if they are not.
+        value: (B, ΣHW, heads, d) float32, bfloat16 or float16.
         locations: (B, Q, heads, L, P, 2) normalised x, y.
         weights: (B, Q, heads, L, P).
-        shapes: H and W of each level, one after the other.
+        shapes: H and W of each level: [H_0, W_0, H_1, W_1, ...].
 
     Returns:
         (B, Q, heads·d) in the dtype of value.
@@ -180,10 +173,8 @@ def backward(
     needs_value: bool,
     needs_sampling: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of value (added up in float32), locations and weights, in their dtypes.
-
-    None for those that are not needed.
-    """
+    """Return the gradients of value, locations and weights in their dtypes; None for those not
+    needed. The gradient of value is summed in float32."""
     grad_value = grad_locations = grad_weights = None
     if needs_value:
         grad_value = value.new_zeros(value.shape, dtype=torch.float32)
@@ -213,8 +204,8 @@ def _launch(kernel, tensors, value, locations, shapes, **needs: bool) -> None:
     while block_m > 16 and outputs < block_m * MIN_PROGRAMS:
         block_m //= 2
     grid = (triton.cdiv(outputs, block_m),)
-    # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
-    # of another divisibility, so for many sizes of images.
+    # Sizes are passed as floats, which hold them exactly: Triton would recompile for integers of
+    # another divisibility.
     kernel[grid](
         *tensors,
         tuple(float(height) for height in shapes[::2]),

@@ -1,4 +1,4 @@
-"""The smallest kernel, to see whether Triton works."""
+"""A minimal kernel that tests whether Triton works."""
 
 import torch
 import triton
@@ -13,10 +13,10 @@ def _fill_kernel(out):
 
 
 def probe() -> None:
-    """Compiles and runs one kernel on the current GPU.
+    """Compile and run one kernel on the current GPU.
 
     Raises:
-        Exception: whatever Triton, the compiler or the driver says where it does not work.
+        Exception: any error of Triton, the compiler or the driver.
     """
     out = torch.zeros(1, device="cuda")
     _fill_kernel[(1,)](out)

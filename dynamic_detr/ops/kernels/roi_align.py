@@ -1,8 +1,8 @@
 """RoIAlign over a pyramid: one launch for all levels, images and boxes.
 
-A program owns some bins of any boxes, and a block of channels. It finds the level of each bin's
-box, then gathers whole rows of the table; in the backward pass it adds to them, atomically.
-Consecutive bins are neighbours in the image, so that most rows that meet are in the cache.
+A program computes some consecutive bins, of one or more boxes, for a block of channels. It
+determines the level of each bin's box, then gathers rows of the table; the backward pass adds to
+these rows with atomics. Consecutive bins are neighbours in the image and share rows in the cache.
 """
 
 from collections.abc import Sequence
@@ -12,13 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..plain.gather import rows_of
 from .launch import on_device_of_first
-from .sampling import corners
+from .sampling import add_rows, corners, load_rows
 
 __all__ = ["backward", "forward"]
 
-TILE = 2048  # elements of the output that a program owns
-MAX_CHANNELS = 256  # of them on one row
+TILE = 2048  # elements of the output per program
+MAX_CHANNELS = 256  # channels per program
 
 
 @triton.jit
@@ -26,14 +27,14 @@ def _place(
     index, exists, boxes, image_sizes, heights, widths, strides, queries, rows, finest_area,
     LEVELS: tl.constexpr, BINS: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
-    """Where the bins lie.
+    """Return level and positions of the bins.
 
     Returns:
-        first: int64, the table's first row of the level of each bin's box, in its image.
-        row_length: int32, by which a step in y moves in the table.
-        height, width: float32, the true size of the level.
-        y, x: float32, the position of the first sample of each bin.
-        step_y, step_x: float32, from one sample to the next.
+        first: int64, first row in the table of the level of each bin's box, in its image.
+        row_length: int32, rows of the table per step in y.
+        height, width: float32, true size of the level.
+        y, x: float32, position of the first sample of each bin.
+        step_y, step_x: float32, distance between samples.
     """
     region = index // (BINS * BINS)
     bin_in_region = index - region * (BINS * BINS)
@@ -64,7 +65,7 @@ def _place(
     whole_stride = stride.to(tl.int32)
     height = ((true_height + whole_stride - 1) // whole_stride).to(tl.float32)
     width = ((true_width + whole_stride - 1) // whole_stride).to(tl.float32)
-    # an image larger than its features must not be read beyond them
+    # never read beyond the features of a level
     height, width = tl.minimum(height, level_height), tl.minimum(width, level_width)
 
     x1, y1 = x1 / stride - 0.5, y1 / stride - 0.5
@@ -78,24 +79,12 @@ def _place(
 
 @triton.jit
 def _sample(y, x, height, width, exists):
-    """The corners of samples, moved to the edge or left out as RoIAlign wants it."""
+    """Return the corners of samples, which are clamped to the edge, or outside, as in RoIAlign."""
     inside = exists & (y >= -1.0) & (y <= height) & (x >= -1.0) & (x <= width)
     y = tl.minimum(tl.maximum(y, 0.0), height - 1.0)
     x = tl.minimum(tl.maximum(x, 0.0), width - 1.0)
     y0, x0, fy, fx, _, bottom, _, right = corners(y, x, height, width)
     return y0, x0, fy, fx, inside, inside & bottom, inside & right, inside & bottom & right
-
-
-@triton.jit
-def _add(total, pointer, weight, inside, channel_exists):
-    keep = inside[:, None] & channel_exists[None, :]
-    return total + tl.load(pointer, mask=keep, other=0.0).to(tl.float32) * weight[:, None]
-
-
-@triton.jit
-def _scatter(pointer, grad, weight, inside, channel_exists):
-    keep = inside[:, None] & channel_exists[None, :]
-    tl.atomic_add(pointer, grad * weight[:, None], mask=keep, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["bins", "queries", "rows"])
@@ -120,10 +109,10 @@ def _forward_kernel(
             )
             above = table + ((first + y0 * row_length + x0) * CHANNELS)[:, None] + channel[None, :]
             under = above + (row_length * CHANNELS)[:, None]
-            total = _add(total, above, (1.0 - fy) * (1.0 - fx), here, channel_exists)
-            total = _add(total, above + CHANNELS, (1.0 - fy) * fx, right, channel_exists)
-            total = _add(total, under, fy * (1.0 - fx), below, channel_exists)
-            total = _add(total, under + CHANNELS, fy * fx, across, channel_exists)
+            total += load_rows(above, here, channel_exists) * ((1.0 - fy) * (1.0 - fx))[:, None]
+            total += load_rows(above + CHANNELS, right, channel_exists) * ((1.0 - fy) * fx)[:, None]
+            total += load_rows(under, below, channel_exists) * (fy * (1.0 - fx))[:, None]
+            total += load_rows(under + CHANNELS, across, channel_exists) * (fy * fx)[:, None]
     total = total / (RATIO * RATIO)
     at = out + (index.to(tl.int64) * CHANNELS)[:, None] + channel[None, :]
     tl.store(at, total.to(out.dtype.element_ty), mask=exists[:, None] & channel_exists[None, :])
@@ -155,10 +144,10 @@ def _backward_kernel(
             row = (first + y0 * row_length + x0) * CHANNELS
             above = grad_table + row[:, None] + channel[None, :]
             under = above + (row_length * CHANNELS)[:, None]
-            _scatter(above, grad, (1.0 - fy) * (1.0 - fx), here, channel_exists)
-            _scatter(above + CHANNELS, grad, (1.0 - fy) * fx, right, channel_exists)
-            _scatter(under, grad, fy * (1.0 - fx), below, channel_exists)
-            _scatter(under + CHANNELS, grad, fy * fx, across, channel_exists)
+            add_rows(above, grad, (1.0 - fy) * (1.0 - fx), here, channel_exists)
+            add_rows(above + CHANNELS, grad, (1.0 - fy) * fx, right, channel_exists)
+            add_rows(under, grad, fy * (1.0 - fx), below, channel_exists)
+            add_rows(under + CHANNELS, grad, fy * fx, across, channel_exists)
 
 
 @on_device_of_first
@@ -172,19 +161,19 @@ def forward(
     sampling_ratio: int,
     finest_area: float,
 ) -> Tensor:
-    """Pools all boxes; see `dynamic_detr.ops.pyramid_roi_align`.
+    """Compute `dynamic_detr.ops.pyramid_roi_align` without autograd.
 
     Args:
-        table: (B, ΣHW, C) float32, bfloat16 or float16; made contiguous if it is not.
+        table: (B, ΣHW, C) float32, bfloat16 or float16.
         boxes: (B, Q, 4) corners in pixels.
         image_sizes: (B, 2) integers.
-        shapes: H and W of each level, one after the other.
-        strides: of each level.
-        output_size, sampling_ratio: bins on each side of a box, samples on each side of a bin.
-        finest_area: a box goes to level l > 0 if its area is at least finest_area · 4^l.
+        shapes: H and W of each level: [H_0, W_0, H_1, W_1, ...].
+        strides: stride of each level.
+        output_size, sampling_ratio: bins per side of a box, samples per side of a bin.
+        finest_area: result of `plain.roi_align.finest_area`.
 
     Returns:
-        (B, Q, output_size², C) in the table's dtype.
+        (B, Q, output_size², C) in the dtype of table.
     """
     out = table.new_empty(*boxes.shape[:2], output_size**2, table.shape[-1])
     _launch(
@@ -205,19 +194,15 @@ def backward(
     sampling_ratio: int,
     finest_area: float,
 ) -> Tensor:
-    """Gradient of the table (B, ΣHW, C), added up in float32, in the dtype of grad_out."""
+    """Return the gradient of the table (B, ΣHW, C) in the dtype of grad_out, summed in float32."""
     grad_table = grad_out.new_zeros(
-        boxes.shape[0], _rows(shapes), grad_out.shape[-1], dtype=torch.float32
+        boxes.shape[0], rows_of(shapes), grad_out.shape[-1], dtype=torch.float32
     )
     _launch(
         _backward_kernel, grad_out, grad_table, boxes, image_sizes, shapes, strides,
         output_size, sampling_ratio, finest_area,
     )  # fmt: skip
     return grad_table.to(grad_out.dtype)
-
-
-def _rows(shapes: Sequence[int]) -> int:
-    return sum(height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
 
 
 def _launch(
@@ -232,14 +217,14 @@ def _launch(
     block_c = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     block_m = min(TILE // block_c, 64)
     grid = (triton.cdiv(bins, block_m), triton.cdiv(channels, block_c))
-    # Sizes are floats, which hold them exactly: Triton would compile the kernel anew for integers
-    # of another divisibility, so for many sizes of images.
+    # Sizes are passed as floats, which hold them exactly: Triton would recompile for integers of
+    # another divisibility.
     kernel[grid](
         source.contiguous(), boxes.contiguous(), image_sizes.contiguous(), target,
         tuple(float(height) for height in shapes[::2]),
         tuple(float(width) for width in shapes[1::2]),
         tuple(float(stride) for stride in strides),
-        bins, queries, _rows(shapes), finest_area,
+        bins, queries, rows_of(shapes), finest_area,
         LEVELS=len(strides), BINS=output_size, RATIO=sampling_ratio, CHANNELS=channels,
         BLOCK_M=block_m, BLOCK_C=block_c,
     )  # fmt: skip

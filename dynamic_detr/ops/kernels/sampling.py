@@ -1,4 +1,4 @@
-"""Bilinear sampling in Triton: the index arithmetic that all kernels share."""
+"""Bilinear sampling in Triton: index arithmetic and access to rows of channels, for all kernels."""
 
 import os
 
@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "corners", "dot_dtype"]
+__all__ = ["INTERPRETED", "add_rows", "corners", "dot_dtype", "load_rows"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What a kernel multiplies matrices in: float32 where it is interpreted, else ``dtype``."""
+    """Return the dtype of a kernel's matrix products: float32 if interpreted, else ``dtype``."""
     if INTERPRETED or dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
@@ -20,16 +20,16 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 @triton.jit
 def corners(y, x, height, width):
-    """The four neighbours of float32 positions on a map of height x width that zeros surround.
+    """Return the four neighbours of float32 positions on a height × width map with zero padding.
 
-    Positions far outside, or not finite, are moved to where every neighbour is outside.
+    Positions far outside, or not finite, are moved to one whose neighbours are all outside.
 
     Returns:
         y0, x0: int32, the upper left neighbour, which may be outside.
-        fy, fx: float32, the fractions.
+        fy, fx: float32, the fractional parts.
         top, bottom, left, right: whether those rows and columns are inside.
     """
-    # comparisons with NaN are false in every version of Triton; minima and maxima differ
+    # comparisons with NaN are false in every version of Triton; minimum and maximum differ
     y = tl.where((y > -2.0) & (y < height + 1.0), y, -2.0)
     x = tl.where((x > -2.0) & (x < width + 1.0), x, -2.0)
     floor_y, floor_x = tl.floor(y), tl.floor(x)
@@ -38,3 +38,17 @@ def corners(y, x, height, width):
     top, bottom = (y0 >= 0) & (y0 < height), (y0 >= -1) & (y0 < height - 1)
     left, right = (x0 >= 0) & (x0 < width), (x0 >= -1) & (x0 < width - 1)
     return y0, x0, fy, fx, top, bottom, left, right
+
+
+@triton.jit
+def load_rows(pointer, inside, channel_exists):
+    """Load (rows, channels) as float32, zero where a row is not inside."""
+    keep = inside[:, None] & channel_exists[None, :]
+    return tl.load(pointer, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_rows(pointer, grad, weight, inside, channel_exists):
+    """Atomically add grad (rows, channels) times weight (rows,) where a row is inside."""
+    keep = inside[:, None] & channel_exists[None, :]
+    tl.atomic_add(pointer, grad * weight[:, None], mask=keep, sem="relaxed")

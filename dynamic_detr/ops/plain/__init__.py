@@ -1,2 +1,2 @@
-"""The operators in plain PyTorch, one file per operator: the reference for the kernels, and what
-runs on a CPU."""
+"""The operators in plain PyTorch, one file per operator: the CPU path and the reference of the
+kernels."""

@@ -1,26 +1,26 @@
-"""Bilinear samples of a map that zeros surround: which four pixels, with which weights, and the
-gradients of the positions. Axis by axis, in operations on whole tensors, none of which masks."""
+"""Bilinear sampling with zero padding: indices and weights of the four pixels, and gradients of the
+positions. Each axis is computed separately, without boolean masks."""
 
 import torch
 from torch import Tensor
 
 __all__ = ["BilinearSamples"]
 
-NOWHERE = -2.0  # a pixel's position no neighbour of which is on the map
+OUTSIDE = -2.0  # a position whose neighbours are all outside the map
 
 
 class BilinearSamples:
-    """Samples at fractional positions, each the weighted sum of four pixels.
+    """Bilinear samples at fractional positions, each a weighted sum of four pixels.
 
-    Pixels outside [0, height) × [0, width) get weight 0 (and an index inside). Positions that are
-    not finite are outside.
+    Pixels outside [0, height) × [0, width) get weight 0 and an index inside. Samples at positions
+    that are not finite are zero.
 
     Args:
-        y, x: positions in pixels, integer at the centre of a pixel, float32 or wider; their shapes
+        y, x: positions in pixels, integers at pixel centres, float32 or wider; their shapes
             broadcast.
-        height, width: size of the map, at least 1, numbers or integer tensors that broadcast with
-            the position.
-        scale: a factor of each sample, in the broadcast shape of y and x; None for one.
+        height, width: size of the map, at least 1; numbers, or integer tensors that broadcast with
+            the positions.
+        scale: factor of each sample, in the broadcast shape of y and x; None for 1.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class BilinearSamples:
         self.shape = torch.broadcast_shapes(y.shape, x.shape)
 
     def index(self, row_length: Tensor | int) -> Tensor:
-        """Where the four pixels are, (..., 4) int32, in a table of the map's pixels row by row.
+        """Return the indices of the four pixels in the flattened map, (..., 4) int32.
 
         Args:
-            row_length: pixels in a row of the table; as `width`, and at least as many.
+            row_length: pixels per row of the flattened map, at least `width`.
         """
         index = self.rows.low.new_empty((*self.shape, 4))
         for i, row in enumerate((self.rows.low, self.rows.high)):
@@ -49,7 +49,7 @@ class BilinearSamples:
         return index
 
     def weight(self) -> Tensor:
-        """What each of the four contributes, (..., 4)."""
+        """Return the weights of the four pixels, (..., 4)."""
         weight = self.rows.distance.new_empty((*self.shape, 4))
         for i, row_weight in enumerate(self.rows.weights):
             if self.scale is not None:
@@ -59,10 +59,11 @@ class BilinearSamples:
         return weight
 
     def backward(self, grad_weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of y, x and scale (None without one) from those of the weights (..., 4).
+        """Return the gradients of y, x and scale from the gradient of the weights (..., 4).
 
-        On a pixel, where the gradient of a position jumps, it is that of the cell below and right
-        of it. Wants positions of the broadcast shape.
+        The gradient of scale is None if there is no scale. At an integer position, where the
+        derivative jumps, it is that of the cell below and to the right. y and x must have the
+        broadcast shape.
         """
         upper_left, upper_right, lower_left, lower_right = grad_weight.unbind(dim=-1)
         (top, bottom), (left, right) = self.rows.weights, self.columns.weights
@@ -79,16 +80,15 @@ class BilinearSamples:
 
 
 class _Neighbours:
-    """Two neighbouring pixels on one axis, such that no pixel but these touches the position.
+    """The two pixels of an axis that contribute to a position, or the nearest two at an edge.
 
-    Where the map ends they are its last two, though the position is beyond. A pixel's weight is
-    1 - |distance|, and 0 further than 1 away.
+    The weight of a pixel is max(0, 1 - |distance|).
     """
 
     def __init__(self, position: Tensor, size: Tensor | int) -> None:
-        position = _clamp(torch.nan_to_num(position, nan=NOWHERE), NOWHERE, size + 1)
+        position = _clamp(torch.nan_to_num(position, nan=OUTSIDE), OUTSIDE, size + 1)
         first = _clamp(position.floor(), 0.0, _at_least_0(size - 2))
-        self.distance = position - first  # from the first; in [-2, 3]
+        self.distance = position - first  # from the first pixel; in [-2, 3]
         self.low = first.to(torch.int32)
         self.high = _clamp(self.low + 1, 0, size - 1)
         self.weights = _tent(self.distance), _tent(self.distance - 1)
@@ -97,10 +97,10 @@ class _Neighbours:
             self.weights[1].mul_(self.is_pair)
 
     def backward(self, grad_low: Tensor, grad_high: Tensor) -> Tensor:
-        """Gradient of the position from those of the weights."""
-        cell = self.distance.floor()  # -1: before the first, 0: between them, 1: behind the second
-        before, between, behind = (_tent(cell - number) for number in (-1, 0, 1))
-        slope_low, slope_high = before.sub_(between), between - behind
+        """Return the gradient of the position from the gradients of the two weights."""
+        cell = self.distance.floor()  # -1: before the first, 0: between them, 1: after the second
+        before, between, after = (_tent(cell - number) for number in (-1, 0, 1))
+        slope_low, slope_high = before.sub_(between), between - after
         if self.is_pair is not True:
             slope_high.mul_(self.is_pair)
         return grad_low * slope_low + grad_high * slope_high

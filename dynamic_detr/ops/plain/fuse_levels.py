@@ -1,9 +1,12 @@
-"""The parts of `fuse_levels` that touch the maps of a level, in plain PyTorch: statistics image by
-image, everything else tile by tile.
+"""The operations of `fuse_levels` on the maps of a level, in plain PyTorch. Statistics are computed
+image by image, everything else tile by tile.
 
-Arguments of all: the maps `same` (B, C, H, W), `finer` of that shape and `coarser` of half the
-size, or None; `sizes` (B, 2), true heights and widths of the level; `coefficients` (7, B, C), the
-gains of the three maps, then a1, b1, a2 and b2.
+Common arguments:
+    same: (B, C, H, W).
+    finer: (B, C, H, W), or None.
+    coarser: (B, C, ⌈H / 2⌉, ⌈W / 2⌉), or None.
+    sizes: (B, 2) integers, true heights and widths of the level.
+    coefficients: (7, B, C), the gains of the three maps, then a1, b1, a2 and b2.
 """
 
 import torch
@@ -15,9 +18,11 @@ __all__ = ["coefficient_gradients", "fuse", "map_gradients", "moments"]
 
 
 def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor) -> Tensor:
-    """(3, 3, B, C). First index: mean and (biased) variance over the true pixels of the map itself,
-    mean over the true pixels of the level after upsampling. Second: same, finer, coarser; zero
-    where there is no map."""
+    """Return the moments (3, 3, B, C) of the maps.
+
+    First dimension: mean and biased variance over the true pixels of the map, mean over the true
+    pixels of the level after upsampling. Second dimension: same, finer, coarser; zeros for None.
+    """
     sizes = _within(sizes, same)
     out = same.new_zeros((3, 3, *same.shape[:2]), dtype=_wide(same))
     for index, features in enumerate((same, finer)):
@@ -31,7 +36,7 @@ def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: T
 
 
 def _mean_and_variance(features: Tensor, sizes: Tensor) -> Tensor:
-    """(2, B, C), in two passes: squares of what is not centred would drown the variance."""
+    """Return (2, B, C), in two passes: with uncentred squares, a large mean costs accuracy."""
     out = features.new_empty((2, *features.shape[:2]), dtype=_wide(features))
     if features.device.type == "cpu":
         for image, (height, width) in enumerate(sizes.tolist()):
@@ -47,7 +52,7 @@ def _mean_and_variance(features: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _mean_upsampled(coarser: Tensor, sizes: Tensor) -> Tensor:
-    """(B, C), over the level's true pixels, of true sizes (B, 2)."""
+    """Return the mean (B, C) over the true pixels of the level, whose true sizes are (B, 2)."""
     out = coarser.new_zeros(coarser.shape[:2], dtype=_wide(coarser))
     for tile in tiles(coarser, half(sizes)):
         out[tile.images] += _total(tile.read(coarser) * _covered(tile, sizes))
@@ -57,7 +62,7 @@ def _mean_upsampled(coarser: Tensor, sizes: Tensor) -> Tensor:
 def fuse(
     same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor, coefficients: Tensor
 ) -> Tensor:
-    """max(a1·x + b1, a2·x + b2) of x = Σ gain·map: (B, C, H, W), zero beyond the true sizes."""
+    """Return max(a1·x + b1, a2·x + b2) with x = Σ gain·map, (B, C, H, W), zero beyond the sizes."""
     sizes = _within(sizes, same)
     out = result(same, sizes)
     for tile in tiles(same, sizes):
@@ -78,7 +83,7 @@ def coefficient_gradients(
     sizes: Tensor,
     coefficients: Tensor,
 ) -> Tensor:
-    """(7, B, C): the gradients of the coefficients of `fuse`."""
+    """Return the gradients of the coefficients of `fuse`, (7, B, C)."""
     sizes = _within(sizes, same)
     grads = torch.zeros_like(coefficients)
     for tile in tiles(same, sizes):
@@ -86,17 +91,17 @@ def coefficient_gradients(
         parts = _parts(tile, same, finer, coarser)
         x = _sum(parts, own)
         grad = tile.read(grad_out)
-        tilt = _tilted(grad, x, own)
-        grad_sum = _sum_gradient(grad, tilt, own)
+        signed = _signed(grad, x, own)
+        grad_sum = _sum_gradient(grad, signed, own)
         for gain_grad, part in zip(sums[:3], parts, strict=True):
             if part is not None:
                 gain_grad += _total(grad_sum * part)
-        # the first linear function receives (grad + tilt) / 2, the second (grad - tilt) / 2
-        intercepts, tilted = _total(grad), _total(tilt)
-        slopes, tilted_slopes = _total(grad * x), _total(tilt.mul_(x))
+        # the gradients of the two linear functions are (grad ± signed) / 2
+        intercepts, signed_intercepts = _total(grad), _total(signed)
+        slopes, signed_slopes = _total(grad * x), _total(signed.mul_(x))
         for function, sign in ((sums[3:5], 0.5), (sums[5:], -0.5)):
-            function[0] += (slopes / 2).add_(tilted_slopes, alpha=sign)
-            function[1] += (intercepts / 2).add_(tilted, alpha=sign)
+            function[0] += (slopes / 2).add_(signed_slopes, alpha=sign)
+            function[1] += (intercepts / 2).add_(signed_intercepts, alpha=sign)
     return grads
 
 
@@ -110,11 +115,14 @@ def map_gradients(
     grad_out: Tensor,
     coefficients: Tensor,
 ) -> list[Tensor]:
-    """The gradients of the maps through their moments and through `fuse`; empty where there
-    is no map.
+    """Return the gradients of the maps through their moments and through `fuse`.
 
-    A pixel y of a map receives slope · y + shift through mean and variance, and gain · that of the
-    sum through `fuse`.
+    The gradient of a pixel y of a map is slope · y + shift through mean and variance, plus gain ·
+    (gradient of the sum x) through `fuse`. The result is an empty tensor for a map that is None.
+
+    Args:
+        moments, grad_moments: (3, 3, B, C), the result of `moments` and its gradient.
+        grad_out: (B, C, H, W), gradient of the result of `fuse`.
     """
     sizes = _within(sizes, same)
     count, half_count = _count(sizes), _count(half(sizes))
@@ -134,7 +142,7 @@ def map_gradients(
         images, own = tile.images, _of_pixels(coefficients[:, tile.images])
         parts = _parts(tile, same, finer, coarser)
         grad = tile.read(grad_out)
-        grad_sum = _sum_gradient(grad, _tilted(grad, _sum(parts, own), own), own)
+        grad_sum = _sum_gradient(grad, _signed(grad, _sum(parts, own), own), own)
         for index, part in enumerate(parts[:2]):
             if part is not None:
                 grad = tile.target(grads[index], part)
@@ -162,22 +170,29 @@ def _wide(features: Tensor) -> torch.dtype:
 
 
 def _within(sizes: Tensor, features: Tensor) -> Tensor:
-    """True sizes, where an image may claim to be larger than its map."""
+    """Return the true sizes, at most that of the map."""
     height, width = features.shape[-2:]
     return torch.stack([sizes[:, 0].clamp(max=height), sizes[:, 1].clamp(max=width)], dim=1)
 
 
 def _count(sizes: Tensor) -> Tensor:
-    """True pixels of each image, (B, 1)."""
+    """Return the number of true pixels of each image, (B, 1)."""
     return sizes[:, :1] * sizes[:, 1:]
 
 
 def _covered(tile: Tile, sizes: Tensor) -> Tensor:
-    """How many true pixels of the level, of true sizes (B, 2), each pixel of a tile of the coarser
-    map covers: (images, rows, columns, 1). Images of one size there may differ by a pixel here.
+    """Return how many true pixels of the level each pixel of a tile of the coarser map covers.
 
-    It is also the sum of the weights with which the level reads it: ¼ + ¾ + ¾ + ¼ in each
-    direction, where at an edge what a pixel loses on one side it gains by being continued.
+    This is also the sum of the pixel's upsampling weights, ¼ + ¾ + ¾ + ¼ in each direction:
+    replication at an edge makes up for the missing neighbours.
+
+    Args:
+        tile: tile of the coarser map. Its images have equal sizes there, but their sizes at the
+            level may differ by one pixel.
+        sizes: (B, 2), true sizes of the level.
+
+    Returns:
+        (images, rows, columns, 1).
     """
     height, width = sizes[tile.images, None].unbind(dim=-1)  # (images, 1)
     row = torch.arange(tile.rows.start, tile.rows.stop, device=sizes.device)
@@ -187,17 +202,17 @@ def _covered(tile: Tile, sizes: Tensor) -> Tensor:
 
 
 def _of_pixels(values: Tensor) -> Tensor:
-    """(..., images, C) to what broadcasts with a part."""
+    """Reshape (..., images, C) to broadcast with a part."""
     return values[..., None, None, :]
 
 
 def _total(part: Tensor) -> Tensor:
-    """(images, C)."""
+    """Sum a part over its pixels: (images, C)."""
     return part.sum(dim=(1, 2))
 
 
 def _parts(tile: Tile, same, finer, coarser) -> list[Tensor | None]:
-    """What the three maps are in a tile of the level."""
+    """Return the parts of the three maps in a tile of the level."""
     return [
         tile.read(same),
         None if finer is None else tile.read(finer),
@@ -206,7 +221,7 @@ def _parts(tile: Tile, same, finer, coarser) -> list[Tensor | None]:
 
 
 def _sum(parts: list[Tensor | None], own: Tensor) -> Tensor:
-    """x, the sum of the maps in a tile by their gains, the first of an image's coefficients."""
+    """Return x = Σ gain · part; `own` holds the coefficients of the tile's images."""
     total = parts[0] * own[0]
     for part, gain in zip(parts[1:], own[1:3], strict=True):
         if part is not None:
@@ -214,14 +229,14 @@ def _sum(parts: list[Tensor | None], own: Tensor) -> Tensor:
     return total
 
 
-def _tilted(grad: Tensor, x: Tensor, own: Tensor) -> Tensor:
-    """The gradient of the result, its sign changed where the second function is the larger;
-    0 where they are equal: half goes to each there, as `torch.maximum` has it."""
+def _signed(grad: Tensor, x: Tensor, own: Tensor) -> Tensor:
+    """Return grad where the first linear function is larger, -grad where the second is, and 0 where
+    they are equal, so that each gets half, as in `torch.maximum`."""
     a1, b1, a2, b2 = own[3:]
     return torch.addcmul(b1 - b2, x, a1 - a2).sign_().mul_(grad)
 
 
-def _sum_gradient(grad: Tensor, tilt: Tensor, own: Tensor) -> Tensor:
-    """The gradient of x: what the two functions receive, each times its slope."""
+def _sum_gradient(grad: Tensor, signed: Tensor, own: Tensor) -> Tensor:
+    """Return the gradient of x: Σ slope · gradient of the linear function."""
     a1, _, a2, _ = own[3:] / 2
-    return (grad * (a1 + a2)).addcmul_(tilt, a1 - a2)
+    return (grad * (a1 + a2)).addcmul_(signed, a1 - a2)

@@ -1,28 +1,33 @@
-"""The one primitive: some rows of a table, with weights, summed.
+"""Weighted sums of rows of a table, and their gradients.
 
-Deformable convolution, RoIAlign and deformable attention read feature maps at fractional
-positions. With the map laid out as a table of rows (channels last), a bilinear sample is four rows
-with four weights.
+Deformable convolution, RoIAlign and deformable attention sample feature maps at fractional
+positions. In a table with one row of channels for each pixel, a bilinear sample is a weighted sum
+of four rows.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..check import check_tensor
+__all__ = ["add_table_gradient", "rows_of", "weight_gradient", "weighted_gather"]
 
-__all__ = ["add_table_gradient", "weight_gradient", "weighted_gather"]
+NARROW = 64  # up to this many channels, a copy of the rows is faster than PyTorch's operator
+GATHERED = 2**19  # elements copied at a time: 2 MiB of float32
 
-NARROW = 64  # channels up to which PyTorch's operator takes longer than a copy of the rows
-GATHERED = 2**19  # elements copied at a time: two megabytes of float32
+
+def rows_of(shapes: Sequence[int]) -> int:
+    """Return the rows ΣHW of a table of levels with sizes [H_0, W_0, H_1, W_1, ...]."""
+    return sum(height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
 
 
 def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-    """Sums chosen rows of a table with weights: out[m] = Σ_j weight[m, j] · table[index[m, j]].
+    """Return out[m] = Σ_j weight[m, j] · table[index[m, j]].
 
-    Sums are taken in float32 or wider and rounded to the table's dtype, as are the weights.
-    Differentiable in the table and the weights; but a table's gradients are added up in its dtype,
-    and bfloat16 loses most of them where many rows meet. `add_table_gradient` does not.
+    The weights are rounded to the dtype of the table; sums are taken in float32 or wider. The
+    operators compute gradients with `add_table_gradient` and `weight_gradient` instead of autograd,
+    which would sum the gradient of a bfloat16 table in bfloat16.
 
     Args:
         table: (N, C) floating point.
@@ -30,32 +35,26 @@ def weighted_gather(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         weight: (M, J) floating point.
 
     Returns:
-        (M, C) in the table's dtype.
-
-    Raises:
-        ValueError: a shape does not fit.
+        (M, C) in the dtype of the table.
     """
-    check_tensor("weighted_gather: table", table, ("N", "C"))
-    check_tensor("weighted_gather: index", index, ("M", "J"), table.device, integer=True)
-    check_tensor("weighted_gather: weight", weight, tuple(index.shape), table.device)
     if index.shape[0] == 0:
-        return table.new_zeros((0, table.shape[1])) + 0 * table[:0].sum()
+        return table.new_zeros((0, table.shape[1]))
     with torch.autocast(table.device.type, enabled=False):
         return F.embedding_bag(index, table, per_sample_weights=weight.to(table.dtype), mode="sum")
 
 
 def add_table_gradient(grad_table: Tensor, grad_out: Tensor, index: Tensor, weight: Tensor) -> None:
-    """Adds the gradient of `weighted_gather`'s table, in an order that is always the same.
+    """Add the gradient of the table of `weighted_gather` to `grad_table`, deterministically.
 
-    It is a gather itself: of each row of the table, from the results that it went into.
+    The gradient is itself a gather: each row of the table sums the outputs that it contributed to.
 
     Args:
-        grad_table: (N, C) in float32 or wider, added to.
+        grad_table: (N, C) in float32 or wider, modified in place.
         grad_out: (M, C).
-        index, weight: as given to `weighted_gather`, M at least 1.
+        index, weight: arguments of `weighted_gather`, M at least 1.
     """
     first, end = 0, grad_table.shape[0]
-    if index.device.type == "cpu":  # where looking is no stall: results near one another share rows
+    if index.device.type == "cpu":  # reading the range is free here; nearby outputs share few rows
         low, high = index.aminmax()
         first, end = int(low), int(high) + 1
     row, order = index.flatten().sort(stable=True)
@@ -71,11 +70,11 @@ def add_table_gradient(grad_table: Tensor, grad_out: Tensor, index: Tensor, weig
 
 
 def weight_gradient(grad_out: Tensor, table: Tensor, index: Tensor) -> Tensor:
-    """Gradient of `weighted_gather`'s weights, (M, J) in float32 or wider.
+    """Return the gradient of the weights of `weighted_gather`, (M, J) in float32 or wider.
 
     Args:
         grad_out: (M, C).
-        table, index: as given to `weighted_gather`, M at least 1.
+        table, index: arguments of `weighted_gather`, M at least 1.
     """
     table = table.to(torch.promote_types(table.dtype, torch.float32))
     grad_out = grad_out.to(table.dtype)

@@ -1,5 +1,5 @@
-"""Multi-scale deformable attention in plain PyTorch: a gather from a table with a row for each
-position and head, chunk by chunk."""
+"""Multi-scale deformable attention in plain PyTorch: a gather, chunk by chunk, from a table with
+one row for each position and head."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,16 +7,18 @@ import torch
 from torch import Tensor
 
 from .bilinear import BilinearSamples
-from .gather import add_table_gradient, weight_gradient, weighted_gather
+from .gather import add_table_gradient, rows_of, weight_gradient, weighted_gather
 
 __all__ = ["backward", "forward"]
 
-CHUNK = 1 << 21  # rows gathered at a time, so that their indices and weights stay small
+CHUNK = 1 << 21  # rows gathered at a time, which bounds the memory of indices and weights
 
 
 def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> Tensor:
-    """Attends; see `dynamic_detr.ops.ms_deform_attn`. `shapes` are the levels' H and W, one after
-    the other."""
+    """Compute `dynamic_detr.ops.ms_deform_attn` without autograd.
+
+    `shapes` holds H and W of each level: [H_0, W_0, H_1, W_1, ...].
+    """
     out = value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
     table = _table(value.detach())
     for image, queries in _chunks(locations):
@@ -36,7 +38,7 @@ def backward(
     needs_value: bool,
     needs_sampling: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of value, locations and weights; None for those that are not needed."""
+    """Return the gradients of value, locations and weights; None for those not needed."""
     table = _table(value.detach())
     grad_table = torch.zeros_like(table) if needs_value else None
     grad_locations = locations.new_empty(locations.shape) if needs_sampling else None
@@ -56,13 +58,13 @@ def backward(
 
 
 def _table(value: Tensor) -> Tensor:
-    """One row for each position and head: (B, ΣHW·heads, d), float32 or wider, contiguous."""
+    """Return one row for each position and head: (B, ΣHW·heads, d), float32 or wider."""
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     return wide.contiguous().flatten(1, 2)
 
 
 def _chunks(locations: Tensor) -> Iterator[tuple[int, slice]]:
-    """An image and some of its queries, that gather about CHUNK rows."""
+    """Yield an image and a range of its queries that gather about CHUNK rows."""
     batch, queries, heads, levels, points, _ = locations.shape
     step = max(1, CHUNK // (heads * levels * points * 4))
     for image in range(batch):
@@ -71,21 +73,20 @@ def _chunks(locations: Tensor) -> Iterator[tuple[int, slice]]:
 
 
 class _Samples:
-    """What some queries sample of one image's table: `index` and `weight` (n·heads, L·P·4).
+    """Samples of n queries in the table of one image: `index` and `weight`, (n·heads, L·P·4).
 
     Args:
         locations: (n, heads, L, P, 2).
         weights: (n, heads, L, P).
-        shapes: H and W of each level, one after the other.
+        shapes: H and W of each level: [H_0, W_0, H_1, W_1, ...].
     """
 
     def __init__(self, locations: Tensor, weights: Tensor, shapes: Sequence[int]) -> None:
         heads, device = locations.shape[1], locations.device
         dtype = torch.promote_types(locations.dtype, torch.float32)
         locations, attention = locations.to(dtype), weights.to(dtype)
-        areas = [height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True)]
-        first_rows = [sum(areas[:level]) for level in range(len(areas))]
-        points = locations.shape[-2]
+        levels, points = locations.shape[2:4]
+        first_rows = [rows_of(shapes[: 2 * level]) for level in range(levels)]
         self.height, self.width, first_row = (
             _grid(numbers, points, device) for numbers in (shapes[::2], shapes[1::2], first_rows)
         )
@@ -102,14 +103,14 @@ class _Samples:
         self.weight = self.bilinear.weight().flatten(2).flatten(0, 1)
 
     def write_gradients(self, grad: Tensor, grad_locations: Tensor, grad_weights: Tensor) -> None:
-        """Stores those of locations and attention weights, given that of `weight`."""
+        """Write the gradients of locations and attention weights from the gradient of `weight`."""
         grad_y, grad_x, grad_attention = self.bilinear.backward(grad.view(*self.bilinear.shape, 4))
         grad_locations[..., 0], grad_locations[..., 1] = grad_x * self.width, grad_y * self.height
         grad_weights.copy_(grad_attention)
 
 
 def _grid(numbers: Sequence[int], points: int, device: torch.device) -> Tensor:
-    """(L, P) int32, filled on the device: a copy from the host would stall it. It is written out,
-    as operations on (..., L, P) are slow where they broadcast along P."""
+    """Return (L, P) int32, filled on the device, as a copy from the host would synchronise. It is
+    not (L, 1), as operations that broadcast along P are slow."""
     of_levels = [torch.full((1, points), n, device=device, dtype=torch.int32) for n in numbers]
     return torch.cat(of_levels)

@@ -1,9 +1,9 @@
-"""Matrix products of gathered rows, by whichever library is fast on the processor.
+"""Matrix products of gathered rows, computed by the faster library for the processor.
 
-PyTorch multiplies float32 matrices on an x86 CPU with MKL, and computes convolutions with oneDNN. A
-product of (M, K) rows is the 1×1 convolution of a channels-last image of M pixels in one row, which
-oneDNN computes at least as fast. MKL is ahead in the products of the backward pass on Intel's
-processors alone; on others it runs at half of oneDNN's speed.
+On an x86 CPU, PyTorch uses MKL for float32 matrix products and oneDNN for convolutions. A product
+of (M, K) rows is also a 1×1 convolution of a channels-last image of M pixels, which oneDNN computes
+at least as fast. For the products of the backward pass, MKL is faster on Intel processors; on
+others it reaches half the speed of oneDNN.
 """
 
 import functools
@@ -17,12 +17,12 @@ __all__ = ["grouped_product", "mkl_is_slow", "product", "row_gradient", "weight_
 
 
 def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Writes rows · weightᵀ.
+    """Write rows · weightᵀ to out.
 
     Args:
         rows: (M, K).
-        weight: (N, K), in the dtype of rows.
-        out: (M, N), in the dtype of rows.
+        weight: (N, K) in the dtype of rows.
+        out: (M, N) in the dtype of rows.
     """
     if _is_emulated(rows):
         out.copy_(torch.mm(rows.float(), weight.float().t()))
@@ -33,7 +33,7 @@ def product(rows: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def row_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient (M, K) of the rows of `product`, from that of its result (M, N)."""
+    """Return the gradient (M, K) of the rows of `product` from the gradient (M, N) of out."""
     if _is_emulated(grad):
         return torch.mm(grad.float(), weight.float()).to(grad.dtype)
     if _is_for_onednn(grad) and mkl_is_slow():
@@ -42,7 +42,7 @@ def row_gradient(grad: Tensor, weight: Tensor) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
-    """The gradient (N, K) of the weight of `product`, from that of its result (M, N)."""
+    """Return the gradient (N, K) of the weight of `product` from the gradient (M, N) of out."""
     if _is_emulated(grad):
         return torch.mm(grad.float().t(), rows.float()).to(grad.dtype)
     if not (_is_for_onednn(grad) and mkl_is_slow()):
@@ -55,14 +55,14 @@ def weight_gradient(grad: Tensor, rows: Tensor) -> Tensor:
 
 
 def grouped_product(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm`, (G, M, N) from (G, M, K) and (G, K, N)."""
+    """Return `torch.bmm` of (G, M, K) and (G, K, N): (G, M, N)."""
     if _is_emulated(a):
         return torch.bmm(a.float(), b.float()).to(a.dtype)
     return torch.bmm(a, b)
 
 
 def _is_emulated(tensor: Tensor) -> bool:
-    """float16 products on a CPU, 90 times slower than float32's."""
+    """Return whether products are float16 on a CPU, which are 90 times slower than in float32."""
     return tensor.dtype == torch.float16 and tensor.device.type == "cpu"
 
 
@@ -74,7 +74,7 @@ def _is_for_onednn(tensor: Tensor) -> bool:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether PyTorch's float32 products run on MKL and the processor is not Intel's."""
+    """Return whether PyTorch uses MKL on a processor that is not Intel's."""
     if not torch.backends.mkl.is_available():
         return False
     try:
@@ -85,8 +85,8 @@ def mkl_is_slow() -> bool:
 
 
 def _convolved(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows (M, K) times weight (N, K) transposed, (M, N), as a convolution. oneDNN's operator is
-    named, as `conv2d` takes MKL for 1×1 convolutions on one thread."""
+    """Return rows (M, K) · weight (N, K) transposed, (M, N), as a convolution. It calls oneDNN's
+    operator, as `conv2d` uses MKL for 1×1 convolutions on one thread."""
     geometry = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
     out = torch.ops.aten.mkldnn_convolution(
         _as_image(rows), weight[:, :, None, None], None, *geometry
@@ -95,5 +95,5 @@ def _convolved(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _as_image(rows: Tensor) -> Tensor:
-    """(M, K) as a channels-last image (1, K, 1, M), a view if the rows are contiguous."""
+    """Return (M, K) as a channels-last image (1, K, 1, M), a view if the rows are contiguous."""
     return rows.contiguous()[None, None].permute(0, 3, 1, 2)

@@ -7,29 +7,29 @@ import torch
 from torch import Tensor
 
 from .bilinear import BilinearSamples
-from .gather import add_table_gradient, weighted_gather
+from .gather import add_table_gradient, rows_of, weighted_gather
 
-__all__ = ["assign_levels", "backward", "finest_area", "forward", "rows_of"]
+__all__ = ["assign_levels", "backward", "finest_area", "forward"]
 
-CANONICAL_SIZE = 224  # pixels; a box of this size is pooled from the canonical stride
+CANONICAL_SIZE = 224  # pixels; boxes of this size are pooled from the canonical stride
 CANONICAL_STRIDE = 16
 
 
 def assign_levels(
     boxes: Tensor, strides: Sequence[int], canonical_size: float = CANONICAL_SIZE
 ) -> Tensor:
-    """The level each box is pooled from (Feature Pyramid Networks, equation 1).
+    """Assign each box to a level (Feature Pyramid Networks, equation 1).
 
-    Areas are compared with the squares of the sizes at which the level changes, which needs no
-    logarithm: the same box gets the same level on every device.
+    Areas are compared with thresholds instead of taking logarithms, so a box gets the same level on
+    every device.
 
     Args:
         boxes: (..., 4) corners in pixels of the image.
-        strides: strides of the levels, each twice the one before.
-        canonical_size: the square root of area that is pooled from stride 16.
+        strides: stride of each of the L levels, each twice the one before.
+        canonical_size: square root of the area that is assigned to stride 16, in pixels.
 
     Returns:
-        (...) int64 in [0, L). Boxes without area, inverted or not finite go to the finest level.
+        (...) int64 in [0, L). Boxes that are empty, inverted or not finite get the finest level.
     """
     boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
     area = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(dim=-1)
@@ -40,13 +40,8 @@ def assign_levels(
 
 
 def finest_area(strides: Sequence[int], canonical_size: float) -> float:
-    """Area from which a box would leave a level below the finest; 4 times it for the next."""
+    """Return the area A such that boxes of area >= A · 4^l are assigned to level l or above."""
     return (canonical_size * strides[0] / CANONICAL_STRIDE) ** 2
-
-
-def rows_of(shapes: Sequence[int]) -> int:
-    """Positions of the levels whose H and W are given, one after the other."""
-    return sum(height * width for height, width in zip(shapes[::2], shapes[1::2], strict=True))
 
 
 def forward(
@@ -59,8 +54,10 @@ def forward(
     sampling_ratio: int,
     canonical_size: float,
 ) -> Tensor:
-    """Pools all boxes; see `dynamic_detr.ops.pyramid_roi_align`. `shapes` are the levels' H and W,
-    one after the other."""
+    """Compute `dynamic_detr.ops.pyramid_roi_align` without autograd.
+
+    `shapes` holds H and W of each level: [H_0, W_0, H_1, W_1, ...].
+    """
     index, weight = _samples(
         boxes, image_sizes, shapes, strides, output_size, sampling_ratio, canonical_size
     )
@@ -78,7 +75,7 @@ def backward(
     sampling_ratio: int,
     canonical_size: float,
 ) -> Tensor:
-    """Gradient of the table (B, ΣHW, C), added up in float32 or wider."""
+    """Return the gradient of the table (B, ΣHW, C), summed in float32 or wider."""
     shape = (boxes.shape[0], rows_of(shapes), grad_out.shape[-1])
     if grad_out.numel() == 0:
         return grad_out.new_zeros(shape)
@@ -99,13 +96,13 @@ def _samples(
     sampling_ratio: int,
     canonical_size: float,
 ) -> tuple[Tensor, Tensor]:
-    """Rows of the flattened table and their weights, of each bin: (B·Q·R², sampling_ratio²·4)."""
+    """Return rows of the flattened table and weights for each bin, (B·Q·R², sampling_ratio²·4)."""
     level = assign_levels(boxes, strides, canonical_size)  # (B, Q)
     first_rows = [rows_of(shapes[: 2 * i]) for i in range(len(strides))]
     image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
     first_row = _of_level(level, first_rows) + image * rows_of(shapes)
     stride = _of_level(level, strides)[..., None]
-    # true height and width of the level of each box, never beyond its features: (B, Q, 2)
+    # true height and width of the level of each box, at most those of its features: (B, Q, 2)
     size = (image_sizes[:, None] + stride - 1).div(stride, rounding_mode="floor")
     level_width = _of_level(level, shapes[1::2])
     level_size = torch.stack([_of_level(level, shapes[::2]), level_width], dim=-1)
@@ -138,7 +135,7 @@ def _samples(
 
 
 def _of_level(level: Tensor, numbers: Sequence[int]) -> Tensor:
-    """The number of each level; they are not copied to the device, which would stall it."""
+    """Return numbers[level], without a copy from the host, which would synchronise."""
     chosen = torch.full_like(level, numbers[0])
     for other, number in enumerate(numbers[1:], start=1):
         chosen = chosen.where(level != other, number)

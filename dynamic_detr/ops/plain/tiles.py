@@ -1,9 +1,8 @@
-"""The maps of a level, tile by tile: the true pixels of some rows of an image,
-few enough to stay in a CPU's cache, or of some whole images where these are small, and the pixels
-of the coarser neighbour between which they lie.
+"""Tiles of a feature map for `fuse_levels`, and upsampling of the coarser neighbour within a tile.
 
-A part is what a tile holds of a map: (images, rows, columns, C), in float32 (float64 for float64
-maps).
+A tile consists of true pixels: some rows of an image, few enough for the cache of a CPU, or several
+whole images if they are small. The part of a map in a tile is (images, rows, columns, C), float32
+or wider.
 """
 
 from collections.abc import Iterator
@@ -15,34 +14,43 @@ from torch import Tensor
 
 __all__ = ["Tile", "add_upsampled_gradient", "tiles", "half", "result", "upsampled"]
 
-ELEMENTS = 2**19  # in a part: two megabytes of float32
+ELEMENTS = 2**19  # of a part: 2 MiB of float32
 
 
 class Tile(NamedTuple):
-    """Some rows of one image, or of neighbours of the same true size."""
+    """Rows of one image, or of consecutive images of the same true size.
+
+    Args:
+        images: range of images.
+        rows: range of rows; the first is even.
+        columns: range of columns, from 0.
+        size: true height and width of each image.
+        valid: (rows, columns, 1) bool mask of true pixels; None if all are true.
+    """
 
     images: slice
-    rows: slice  # from an even one on
+    rows: slice
     columns: slice
-    size: tuple[int, int] | tuple[Tensor, Tensor]  # the true height and width of each image
-    valid: Tensor | None  # (rows, columns, 1), which pixels are true; None where all are
+    size: tuple[int, int] | tuple[Tensor, Tensor]
+    valid: Tensor | None
 
     def read(self, features: Tensor) -> Tensor:
-        """The part of (B, C, H, W) features, zero beyond the true size; it may be a view."""
+        """Return the part of (B, C, H, W) features, zero beyond the true size; may be a view."""
         part = self._of(features)
         return self.masked(part.to(torch.promote_types(part.dtype, torch.float32)))
 
     def masked(self, part: Tensor) -> Tensor:
-        """Zero beyond the true size."""
+        """Return the part with zeros beyond the true size."""
         return part if self.valid is None else torch.where(self.valid, part, 0)
 
     def target(self, features: Tensor, like: Tensor) -> Tensor:
-        """Where to compute the part of (B, C, H, W) features: in them, if the dtype is theirs."""
+        """Return a buffer for a part like `like`: the view of (B, C, H, W) features if the dtypes
+        agree, else a new tensor."""
         part = self._of(features)
         return part if part.dtype == like.dtype else torch.empty_like(like)
 
     def write(self, features: Tensor, part: Tensor) -> None:
-        """Stores the part in (B, C, H, W) features, zero beyond the true size."""
+        """Write the part to (B, C, H, W) features, zero beyond the true size."""
         stored, part = self._of(features), self.masked(part)
         if stored.data_ptr() != part.data_ptr():
             stored.copy_(part)
@@ -52,10 +60,9 @@ class Tile(NamedTuple):
 
 
 def tiles(features: Tensor, sizes: Tensor) -> Iterator[Tile]:
-    """All true pixels of (B, C, H, W) features, whose true sizes are (B, 2).
+    """Split the true pixels of (B, C, H, W) features with true sizes (B, 2) into tiles.
 
-    Only on the CPU are they cut to small ones, and sizes looked at: elsewhere that would be a
-    stall, and a tile is a whole map, with a mask.
+    On a GPU, reading the sizes would synchronise, so a tile there is a whole image with a mask.
     """
     batch, channels, height, width = features.shape
     if features.device.type != "cpu":
@@ -81,7 +88,7 @@ def tiles(features: Tensor, sizes: Tensor) -> Iterator[Tile]:
 
 
 def result(features: Tensor, sizes: Tensor) -> Tensor:
-    """Memory for all tiles of a map like (B, C, H, W) features, with zeros where there are none."""
+    """Return an empty map like (B, C, H, W) features, with zeros where no tile writes."""
     out = torch.empty_like(features, memory_format=torch.channels_last)
     if features.device.type == "cpu":
         for image, (height, width) in zip(out, sizes.tolist(), strict=True):
@@ -91,15 +98,14 @@ def result(features: Tensor, sizes: Tensor) -> Tensor:
 
 
 def half(sizes: Tensor) -> Tensor:
-    """True sizes of the coarser neighbour."""
+    """Return the true sizes of the coarser neighbour."""
     return (sizes + 1) // 2
 
 
 def upsampled(tile: Tile, coarser: Tensor) -> Tensor:
-    """The part of the upsampled coarser map in a tile of the level.
+    """Return the part of the upsampled coarser map (B, C, H', W') in a tile of the level.
 
-    Each of its pixels becomes two in each direction, ¼ of the way to its neighbours; its last true
-    row and column are continued.
+    Bilinear by a factor of 2 with align_corners=False; edges of the true map are replicated.
     """
     rows, columns = _framed(tile, coarser)
     pixels = coarser.permute(0, 2, 3, 1)[tile.images].index_select(1, rows).index_select(2, columns)
@@ -109,8 +115,7 @@ def upsampled(tile: Tile, coarser: Tensor) -> Tensor:
 
 
 def add_upsampled_gradient(tile: Tile, grad: Tensor, coarser_grad: Tensor) -> None:
-    """The adjoint of `upsampled`: adds the gradient of its result to (B, C, H', W'), that of the
-    coarser map."""
+    """Add the gradient of `upsampled` to the gradient (B, C, H', W') of the coarser map."""
     rows, columns = _framed(tile, coarser_grad)
     framed = _halve(_halve(grad, dim=2), dim=1)
     images = coarser_grad.permute(0, 2, 3, 1)[tile.images]
@@ -119,7 +124,7 @@ def add_upsampled_gradient(tile: Tile, grad: Tensor, coarser_grad: Tensor) -> No
 
 
 def _framed(tile: Tile, coarser: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the coarser map that a tile lies between, with one more at each side."""
+    """Return the rows and columns of the coarser map under a tile, plus one on each side."""
 
     def indices(pixels: slice, length: int | Tensor) -> Tensor:
         index = torch.arange(
@@ -131,7 +136,7 @@ def _framed(tile: Tile, coarser: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _double(pixels: Tensor, dim: int) -> Tensor:
-    """Two for each pixel but the first and the last."""
+    """Return two pixels for each pixel but the first and the last."""
     count = pixels.shape[dim] - 2
     before, here, after = (pixels.narrow(dim, start, count) for start in range(3))
     doubled = pixels.new_empty((*here.shape[: dim + 1], 2, *here.shape[dim + 1 :]))
@@ -141,7 +146,7 @@ def _double(pixels: Tensor, dim: int) -> Tensor:
 
 
 def _halve(grad: Tensor, dim: int) -> Tensor:
-    """The adjoint of `_double`, of a result that may lack the last."""
+    """Return the adjoint of `_double`; an odd number of pixels lacks the last."""
     if grad.shape[dim] % 2:
         grad = F.pad(grad, [0] * (2 * (grad.dim() - 1 - dim)) + [0, 1])
     first, second = grad.unflatten(dim, (-1, 2)).unbind(dim + 1)

@@ -1,5 +1,5 @@
-"""Triton kernels of `fuse_levels`: the moments of the maps of a level, their fusion, and both
-gradients. All are bound by memory: the fewer trips the better."""
+"""Triton kernels of `fuse_levels`: moments of the maps of a level, fusion, and both gradients. All
+are bound by memory bandwidth."""
 
 from .fuse import coefficient_gradients, fuse
 from .map_gradients import map_gradients

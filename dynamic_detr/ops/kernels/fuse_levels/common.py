@@ -1,7 +1,6 @@
-"""What the kernels of `fuse_levels` share: true sizes, coefficients, and
-between which pixels of the coarser neighbour those of a level lie.
+"""Parts of several kernels of `fuse_levels`: tile sizes, true sizes, coefficients and upsampling.
 
-All maps are channels-last and contiguous; a tile is (pixels, channels), with channels fastest.
+All maps are contiguous in channels-last memory. A tile is (pixels, channels).
 """
 
 import torch
@@ -20,9 +19,9 @@ __all__ = [
 
 
 def block_sizes(channels: int, numbers: int) -> dict[str, int]:
-    """Channels and pixels of a tile of so many numbers.
+    """Return the channels and pixels of a tile of the given number of elements.
 
-    64 channels in half precision are 128 bytes, a cache line; more would only cost registers, where
+    64 channels in half precision fill a cache line of 128 bytes. More would cost registers, as
     every kernel holds several vectors of coefficients.
     """
     block_c = min(64, max(16, triton.next_power_of_2(channels)))
@@ -30,13 +29,13 @@ def block_sizes(channels: int, numbers: int) -> dict[str, int]:
 
 
 def channels_last(features: Tensor | None) -> Tensor | None:
-    """Contiguous in the layout that the kernels read."""
+    """Return the map in contiguous channels-last memory."""
     return None if features is None else features.contiguous(memory_format=torch.channels_last)
 
 
 @triton.jit
 def true_size(sizes, image, height, width):
-    """True height and width of the level, int32, at most those of its map."""
+    """Return the true height and width of the level, int32, at most those of its map."""
     h = tl.load(sizes + 2 * image).to(tl.int32)
     w = tl.load(sizes + 2 * image + 1).to(tl.int32)
     return tl.minimum(h, height), tl.minimum(w, width)
@@ -44,11 +43,11 @@ def true_size(sizes, image, height, width):
 
 @triton.jit
 def upsampling(position, true_length):
-    """Between which rows (or columns) of the coarser map one of the level lies.
+    """Return the two rows (or columns) of the coarser map that interpolate one of the level.
 
     Returns:
-        low, high: int32, moved to the true edge where they are beyond it.
-        weight: float32, of the low one; the high one has the rest.
+        low, high: int32, clamped to the true map.
+        weight: float32, weight of `low`; that of `high` is 1 - weight.
     """
     low = (position + 1) // 2 - 1
     weight = 0.25 + 0.5 * (position % 2).to(tl.float32)
@@ -57,25 +56,25 @@ def upsampling(position, true_length):
 
 
 @triton.jit
-def load_coefficients(coefficients, image, batch, channels, c, known):
-    """The three gains, a1, b1, a2 and b2 of an image: each (1, channels)."""
+def load_coefficients(coefficients, image, batch, channels, c, c_mask):
+    """Return the three gains, a1, b1, a2 and b2 of an image, each (1, channels)."""
     own = coefficients + image * channels + c[None, :]
     step = batch * channels
-    known = known[None, :]
+    c_mask = c_mask[None, :]
     return (
-        tl.load(own, known, 0),
-        tl.load(own + step, known, 0),
-        tl.load(own + 2 * step, known, 0),
-        tl.load(own + 3 * step, known, 0),
-        tl.load(own + 4 * step, known, 0),
-        tl.load(own + 5 * step, known, 0),
-        tl.load(own + 6 * step, known, 0),
+        tl.load(own, c_mask, 0),
+        tl.load(own + step, c_mask, 0),
+        tl.load(own + 2 * step, c_mask, 0),
+        tl.load(own + 3 * step, c_mask, 0),
+        tl.load(own + 4 * step, c_mask, 0),
+        tl.load(own + 5 * step, c_mask, 0),
+        tl.load(own + 6 * step, c_mask, 0),
     )
 
 
 @triton.jit
 def first_share(x, a1, b1, a2, b2):
-    """How much of the gradient the first linear function gets: all, none, or half where the two
-    are equal."""
+    """Return the share of the gradient for the first linear function: 1 where it is larger, 0 where
+    it is smaller, ½ where both are equal."""
     first, second = a1 * x + b1, a2 * x + b2
     return tl.where(first > second, 1.0, tl.where(first == second, 0.5, 0.0))

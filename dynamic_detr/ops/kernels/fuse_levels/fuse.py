@@ -1,8 +1,8 @@
-"""The fusion of a level's maps in Triton: their weighted sum and the maximum of two linear
-functions of it, tile by tile; and the gradients of the coefficients.
+"""Fusion of the maps of a level in Triton, the maximum of two linear functions of their weighted
+sum; and the gradients of the coefficients.
 
-The backward pass sums the gradients of the coefficients up per slab of pixels; a second, small
-kernel adds the slabs in their order, so that the result is the same in every run.
+The gradients of the coefficients are summed within slabs of pixels; a second, small kernel sums the
+slabs in a fixed order, so the result is deterministic.
 """
 
 import torch
@@ -22,8 +22,8 @@ from .common import (
 
 __all__ = ["coefficient_gradients", "fuse"]
 
-TILES = 4  # of a program of the forward kernel
-SLAB = 16  # tiles of a program of the gradient kernel
+TILES = 4  # tiles per program of the forward kernel
+SLAB = 16  # tiles per program of the gradient kernel
 COEFFICIENTS = tl.constexpr(7)
 
 
@@ -31,7 +31,7 @@ COEFFICIENTS = tl.constexpr(7)
 def fuse(
     same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor, coefficients: Tensor
 ) -> Tensor:
-    """(B, C, H, W); the arguments are those of `plain.fuse_levels.fuse`."""
+    """Compute `plain.fuse_levels.fuse`: (B, C, H, W)."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))
     out = torch.empty_like(same, memory_format=torch.channels_last)
     batch, channels, height, width = same.shape
@@ -55,7 +55,7 @@ def coefficient_gradients(
     sizes: Tensor,
     coefficients: Tensor,
 ) -> Tensor:
-    """The gradients of the coefficients, (7, B, C)."""
+    """Compute `plain.fuse_levels.coefficient_gradients`: (7, B, C)."""
     grad_out, same, finer, coarser = (channels_last(m) for m in (grad_out, same, finer, coarser))
     batch, channels, height, width = same.shape
     blocks = block_sizes(channels, 1024)
@@ -86,21 +86,21 @@ def _fuse_kernel(
 ):  # fmt: skip
     image = tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     start = image.to(tl.int64) * height * width * channels
     half_width = (width + 1) // 2
     half_start = image.to(tl.int64) * ((height + 1) // 2) * half_width * channels
 
     same_gain, finer_gain, coarser_gain, a1, b1, a2, b2 = load_coefficients(
-        coefficients, image, batch, channels, c, known
+        coefficients, image, batch, channels, c, c_mask
     )
 
     for tile in range(TILES):
         pixel = (tl.program_id(0) * TILES + tile) * BLOCK_P + tl.arange(0, BLOCK_P)
         row, column = pixel // width, pixel % width
         offset = start + pixel.to(tl.int64)[:, None] * channels + c[None, :]
-        true = ((row < h) & (column < w))[:, None] & known[None, :]
+        true = ((row < h) & (column < w))[:, None] & c_mask[None, :]
         x = same_gain * tl.load(same + offset, true, 0).to(tl.float32)
         if HAS_FINER:
             x += finer_gain * tl.load(finer + offset, true, 0).to(tl.float32)
@@ -111,7 +111,7 @@ def _fuse_kernel(
         first, second = a1 * x + b1, a2 * x + b2
         level = tl.maximum(first, second, propagate_nan=tl.PropagateNan.ALL)
         level = tl.where(true, level, 0.0)
-        inside = (pixel < height * width)[:, None] & known[None, :]
+        inside = (pixel < height * width)[:, None] & c_mask[None, :]
         tl.store(out + offset, level.to(out.dtype.element_ty), inside)
 
 
@@ -121,10 +121,10 @@ def _coefficient_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program goes over SLAB tiles of true pixels of one image."""
+    """Sum the gradients over one slab: SLAB tiles of true pixels of one image."""
     slab, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     first_pixel = slab * SLAB * BLOCK_P
     if first_pixel < h * w:
@@ -133,7 +133,7 @@ def _coefficient_kernel(
         half_start = image.to(tl.int64) * ((height + 1) // 2) * half_width * channels
 
         same_gain, finer_gain, coarser_gain, a1, b1, a2, b2 = load_coefficients(
-            coefficients, image, batch, channels, c, known
+            coefficients, image, batch, channels, c, c_mask
         )
 
         same_sum = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -147,7 +147,7 @@ def _coefficient_kernel(
             pixel = first_pixel + tile * BLOCK_P + tl.arange(0, BLOCK_P)
             row, column = pixel // w, pixel % w
             offset = start + (row * width + column).to(tl.int64)[:, None] * channels + c[None, :]
-            true = (pixel < h * w)[:, None] & known[None, :]
+            true = (pixel < h * w)[:, None] & c_mask[None, :]
             grad = tl.load(grad_out + offset, true, 0).to(tl.float32)
             own_value = tl.load(same + offset, true, 0).to(tl.float32)
             x = same_gain * own_value
@@ -174,13 +174,13 @@ def _coefficient_kernel(
         to = (
             partial + (image.to(tl.int64) * tl.num_programs(0) + slab) * COEFFICIENTS * channels + c
         )
-        tl.store(to, tl.sum(same_sum, 0), known)
-        tl.store(to + channels, tl.sum(finer_sum, 0), known)
-        tl.store(to + 2 * channels, tl.sum(coarser_sum, 0), known)
-        tl.store(to + 3 * channels, tl.sum(a1_sum, 0), known)
-        tl.store(to + 4 * channels, tl.sum(b1_sum, 0), known)
-        tl.store(to + 5 * channels, tl.sum(a2_sum, 0), known)
-        tl.store(to + 6 * channels, tl.sum(b2_sum, 0), known)
+        tl.store(to, tl.sum(same_sum, 0), c_mask)
+        tl.store(to + channels, tl.sum(finer_sum, 0), c_mask)
+        tl.store(to + 2 * channels, tl.sum(coarser_sum, 0), c_mask)
+        tl.store(to + 3 * channels, tl.sum(a1_sum, 0), c_mask)
+        tl.store(to + 4 * channels, tl.sum(b1_sum, 0), c_mask)
+        tl.store(to + 5 * channels, tl.sum(a2_sum, 0), c_mask)
+        tl.store(to + 6 * channels, tl.sum(b2_sum, 0), c_mask)
 
 
 @triton.jit(do_not_specialize=["slabs", "slab", "batch", "height", "width"])
@@ -188,24 +188,24 @@ def _add_slabs_kernel(
     partial, sizes, grads, slabs, slab, batch, channels, height, width,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program adds the sums of one coefficient over the slabs of one image."""
+    """Sum the gradient of one coefficient over the slabs of one image."""
     coefficient, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     filled = tl.cdiv(h * w, slab)
     total = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(0, filled, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
-        place = ((image.to(tl.int64) * slabs + t) * COEFFICIENTS + coefficient) * channels
-        there = (t < filled)[:, None] & known[None, :]
-        total += tl.load(partial + place[:, None] + c[None, :], there, 0)
-    tl.store(grads + (coefficient * batch + image) * channels + c, tl.sum(total, 0), known)
+        offset = ((image.to(tl.int64) * slabs + t) * COEFFICIENTS + coefficient) * channels
+        mask = (t < filled)[:, None] & c_mask[None, :]
+        total += tl.load(partial + offset[:, None] + c[None, :], mask, 0)
+    tl.store(grads + (coefficient * batch + image) * channels + c, tl.sum(total, 0), c_mask)
 
 
 @triton.jit
 def _upsampled(coarser, row, column, h, w, half_width, channels, c, mask):
-    """A float32 tile of the upsampled coarser map at pixels (row, column) of the level.
+    """Return the upsampled coarser map at pixels (row, column) of the level, in float32.
 
     h and w are the true size of the level; `coarser` points to the image.
     """

@@ -1,8 +1,8 @@
-"""The gradients of the maps of a level in Triton, through their moments and their fusion at once.
+"""Gradients of the maps of a level in Triton, through their moments and their fusion at once.
 
-A program owns a block of the coarser map and the pixels of the level above it, and computes the
-gradient of the sum for one row and column around them as well, which the upsampled block reaches.
-So nothing is added up in memory, and the result is the same in every run.
+A program writes the gradients of a block of the coarser map and of the pixels of the level that it
+covers. It also computes the gradient of the sum for one row and column around these pixels, which
+the upsampled block reaches. No atomics are needed, so the result is deterministic.
 """
 
 import torch
@@ -22,7 +22,7 @@ from .common import (
 
 __all__ = ["map_gradients"]
 
-ROWS = 8  # coarse rows of a program
+ROWS = 8  # rows of the coarser map per program
 
 
 @on_device_of_first
@@ -36,7 +36,7 @@ def map_gradients(
     grad_out: Tensor,
     coefficients: Tensor,
 ) -> list[Tensor]:
-    """The gradients of the maps; empty where there is no map."""
+    """Compute `plain.fuse_levels.map_gradients`: three maps, empty for None."""
     maps = same, finer, coarser, grad_out = tuple(
         channels_last(m) for m in (same, finer, coarser, grad_out)
     )
@@ -61,15 +61,17 @@ def map_gradients(
 
 
 @triton.jit
-def _through_moments(moments, grad_moments, which, count, image, batch, channels, c, known):
-    """The gradient of a pixel y through its map's mean and variance is y · slope + shift; third,
-    the gradient of the mean after upsampling. Each (1, channels)."""
+def _through_moments(moments, grad_moments, which, count, image, batch, channels, c, c_mask):
+    """Return slope, shift and the gradient of the mean after upsampling, each (1, channels).
+
+    The gradient of a pixel y through mean and variance of its map is y · slope + shift.
+    """
     own = (which * batch + image) * channels + c
     step = 3 * batch * channels
-    mean = tl.load(moments + own, known, 0)
-    mean_grad = tl.load(grad_moments + own, known, 0)
-    slope = 2 * tl.load(grad_moments + step + own, known, 0) / count
-    upsampled_mean_grad = tl.load(grad_moments + 2 * step + own, known, 0)
+    mean = tl.load(moments + own, c_mask, 0)
+    mean_grad = tl.load(grad_moments + own, c_mask, 0)
+    slope = 2 * tl.load(grad_moments + step + own, c_mask, 0) / count
+    upsampled_mean_grad = tl.load(grad_moments + 2 * step + own, c_mask, 0)
     shift = mean_grad / count - slope * mean
     return slope[None, :], shift[None, :], upsampled_mean_grad[None, :]
 
@@ -81,18 +83,18 @@ def _gradient_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program owns ROWS × BLOCK_P pixels of the coarser grid and the level's pixels there.
+    """Write the gradients of ROWS × BLOCK_P pixels of the coarser map and of the pixels they cover.
 
-    Rows of the level come in pairs (2m - 1, 2m), which lie between the same two coarse rows m - 1
-    and m; what a pair adds to row m is carried to the next pair, which completes it. The columns
-    2j - 1 ... 2j + 2 that coarse column j reaches are four tiles of pixels, of which the program
-    owns the middle two.
+    Rows of the level are processed in pairs (2m - 1, 2m), which lie between the coarse rows m - 1
+    and m. The contribution of a pair to row m is carried to the next pair, which completes it. The
+    columns 2j - 1 ... 2j + 2 that coarse column j reaches are four tiles of pixels; the program
+    writes the middle two.
     """
     image = tl.program_id(2)
     first_row = tl.program_id(0) // strips * ROWS
     j = tl.program_id(0) % strips * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     half_h, half_w = (h + 1) // 2, (w + 1) // 2
     half_height, half_width = (height + 1) // 2, (width + 1) // 2
@@ -101,17 +103,17 @@ def _gradient_kernel(
     count, half_count = (h * w).to(tl.float32), (half_h * half_w).to(tl.float32)
 
     same_slope, same_shift, extra = _through_moments(
-        moments, grad_moments, 0, count, image, batch, channels, c, known
+        moments, grad_moments, 0, count, image, batch, channels, c, c_mask
     )
     same_shift += extra / count
     if HAS_FINER:
         finer_slope, finer_shift, extra = _through_moments(
-            moments, grad_moments, 1, count, image, batch, channels, c, known
+            moments, grad_moments, 1, count, image, batch, channels, c, c_mask
         )
         finer_shift += extra / count
     if HAS_COARSER:
         coarser_slope, coarser_shift, extra = _through_moments(
-            moments, grad_moments, 2, half_count, image, batch, channels, c, known
+            moments, grad_moments, 2, half_count, image, batch, channels, c, c_mask
         )
         covered_grad = extra / count
         left = tl.minimum(tl.maximum(j - 1, 0), half_w - 1)
@@ -119,17 +121,17 @@ def _gradient_kernel(
         right = tl.minimum(j + 1, half_w - 1)
         carried = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     same_gain, finer_gain, coarser_gain, a1, b1, a2, b2 = load_coefficients(
-        coefficients, image, batch, channels, c, known
+        coefficients, image, batch, channels, c, c_mask
     )
 
     for step in range(tl.minimum(ROWS, half_height - first_row) + 1):
         m = first_row + step
         if HAS_COARSER:
-            # the two coarse rows, at the three columns that are read
+            # two coarse rows at three columns
             low, high, _ = upsampling(2 * m, half_h)
             low_start = half_start + tl.minimum(low, half_h - 1) * half_width
             high_start = half_start + high * half_width
-            mask = (j < half_width)[:, None] & known[None, :]
+            mask = (j < half_width)[:, None] & c_mask[None, :]
             low_left = _row(coarser, low_start, left, channels, c, mask)
             low_middle = _row(coarser, low_start, middle, channels, c, mask)
             low_right = _row(coarser, low_start, right, channels, c, mask)
@@ -153,7 +155,7 @@ def _gradient_kernel(
                 if HAS_COARSER | (side == 1) | (side == 2):
                     column = 2 * j - 1 + side
                     offset = (start + row * width + column)[:, None] * channels + c[None, :]
-                    true = ((column >= 0) & (column < true_width))[:, None] & known[None, :]
+                    true = ((column >= 0) & (column < true_width))[:, None] & c_mask[None, :]
                     own_value = tl.load(same + offset, true, 0).to(tl.float32)
                     x = same_gain * own_value
                     if HAS_FINER:
@@ -172,7 +174,7 @@ def _gradient_kernel(
                     grad = tl.load(grad_out + offset, true, 0).to(tl.float32)
                     grad_x = grad * (share * a1 + (1 - share) * a2)
                     if HAS_COARSER:
-                        # how much of coarse column j is read; at the edge, all that is continued
+                        # weight of coarse column j, including its replication at an edge
                         if side == 1:
                             reads = 0.75 + tl.where(j == 0, 0.25, 0.0)
                         elif side == 2:
@@ -184,7 +186,7 @@ def _gradient_kernel(
                         else:
                             even += reads[:, None] * grad_x
                     if (side == 1) | (side == 2):
-                        write = (column < owned_width)[:, None] & known[None, :]
+                        write = (column < owned_width)[:, None] & c_mask[None, :]
                         same_result = same_gain * grad_x + own_value * same_slope + same_shift
                         _write(same_grad + offset, same_result, true, write)
                         if HAS_FINER:
@@ -201,9 +203,9 @@ def _gradient_kernel(
             result += coarser_gain * (carried + at_bottom * odd + 0.25 * even)
             carried = 0.25 * odd + at_top * even
             offset = (half_start + done * half_width + j)[:, None] * channels + c[None, :]
-            true = (j < tl.where(done < half_h, half_w, 0))[:, None] & known[None, :]
+            true = (j < tl.where(done < half_h, half_w, 0))[:, None] & c_mask[None, :]
             owned_width = tl.where((done >= first_row) & (done < half_height), half_width, 0)
-            write = (j < owned_width)[:, None] & known[None, :]
+            write = (j < owned_width)[:, None] & c_mask[None, :]
             _write(coarser_grad + offset, result, true, write)
 
 
@@ -215,5 +217,5 @@ def _row(coarser, start, column, channels, c, mask):
 
 @triton.jit
 def _write(to, value, true, mask):
-    """Zeros where it is not true."""
+    """Store the value, or zero beyond the true size."""
     tl.store(to, tl.where(true, value, 0.0).to(to.dtype.element_ty), mask)

@@ -1,5 +1,7 @@
-"""The moments of a level's maps in Triton: a running mean and variance per pixel of a tile
-(Welford), combined within and then between slabs of pixels (Chan), always in the same order.
+"""Moments of the maps of a level in Triton.
+
+Each pixel of a tile keeps a running mean and variance (Welford). They are combined within slabs of
+pixels and then between slabs (Chan) in a fixed order, so the result is deterministic.
 """
 
 import torch
@@ -12,12 +14,12 @@ from .common import block_sizes, channels_last, true_size
 
 __all__ = ["moments"]
 
-SLAB = 16  # tiles of a program
+SLAB = 16  # tiles per program
 
 
 @on_device_of_first
 def moments(same: Tensor, finer: Tensor | None, coarser: Tensor | None, sizes: Tensor) -> Tensor:
-    """(3, 3, B, C); the arguments are those of `plain.fuse_levels.moments`."""
+    """Compute `plain.fuse_levels.moments`: (3, 3, B, C)."""
     same, finer, coarser = (channels_last(m) for m in (same, finer, coarser))
     batch, channels, height, width = same.shape
     out = same.new_empty((3, 3, batch, channels), dtype=torch.float32)
@@ -50,7 +52,7 @@ def _slab_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr, SLAB: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Programs are slabs of `same`, then of `finer`, then of `coarser`."""
+    """Compute the moments of one slab: programs are slabs of same, then of finer, then coarser."""
     program, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     h, w = true_size(sizes, image, height, width)
@@ -78,13 +80,14 @@ def _measure(
     features, to, slab, h, w, level_h, level_w, row_length, channels, c,
     HALF: tl.constexpr, SLAB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Stores three numbers of a slab of the h × w true pixels of an image, if there is such a slab:
-    mean, sum of centred squares, and the sum in which a pixel weighs as many pixels of the level
-    as it covers (up to 4 in the half-sized map, else 1).
+    """Store three statistics of a slab of the h × w true pixels of an image, if the slab exists.
+
+    These are the mean, the sum of centred squares, and the sum of pixels weighted by the number of
+    pixels of the level that each covers: up to 4 in the coarser map, else 1.
     """
     first = slab * SLAB * BLOCK_P
     if (first >= 0) & (first < h * w):
-        known = c < channels
+        c_mask = c < channels
         lane = tl.arange(0, BLOCK_P)
         mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
         squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -95,7 +98,7 @@ def _measure(
             row, column = pixel // w, pixel % w
             offset = (row * row_length + column).to(tl.int64)[:, None] * channels + c[None, :]
             true = pixel < h * w
-            value = tl.load(features + offset, true[:, None] & known[None, :], 0).to(tl.float32)
+            value = tl.load(features + offset, true[:, None] & c_mask[None, :], 0).to(tl.float32)
             count += tl.where(true, 1.0, 0.0)
             delta = tl.where(true[:, None], value - mean, 0.0)
             mean += delta * (1.0 / tl.maximum(count, 1.0))[:, None]
@@ -108,10 +111,10 @@ def _measure(
         slab_mean = tl.sum(mean * count[:, None], 0) / total
         apart = mean - slab_mean[None, :]
         squares += count[:, None] * apart * apart
-        tl.store(to, slab_mean, known)
-        tl.store(to + channels, tl.sum(squares, 0), known)
+        tl.store(to, slab_mean, c_mask)
+        tl.store(to + channels, tl.sum(squares, 0), c_mask)
         covered_sum = tl.sum(covered_sums, 0) if HALF else slab_mean * total
-        tl.store(to + 2 * channels, covered_sum, known)
+        tl.store(to + 2 * channels, covered_sum, c_mask)
 
 
 @triton.jit(do_not_specialize=["slabs", "all_slabs", "slab", "batch", "height", "width"])
@@ -120,10 +123,10 @@ def _combine_kernel(
     HAS_FINER: tl.constexpr, HAS_COARSER: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program combines the slabs of one map (0 same, 1 finer, 2 coarser) of one image."""
+    """Combine the slabs of one map (0 same, 1 finer, 2 coarser) of one image."""
     which, image = tl.program_id(0), tl.program_id(2)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    known = c < channels
+    c_mask = c < channels
     h, w = true_size(sizes, image, height, width)
     level_count = (h * w).to(tl.float32)
     if which == 2:
@@ -141,22 +144,22 @@ def _combine_kernel(
     for first in range(0, filled, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         offset = (t * 3 * channels)[:, None] + c[None, :]
-        there = (t < filled)[:, None] & known[None, :]
+        mask = (t < filled)[:, None] & c_mask[None, :]
         size = tl.minimum(h * w - t * slab, slab).to(tl.float32)[:, None]
-        mean_sum += size * tl.load(start + offset, there, 0)
-        covered_sum += tl.load(start + offset + 2 * channels, there, 0)
+        mean_sum += size * tl.load(start + offset, mask, 0)
+        covered_sum += tl.load(start + offset + 2 * channels, mask, 0)
     mean = tl.sum(mean_sum, 0) / count
 
     squares = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     for first in range(0, filled, BLOCK_T):
         t = first + tl.arange(0, BLOCK_T)
         offset = (t * 3 * channels)[:, None] + c[None, :]
-        there = (t < filled)[:, None] & known[None, :]
+        mask = (t < filled)[:, None] & c_mask[None, :]
         size = tl.minimum(h * w - t * slab, slab).to(tl.float32)[:, None]
-        apart = tl.where(there, tl.load(start + offset, there, 0) - mean[None, :], 0.0)
-        squares += tl.load(start + offset + channels, there, 0) + size * apart * apart
+        apart = tl.where(mask, tl.load(start + offset, mask, 0) - mean[None, :], 0.0)
+        squares += tl.load(start + offset + channels, mask, 0) + size * apart * apart
     to = moments + (which * batch + image) * channels + c
     step = 3 * batch * channels
-    tl.store(to, mean, known)
-    tl.store(to + step, tl.sum(squares, 0) / count, known)
-    tl.store(to + 2 * step, tl.sum(covered_sum, 0) / level_count, known)
+    tl.store(to, mean, c_mask)
+    tl.store(to + step, tl.sum(squares, 0) / count, c_mask)
+    tl.store(to + 2 * step, tl.sum(covered_sum, 0) / level_count, c_mask)
