@@ -419,7 +419,7 @@ def test_wrong_options_raise_one_line(make, options, reason):
 def test_wrong_number_of_levels_raises():
     pyramid = pyramid_of([(64, 64)], (64, 64), strides=STRIDES[:2], dtype=torch.float32)
     for model in everything():
-        with pytest.raises(ValueError, match="the pyramid has 2 levels; wants 4"):
+        with pytest.raises(ValueError, match="expected a pyramid of num_levels = 4 levels, got 2"):
             model(pyramid)
 
 

@@ -135,7 +135,7 @@ def test_switches_are_the_ablations():
 
 @pytest.mark.parametrize("make", BLOCKS)
 def test_another_number_of_levels_is_refused(make):
-    with pytest.raises(ValueError, match="pyramid has 3 levels; wants num_levels, which is 1"):
+    with pytest.raises(ValueError, match="expected a pyramid of num_levels = 1 levels, got 3"):
         make(CHANNELS, GROUPS, 1).double()(ragged(3))
 
 

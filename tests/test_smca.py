@@ -239,7 +239,7 @@ def test_wrong_arguments_raise_one_line(make, options, message):
 
 @pytest.mark.parametrize("make", [make_encoder, make_decoder])
 def test_wrong_number_of_levels_raises(make):
-    with pytest.raises(ValueError, match="got 2 levels; wants num_levels, 3"):
+    with pytest.raises(ValueError, match="expected a pyramid of num_levels = 3 levels, got 2"):
         make(3).double()(make_pyramid(2)[1])
 
 
