@@ -317,5 +317,5 @@ class TestConstruction:
 
     @pytest.mark.parametrize("levels", [["p3", "p2"], ["p2", "p4"]])
     def test_levels_that_are_not_neighbours_are_one_line(self, levels):
-        with pytest.raises(ValueError, match="list neighbouring levels, fine to coarse"):
+        with pytest.raises(ValueError, match="expected neighbouring levels, fine to coarse, got"):
             small_model(IN_FEATURES=levels)
