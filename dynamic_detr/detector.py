@@ -126,7 +126,7 @@ class SetDetector(nn.Module):
             # no error: the results are the same, and the config may come from another machine
             warnings.warn(
                 f"MODEL.SET_DETECTOR.INFERENCE.CUDA_GRAPHS is {inference.CUDA_GRAPHS}, but "
-                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: the network runs without graphs.",
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: the network runs without.",
                 stacklevel=2,
             )
         return {
