@@ -122,7 +122,7 @@ def test_a_loop_of_links_leaves_the_other_pictures_alone(detector, pictures, tmp
     said = capsys.readouterr()
     assert len(list(out.iterdir())) == 7 and "skipped: 2;" in said.out
     for name in ("loop", "nothing"):
-        assert f"{name}.png is a link to nothing" in said.err
+        assert f"{name}.png is a broken link" in said.err
 
 
 def test_stages_of_every_photograph(detector, demo_images, tmp_path):
@@ -189,12 +189,12 @@ def test_the_command_itself(detector, pictures, tmp_path):
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts", "INPUT.FORMAT", "YUV-BT.601"],
-            "a detector takes RGB or BGR",
+            "it must be RGB or BGR",
         ),
         (
             ["--input", "{picture}", "--output", "o", "--stages", "--opts"]
             + ["MODEL.META_ARCHITECTURE", "RetinaNet"],
-            "this is RetinaNet; leave them out",
+            "SetDetector, got RetinaNet",
         ),
     ],
 )
@@ -230,7 +230,7 @@ def test_detectron2_detectors_are_drawn(pictures, tmp_path, capsys):
     assert Image.open(tmp_path / "a.png").size == (9 * 60, 9 * 40)
     notes = capsys.readouterr().err
     assert "is not trained" in notes
-    assert ("no GPU here: running on the CPU" in notes) is not torch.cuda.is_available()
+    assert ("no GPU is available: running on the CPU" in notes) is not torch.cuda.is_available()
 
 
 def test_weights_of_a_backbone_alone_are_told(tmp_path, capsys, caplog):
@@ -266,7 +266,7 @@ class Recorder(torch.nn.Module):
 def test_pictures_reach_the_detector_as_detectron2_gives_them(image_format, first):
     image = np.full((20, 40, 3), (200, 100, 10), np.uint8)
     model = Recorder()
-    with pytest.raises(UserError, match="returns proposals and no instances"):
+    with pytest.raises(UserError, match="outputs instances, got proposals"):
         Detector(model, min_size=10, max_size=100, image_format=image_format)(image)
     assert model.shown["image"].shape == (3, 10, 20)
     assert model.shown["image"].dtype == torch.float32

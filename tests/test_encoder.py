@@ -133,12 +133,6 @@ def test_switches_are_the_ablations():
     torch.testing.assert_close(block(pyramid).features[0], expected)
 
 
-@pytest.mark.parametrize("make", BLOCKS)
-def test_another_number_of_levels_is_refused(make):
-    with pytest.raises(ValueError, match="expected a pyramid of num_levels = 1 levels, got 3"):
-        make(CHANNELS, GROUPS, 1).double()(ragged(3))
-
-
 def test_legacy_differs_only_where_offsets_do():
     """Both read the same parameters; on one level there are no neighbours to differ about."""
     resized, legacy = encoder(), encoder(offsets="legacy")

@@ -109,15 +109,15 @@ def test_grey_alpha_and_floats_become_rgb():
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        (np.zeros((4, 4, 3)) + 2, "floats from 2 to 2; they must be in 0 to 1"),
+        (np.zeros((4, 4, 3)) + 2, r"expected floats in \[0, 1\] or uint8, got floats from 2 to 2"),
         (np.zeros((4, 4, 3)) - 0.1, "floats from -0.1"),
         (np.full((4, 4), np.nan), "floats from nan"),
-        (np.zeros((4, 4), np.int64), "type int64; they must be uint8, or floats"),
-        (np.zeros((3, 4, 4), np.uint8)[:, :, :0], r"shape \(3, 4, 0\)"),
-        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\); a picture has \(H, W\), \(H, W, C\)"),
-        (torch.zeros(5, 5, 3), r"the tensor has shape \(5, 5, 3\).*\(C, H, W\)"),
-        (np.zeros(4, np.uint8), r"shape \(4,\)"),
-        (7, "source is a int"),
+        (np.zeros((4, 4), np.int64), r"expected uint8 or floats in \[0, 1\], got int64"),
+        (np.zeros((3, 4, 4), np.uint8)[:, :, :0], r"got \(3, 4, 0\)"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(H, W, C\) with C = 1, 3 or 4, got \(4, 4, 2\)"),
+        (torch.zeros(5, 5, 3), r"^tensor: .*\(C, H, W\).*got \(5, 5, 3\)"),
+        (np.zeros(4, np.uint8), r"got \(4,\)"),
+        (7, "expected a path, .*, got int"),
         ("missing.png", "missing.png does not exist"),
         (["missing.png"], "missing.png does not exist"),
         ("*.nothing", "matches no file"),
@@ -137,7 +137,7 @@ def test_wrong_arguments_are_refused(simple, scene):
         simple(scene).where(classes=["dgo"])
     with pytest.raises(UserError, match="threshold is 2"):
         Detector(Corners(), threshold=2)
-    with pytest.raises(UserError, match="no GPU here"):
+    with pytest.raises(UserError, match="no GPU is available"):
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
         dynamic_detr.load("quickstart", device="cuda")
@@ -327,11 +327,11 @@ def test_the_demo_shows_chosen_classes_and_says_why_nothing_is_drawn(scene, tmp_
 @pytest.mark.parametrize(
     ("content", "arguments", "line"),
     [
-        ("{", [], "is no JSON of COCO's annotations"),
-        ("[]", [], "is no JSON of COCO's annotations"),
+        ("{", [], "is not a JSON file of COCO annotations"),
+        ("[]", [], "is not a JSON file of COCO annotations"),
         ('{"images": []}', [], "lists no images"),
-        ('{"images": [{"file_name": "x.png", "id": 1}]}', [], "folder of the pictures with --imag"),
-        (None, ["--images", "."], "--images goes with a JSON"),
+        ('{"images": [{"file_name": "x.png", "id": 1}]}', [], "folder of the images with --imag"),
+        (None, ["--images", "."], "--images needs a JSON"),
     ],
 )
 def test_wrong_lists_of_images_are_one_line(scene, tmp_path, capsys, content, arguments, line):
