@@ -1,4 +1,4 @@
-"""Dynamic decoder (equations 8 to 14): each stage refines the queries and boxes of the last one."""
+"""Dynamic decoder (equations 8 to 14): every stage refines the previous queries and boxes."""
 
 import math
 
