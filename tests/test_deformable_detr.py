@@ -18,7 +18,7 @@ from helpers import (
     shake,
     training_input,
 )
-from published import assert_close, redraw, weights_of
+from published import assert_close, redraw
 from published import deformable_detr as published_shapes
 from reference.matching import giou
 from torch import nn
@@ -347,7 +347,8 @@ def test_learning_rates_and_weight_decay():
 )
 def test_published_weights_fit_the_model(config, variant, levels, millions):
     model = model_without_memory(CONFIGS / f"deformable_detr_{config}.yaml")
-    weights = weights_of(published_shapes(variant, levels))
+    shapes = published_shapes(variant, levels)
+    weights = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
     fitted = convert_weights.fit(conversion.convert(weights), model.state_dict(), num_classes=80)
     assert fitted.keys() == model.state_dict().keys()
     total = sum(p.numel() for p in model.parameters())
