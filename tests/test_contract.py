@@ -47,9 +47,9 @@ class Row:
     """A registered class and the options it is tested with.
 
     Args:
-        name: in its registry.
-        options: keys of its node, beyond `SMALL`.
-        class_head: of the detector.
+        name: name in its registry.
+        options: values of keys of its node, besides `SMALL`.
+        class_head: class head of the detector.
         padded: whether results are invariant to padding.
         one_level: whether it works on one level.
     """
@@ -62,11 +62,11 @@ class Row:
 
     def __str__(self) -> str:
         options = [f"{key}={value}" for key, value in self.options.items()]
-        return "-".join([self.name, *options])
+        return "-".join([self.name, *options, *[self.class_head] * (self.class_head != "focal")])
 
     @property
     def node(self) -> str:
-        """MODEL.DYNAMIC_ENCODER of a DynamicEncoder."""
+        """Return the name of its config node, DYNAMIC_ENCODER for a DynamicEncoder."""
         kind = "Encoder" if self.name.endswith("Encoder") else "Decoder"
         return f"{self.name.removesuffix(kind).upper()}_{kind.upper()}"
 
