@@ -286,7 +286,7 @@ def test_activation_checkpointing_changes_nothing(row):
             output = part(pyramid)
         found.append([*results(output), *gradients(part, output).values()])
     torch.testing.assert_close(*found)
-    assert kept[1] < kept[0] / 2 or row.name == "IdentityEncoder", kept
+    assert kept[1] < 0.6 * kept[0] or row.name == "IdentityEncoder", kept
 
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r.name.startswith(FIXED_LEVELS)], ids=str)

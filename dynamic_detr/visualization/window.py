@@ -37,7 +37,7 @@ class Window:
             self.cv2.namedWindow(title, self.cv2.WINDOW_NORMAL)
         except self.cv2.error as error:  # opencv-python-headless
             raise UserError(
-                f"this build of OpenCV has no windows, unlike opencv-python: {_WITHOUT}"
+                f"this build of OpenCV has no windows (opencv-python has them): {_WITHOUT}"
             ) from error
 
     def show(self, image: np.ndarray, milliseconds: int = 0) -> bool:
