@@ -211,9 +211,9 @@ _DETECTOR_KEYS = (
         _DETECTOR + "INFERENCE.CUDA_GRAPHS",
         0,
         whole(0),
-        "On a GPU, run the network as CUDA graphs, one for each padded size of a batch; the "
-        "number of graphs to keep, those used last. A capture runs the network several times, so "
-        "it pays if the images have no more padded sizes than this.",
+        "Number of CUDA graphs of the network to keep on a GPU, one per padded size of a batch; "
+        "the least recently used one is dropped first. 0 to run without. A capture runs the "
+        "network several times, so graphs pay if batches have no more padded sizes than this.",
     ),
     Key(
         _DETECTOR + "INFERENCE.COMPILE",
@@ -628,9 +628,9 @@ _SOLVER_KEYS = (
         "SOLVER.HANG_SECONDS",
         1800,
         whole(0),
-        "Training ends if a process makes no progress (no step, no evaluated image) for this "
-        "time. It must exceed the time for start, saving and COCO's scoring; 0 for no limit, as "
-        "for debuggers.",
+        "Training ends if a process makes no progress (no step, no evaluated image) for so many "
+        "seconds. It must exceed the longest of start, saving and COCO's scoring. 0 for no limit, "
+        "for example in a debugger.",
     ),
 )
 
