@@ -1,8 +1,7 @@
-"""Every configuration key that this project adds to Detectron2's: its default, range and reason.
+"""One table of all configuration keys added to Detectron2's: default, range and reason of each.
 
-`add_dynamic_detr_config` adds the keys, `check_config` checks a whole configuration, and
-`check_arguments` lets a constructor check its arguments by the range of the keys that they come
-from, so that a range and a default are written here and nowhere else.
+Defaults and ranges are written only here: `add_dynamic_detr_config` adds the keys to a config,
+`check_config` checks a config, and constructors check their arguments with `check_arguments`.
 """
 
 from collections.abc import Callable
@@ -23,8 +22,7 @@ __all__ = [
     "value_of",
 ]
 
-# The nodes of MODEL in which meta-architectures keep their number of classes, as NUM_CLASSES. FCOS
-# is in newer Detectron2s only.
+# Nodes of MODEL that hold NUM_CLASSES, by meta-architecture. Only newer Detectron2s have FCOS.
 CLASS_COUNTS = {
     "SetDetector": "SET_DETECTOR",
     "DynamicDETR": "SET_DETECTOR",
@@ -36,11 +34,11 @@ CLASS_COUNTS = {
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a key may have.
+    """The set of valid values of a key.
 
     Args:
         wanted: the values in words, to complete "it must be …".
-        admits: whether a value is one of them.
+        admits: function that returns whether a value is valid.
     """
 
     wanted: str
@@ -53,10 +51,9 @@ class Key:
 
     Args:
         name: full name, with dots.
-        default: its value where no configuration sets it.
-        range: the values that it may have.
-        reason: what it does and why the default is what it is; where the paper is silent, whose
-            choice it is.
+        default: default value.
+        range: valid values.
+        reason: what the key does, and the source of the default.
     """
 
     name: str
@@ -78,7 +75,13 @@ def whole(least: int, most: int = 2**31 - 1) -> Range:
 
 
 def number(low: float, high: float = float("inf"), *, open_ends: str = "") -> Range:
-    """Numbers from low to high; `open_ends` holds "(" or ")" where that end is left out."""
+    """Return the range of the numbers from low to high.
+
+    Args:
+        low: lower end.
+        high: upper end.
+        open_ends: "(" to exclude the lower end, ")" the upper one, "()" both.
+    """
     above = f"> {low:g}" if "(" in open_ends else f">= {low:g}"
     below = f"< {high:g}" if ")" in open_ends else f"<= {high:g}"
 
@@ -104,19 +107,19 @@ def names(least: int) -> Range:
 
 
 def sides(least: int, most: float = float("inf")) -> Range:
-    """Lists of so many lengths in pixels, in ascending order."""
+    """Return the range of the ascending lists of `least` to `most` lengths in pixels."""
 
     def admits(value: object) -> bool:
         if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
             return False
         return all(whole(1).admits(side) for side in value) and list(value) == sorted(value)
 
-    number = f"{least}" if least == most else f"at least {least}"
-    return Range(f"a list of {number} integers >= 1 in ascending order", admits)
+    count = f"{least}" if least == most else f"at least {least}"
+    return Range(f"a list of {count} integers >= 1 in ascending order", admits)
 
 
 def several_of(*choices: str) -> Range:
-    """Lists of at least one entry; the same one may come again."""
+    """Return the range of the non-empty lists of the choices; an entry may repeat."""
 
     def admits(value: object) -> bool:
         if not isinstance(value, (list, tuple)) or not value:
@@ -137,43 +140,43 @@ _DETECTOR_KEYS = (
         _DETECTOR + "NUM_CLASSES",
         80,
         whole(1),
-        "Classes of the data; --train-json sets it.",
+        "Number of classes, K; --train-json sets it.",
     ),
     Key(
         _DETECTOR + "CLASS_HEAD",
         "focal",
         one_of("focal", "softmax"),
-        '"focal": K sigmoids, as Deformable DETR, whose set-up the paper follows. "softmax": K '
-        'classes and "no object", as equation 14 prints it and DETR has it.',
+        '"focal": K sigmoids, as in Deformable DETR, whose settings the paper follows. "softmax": '
+        'K classes and "no object", as in equation 14 and DETR.',
     ),
     Key(
         _DETECTOR + "IN_FEATURES",
         ["p2", "p3", "p4", "p5", "p6"],
         names(1),
-        "Outputs of the backbone that make the pyramid, fine to coarse.",
+        "Outputs of the backbone that form the pyramid, fine to coarse.",
     ),
     Key(
         _DETECTOR + "HIDDEN_DIM",
         256,
         whole(1),
-        "Channels of pyramid and queries; those of the backbone's outputs must be as many "
+        "Channels of the pyramid and of the queries, C. The backbone's outputs must have as many "
         "(MODEL.FPN.OUT_CHANNELS, MODEL.LEVELS.OUT_CHANNELS).",
     ),
     Key(
         _DETECTOR + "ENCODER",
         "DynamicEncoder",
         NAME,
-        'A class of ENCODER_REGISTRY; "IdentityEncoder" leaves the decoder alone (Table 1).',
+        'A class of ENCODER_REGISTRY; "IdentityEncoder" for the decoder without encoder (Table 1).',
     ),
     Key(_DETECTOR + "DECODER", "DynamicDecoder", NAME, "A class of DECODER_REGISTRY."),
     Key(
         _DETECTOR + "LOSS.CLASS_WEIGHT",
         2.0,
         WEIGHT,
-        "Weight of the class loss, and of the class cost that the matching minimises.",
+        "Weight of the class loss and of the class cost in the matching.",
     ),
-    Key(_DETECTOR + "LOSS.L1_WEIGHT", 5.0, WEIGHT, "The same for the L1 distance of the boxes."),
-    Key(_DETECTOR + "LOSS.GIOU_WEIGHT", 2.0, WEIGHT, "The same for the generalised IoU."),
+    Key(_DETECTOR + "LOSS.L1_WEIGHT", 5.0, WEIGHT, "Weight of the L1 loss and cost of the boxes."),
+    Key(_DETECTOR + "LOSS.GIOU_WEIGHT", 2.0, WEIGHT, "Weight of the GIoU loss and cost."),
     Key(
         _DETECTOR + "LOSS.FOCAL_ALPHA",
         0.25,
@@ -185,21 +188,22 @@ _DETECTOR_KEYS = (
         _DETECTOR + "LOSS.NO_OBJECT_WEIGHT",
         0.1,
         number(0, open_ends="("),
-        'Weight of the class "no object" with the softmax head.',
+        'Weight of "no object" in the cross-entropy of the softmax head.',
     ),
     Key(
         _DETECTOR + "LOSS.L1_FORMAT",
         "cxcywh",
         one_of("cxcywh", "xyxy"),
-        '"cxcywh" as DETR and Deformable DETR, or "xyxy" as Sparse R-CNN.',
+        'Box format of the L1 loss: "cxcywh" as in DETR and Deformable DETR, or "xyxy" as in '
+        "Sparse R-CNN.",
     ),
     Key(
         _DETECTOR + "ACTIVATION_CHECKPOINT.BACKBONE",
         False,
         FLAG,
-        "In training, keep only the input of each stage of a ResNet (alone or as bottom-up "
-        "network) and compute the rest again in the backward pass: less memory, and the forward "
-        "pass twice. Losses and gradients are the same.",
+        "In training, keep only the input of each ResNet stage (also below an FPN) and recompute "
+        "the rest in the backward pass: less memory for a second forward pass. Losses and "
+        "gradients are the same.",
     ),
     Key(_DETECTOR + "ACTIVATION_CHECKPOINT.ENCODER", False, FLAG, "The same for encoder blocks."),
     Key(_DETECTOR + "ACTIVATION_CHECKPOINT.DECODER", False, FLAG, "The same for decoder stages."),
@@ -207,16 +211,15 @@ _DETECTOR_KEYS = (
         _DETECTOR + "INFERENCE.CUDA_GRAPHS",
         0,
         whole(0),
-        "On a GPU, launch the whole network at once, as a CUDA graph. There is one for each "
-        "padded size of a batch; this many, those that were used last, are kept. A capture runs "
-        "the network several times: worth it where images have no more padded sizes than this.",
+        "Number of CUDA graphs of the network to keep on a GPU, one per padded size of a batch; "
+        "the least recently used one is dropped first. 0 to run without. A capture runs the "
+        "network several times, so graphs pay if batches have no more padded sizes than this.",
     ),
     Key(
         _DETECTOR + "INFERENCE.COMPILE",
         False,
         FLAG,
-        "Compile the network with torch.compile, which needs a C++ compiler on a CPU and Triton "
-        "on a GPU.",
+        "Compile the network with torch.compile; needs a C++ compiler on a CPU, Triton on a GPU.",
     ),
 )
 
@@ -226,27 +229,27 @@ _LEVELS_KEYS = (
         _LEVELS + "OUT_CHANNELS",
         256,
         whole(1),
-        "Channels of the levels that build_resnet_levels_backbone makes of the outputs of the "
-        "ResNet (MODEL.RESNETS.OUT_FEATURES), a 1x1 convolution each.",
+        "Channels of the levels of build_resnet_levels_backbone: 1x1 convolutions of the outputs "
+        "of the ResNet (MODEL.RESNETS.OUT_FEATURES).",
     ),
     Key(
         _LEVELS + "NORM",
         "GN",
         Range("a name of a norm, or empty", lambda value: isinstance(value, str)),
-        'Norm after each of them: "GN" as Deformable DETR, "" as DETR.',
+        'Norm after each of these convolutions: "GN" as in Deformable DETR, "" as in DETR.',
     ),
     Key(
         _LEVELS + "NUM_EXTRA",
         0,
         whole(0),
-        "Further levels, by strided 3x3 convolutions: the first on the coarsest output of the "
-        "ResNet itself, as Deformable DETR's C6, each further one on the one before.",
+        "Number of coarser levels, each a strided 3x3 convolution of the previous one; the first "
+        "of the coarsest output of the ResNet, as Deformable DETR's C6.",
     ),
     Key(
         _LEVELS + "DC5",
         False,
         FLAG,
-        "Leave res5 at stride 16 with dilated convolutions, as DETR-DC5: the first block's is not "
+        "Keep res5 at stride 16 with dilated convolutions, as in DETR-DC5. The first block is not "
         "dilated, unlike with MODEL.RESNETS.RES5_DILATION.",
     ),
 )
@@ -259,38 +262,37 @@ _DYNAMIC_ENCODER_KEYS = (
         _ENCODER + "OFFSETS",
         "resized",
         one_of("resized", "legacy"),
-        '"resized": an offset means the same place of the image at every level. "legacy": the '
-        "arithmetic of the published DyHead code, for its checkpoints; results then depend on the "
+        '"resized": an offset points to the same place of the image at all levels. "legacy": the '
+        "arithmetic of the published DyHead code, for its checkpoints; the results depend on the "
         "padding.",
     ),
     Key(
         _ENCODER + "SCALE_ATTENTION",
         True,
         FLAG,
-        "Weigh neighbouring levels by equation 5; else their plain mean is taken. This and the "
-        "next two are the ablations of DyHead's Table 1, which does not say what takes the place "
-        "of an attention that is left out.",
+        "Weigh neighbouring levels by equation 5; if False, equally. This key and the next two "
+        "are the ablations of DyHead's Table 1, which does not state what replaces an attention.",
     ),
     Key(
         _ENCODER + "SPATIAL_ATTENTION",
         True,
         FLAG,
-        "Sample at predicted offsets; else the 3x3 convolutions are plain ones.",
+        "Sample at predicted offsets; if False, the 3x3 convolutions are plain.",
     ),
-    Key(_ENCODER + "CHANNEL_ATTENTION", True, FLAG, "Activate by a DyReLU; else by a ReLU."),
+    Key(_ENCODER + "CHANNEL_ATTENTION", True, FLAG, "DyReLU activation; if False, ReLU."),
 )
 
 _DECODER = "MODEL.DYNAMIC_DECODER."
 _DYNAMIC_DECODER_KEYS = (
-    Key(_DECODER + "NUM_QUERIES", 300, whole(1), "Learned queries, and so boxes of each stage."),
-    Key(_DECODER + "NUM_STAGES", 6, whole(1), "Stages, with weights of their own."),
+    Key(_DECODER + "NUM_QUERIES", 300, whole(1), "Queries, each with one box per stage."),
+    Key(_DECODER + "NUM_STAGES", 6, whole(1), "Stages; they share no weights."),
     Key(_DECODER + "NUM_HEADS", 4, whole(1), "Heads of the self-attention; Table 2: 4 is best."),
     Key(_DECODER + "FFN_DIM", 2048, whole(1), "Hidden units of the feed-forward network."),
     Key(
         _DECODER + "DROPOUT",
         0.0,
         DROPOUT,
-        "After attention, dynamic convolution and both layers of the feed-forward network.",
+        "After attention, dynamic filters and both layers of the feed-forward network.",
     ),
     Key(_DECODER + "POOLING_SIZE", 7, whole(1), "Bins on each side of the pooled region."),
     Key(_DECODER + "SAMPLING_RATIO", 2, whole(1), "Bilinear samples on each side of a bin."),
@@ -298,39 +300,38 @@ _DYNAMIC_DECODER_KEYS = (
         _DECODER + "CANONICAL_SIZE",
         224,
         number(0, open_ends="("),
-        "A box with this square root of area, in pixels, is pooled from stride 16; smaller ones "
-        "from finer levels.",
+        "Square root of the area, in pixels, of boxes that are pooled from stride 16; smaller "
+        "boxes are pooled from finer levels.",
     ),
     Key(
         _DECODER + "DYNAMIC_FILTER",
         "bottleneck",
         one_of("bottleneck", "single"),
-        '"bottleneck": two dynamic filters HIDDEN_DIM -> DYNAMIC_DIM -> HIDDEN_DIM, as Sparse '
-        'R-CNN. "single": one HIDDEN_DIM -> HIDDEN_DIM, as equation 11 prints it, at twice the '
+        '"bottleneck": two dynamic filters HIDDEN_DIM -> DYNAMIC_DIM -> HIDDEN_DIM, as in Sparse '
+        'R-CNN. "single": one HIDDEN_DIM -> HIDDEN_DIM, as in equation 11, with twice the '
         "parameters.",
     ),
-    Key(_DECODER + "DYNAMIC_DIM", 64, whole(1), "Width of the bottleneck."),
+    Key(_DECODER + "DYNAMIC_DIM", 64, whole(1), "Hidden channels of the bottleneck filters."),
     Key(
         _DECODER + "QUERIES",
         "learned",
         one_of("learned", "dense"),
-        'The first queries and boxes. "learned": the same for all images, as in the paper. '
-        '"dense": the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), which many '
-        "positions teach, as in DDQ (arXiv 2303.12776).",
+        'Initial queries and boxes. "learned": the same for all images, as in the paper. "dense": '
+        "the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), as in DDQ (arXiv "
+        "2303.12776).",
     ),
     Key(
         _DECODER + "INITIAL_BOXES",
         "image",
         one_of("image", "grid"),
-        'The first boxes of learned queries. "image": the whole image, as the paper; "grid": '
-        "spread over the image, each twice as large as their distance, which learns in fewer steps "
-        "where training is short.",
+        'Initial boxes of learned queries. "image": the whole image, as in the paper. "grid": '
+        "squares on a grid, twice as wide as its cells, which learn faster in short training.",
     ),
     Key(
         _DECODER + "LEARN_INITIAL_BOXES",
         True,
         FLAG,
-        "Whether they are parameters, as in the paper, or stay where they start.",
+        "Whether the initial boxes are parameters, as in the paper, or constant.",
     ),
 )
 
@@ -340,22 +341,22 @@ _DENSE_QUERIES_KEYS = (
         _DENSE_QUERIES + "ANCHOR_SCALE",
         8.0,
         number(0, open_ends="("),
-        "Side of the square that a position's box is predicted relative to, in strides of its "
-        "level: 32 to 512 pixels on P2 to P6, as Detectron2's Faster R-CNN.",
+        "Side of the square anchors in strides of their level: 32 to 512 pixels for P2 to P6, as "
+        "in Detectron2's Faster R-CNN.",
     ),
     Key(
         _DENSE_QUERIES + "CANDIDATES",
         1000,
         whole(1),
-        "Best positions of an image, before non-maximum suppression leaves the distinct ones. "
-        "Where it is less than the number of queries, that counts.",
+        "Number of positions with the best scores before non-maximum suppression; raised to the "
+        "number of queries if smaller.",
     ),
     Key(
         _DENSE_QUERIES + "NMS_THRESHOLD",
         0.7,
         number(0, 1),
-        "IoU above which the better of two candidates suppresses the other, whatever their "
-        "classes; DDQ's.",
+        "IoU above which the better of two candidates of any classes suppresses the other, as in "
+        "DDQ.",
     ),
 )
 
@@ -383,9 +384,9 @@ _TRANSFORMER_DECODER_KEYS = (
         _TRANSFORMER_DECODER + "NUM_QUERIES",
         100,
         whole(1),
-        "Learned queries, and so boxes of each layer; DETR-DC5+ has 300.",
+        "Learned queries, each with one box per layer; DETR-DC5+ has 300.",
     ),
-    Key(_TRANSFORMER_DECODER + "NUM_LAYERS", 6, whole(1), "Layers; each predicts."),
+    Key(_TRANSFORMER_DECODER + "NUM_LAYERS", 6, whole(1), "Layers, each with a prediction."),
     Key(_TRANSFORMER_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self- and cross-attention."),
     Key(
         _TRANSFORMER_DECODER + "FFN_DIM",
@@ -403,16 +404,16 @@ _TRANSFORMER_DECODER_KEYS = (
         _TRANSFORMER_DECODER + "IN_FEATURES",
         [],
         names(0),
-        "Those of MODEL.SET_DETECTOR.IN_FEATURES that the queries look at; all of them if empty. "
-        "The paper's Table 1 does not say which DETR's decoder reads behind a dynamic encoder. The "
-        "encoder must reach all other levels from these (a dynamic block reaches one further), "
-        "or what makes those is not trained.",
+        "Levels of MODEL.SET_DETECTOR.IN_FEATURES that the queries attend to; all if empty. The "
+        "paper's Table 1 does not state which levels DETR's decoder reads after a dynamic encoder. "
+        "These levels must depend on all others through the encoder (a dynamic block mixes "
+        "adjacent levels); otherwise some parameters get no gradient.",
     ),
 )
 
 _DEFORMABLE_ENCODER = "MODEL.DEFORMABLE_ENCODER."
 _DEFORMABLE_ENCODER_KEYS = (
-    Key(_DEFORMABLE_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers in the stack."),
+    Key(_DEFORMABLE_ENCODER + "NUM_LAYERS", 6, whole(1), "Layers."),
     Key(_DEFORMABLE_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the deformable attention."),
     Key(
         _DEFORMABLE_ENCODER + "NUM_POINTS",
@@ -436,17 +437,22 @@ _DEFORMABLE_ENCODER_KEYS = (
         _DEFORMABLE_ENCODER + "MULTI_SCALE",
         True,
         FLAG,
-        'Whether a position samples all levels. False, "without multi-scale attention" in the '
-        "paper's Table 2: its own level alone, with weights that the levels share. What the "
-        "decoder does there is not said; it reads all levels here.",
+        "True if a position samples all levels. False if it samples only its own level, with "
+        'weights shared by the levels: "without multi-scale attention" in the paper\'s Table 2. '
+        "The paper does not state what the decoder reads in this case; here it reads all levels.",
     ),
 )
 
 _DEFORMABLE_DECODER = "MODEL.DEFORMABLE_DECODER."
 _DEFORMABLE_DECODER_KEYS = (
-    Key(_DEFORMABLE_DECODER + "NUM_QUERIES", 300, whole(1), "Queries, and so boxes of each layer."),
-    Key(_DEFORMABLE_DECODER + "NUM_LAYERS", 6, whole(1), "Layers, each of which predicts."),
-    Key(_DEFORMABLE_DECODER + "NUM_HEADS", 8, whole(1), "Heads of both attentions of a layer."),
+    Key(
+        _DEFORMABLE_DECODER + "NUM_QUERIES",
+        300,
+        whole(1),
+        "Queries, each with one box per layer.",
+    ),
+    Key(_DEFORMABLE_DECODER + "NUM_LAYERS", 6, whole(1), "Layers, each with a prediction."),
+    Key(_DEFORMABLE_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self- and cross-attention."),
     Key(
         _DEFORMABLE_DECODER + "NUM_POINTS",
         4,
@@ -469,16 +475,15 @@ _DEFORMABLE_DECODER_KEYS = (
         _DEFORMABLE_DECODER + "REFINE_BOXES",
         False,
         FLAG,
-        "Each layer refines the boxes of the one before, with heads of its own: iterative "
-        "bounding box refinement. False: all layers predict from the same reference points, with "
-        "the same heads.",
+        "Iterative bounding box refinement: each layer has its own heads and refines the boxes of "
+        "the previous layer. If False, all layers share the reference points and the heads.",
     ),
     Key(
         _DEFORMABLE_DECODER + "TWO_STAGE",
         False,
         FLAG,
-        "The first boxes and queries are the best of proposals that every position of the pyramid "
-        "makes. It needs REFINE_BOXES, and more than one level.",
+        "The initial queries and boxes are the best proposals of all positions of the pyramid. "
+        "Needs REFINE_BOXES and more than one level.",
     ),
 )
 
@@ -488,17 +493,16 @@ _SMCA_ENCODER_KEYS = (
         _SMCA_ENCODER + "BLOCKS",
         ["intra", "intra", "multi", "intra", "intra"],
         several_of("intra", "multi"),
-        'Kind of each block: with "intra" a position attends to its own level, with "multi" to all '
-        "levels. SMCA names no embedding of the level, and there is none here: sine positions are "
-        "those of each level.",
+        'Kind of each block: "intra" attends within each level, "multi" to all levels. As in SMCA, '
+        "there is no level embedding; the sine embeddings are those of each level.",
     ),
     Key(
         _SMCA_ENCODER + "SHARED",
         "all",
         one_of("all", "ffn", "attention", "nothing"),
-        "What the levels share of the weights of a block; what is not shared has a copy for each "
-        "level, in both kinds of blocks (the parameters that SMCA reports fit that). A norm goes "
-        "with what precedes it.",
+        "Weights of a block that the levels share. The others, and the norms after them, have a "
+        "copy for each level, in both kinds of blocks; this matches the number of parameters that "
+        "SMCA reports.",
     ),
     Key(_SMCA_ENCODER + "NUM_HEADS", 8, whole(1), "Heads of the self-attention."),
     Key(
@@ -511,7 +515,7 @@ _SMCA_ENCODER_KEYS = (
         _SMCA_ENCODER + "DROPOUT",
         0.1,
         DROPOUT,
-        "As in DETR's encoder; SMCA follows DETR where it is silent.",
+        "As in DETR's encoder; the SMCA paper does not state it.",
     ),
 )
 
@@ -522,7 +526,7 @@ _SMCA_DECODER_KEYS = (
         _SMCA_DECODER + "NUM_LAYERS",
         6,
         whole(1),
-        "Layers, with weights of their own but for norm and heads of their outputs, as DETR.",
+        "Layers; they share only the final norm and the heads, as in DETR.",
     ),
     Key(_SMCA_DECODER + "NUM_HEADS", 8, whole(1), "Heads of self-attention and co-attention."),
     Key(
@@ -536,42 +540,42 @@ _SMCA_DECODER_KEYS = (
         _SMCA_DECODER + "SCALES",
         "independent",
         one_of("independent", "single", "fixed"),
-        'Scales of the spatial prior: "independent" ones of x and y, a "single" one for both, or '
-        '"fixed" at 1. As the released code has it, their squares multiply squared distances, '
-        "where equation 4 divides: a larger scale is a narrower prior. SMCA does not say what "
-        "scales, offsets and reference points are predicted from: as in that code, from the norm "
-        "of the content that enters a layer plus the query's position, the reference points in "
-        "the first layer alone. Scales start at 1, and offsets at 0, which is our choice.",
+        'Scales of the spatial prior: "independent" for x and y, "single" for both, or "fixed" at '
+        "1. As in the released code, squared scales multiply the squared distances, where equation "
+        "4 divides them: a larger scale is a narrower prior. The paper does not state the input of "
+        "the layers that predict scales, offsets and reference points; as in the released code, it "
+        "is the layer norm of the content plus position of the query, and only the first layer "
+        "predicts reference points. Initial scales of 1 and offsets of 0 are our choice.",
     ),
     Key(
         _SMCA_DECODER + "HEAD_SHARED",
         False,
         FLAG,
-        "One spatial prior for all heads, as in equation 5, not one for each (equation 6).",
+        "One spatial prior for all heads (equation 5) instead of one per head (equation 6).",
     ),
     Key(
         _SMCA_DECODER + "SCALE_SELECTION",
         True,
         FLAG,
-        "With several levels, a query attends to each of them and weighs the results (equations 7 "
-        "to 9). SMCA does not say what happens without: here, one softmax over the positions of "
-        "all levels. Either way all levels share the projections of keys and values; equation 8 "
-        "speaks of separate ones, but the 39.5 M parameters that SMCA reports are those of shared "
-        "ones. Nothing is left to select on one level.",
+        "With several levels, attend to each level and sum the results with predicted weights "
+        "(equations 7 to 9). If False, one softmax over the positions of all levels, which the "
+        "paper does not state. The levels share the projections of keys and values: equation 8 has "
+        "separate ones, but the reported 39.5 M parameters are those of shared ones. No effect "
+        "with one level.",
     ),
     Key(
         _SMCA_DECODER + "BETA",
         8.0,
         number(0, open_ends="("),
-        "Bandwidth of the spatial prior: what squared distances, in cells of the level, are "
-        "divided by; value and unit of the released code, which has one level.",
+        "Bandwidth of the spatial prior: divisor of squared distances in cells of the level. Value "
+        "and unit of the released code, which has one level.",
     ),
 )
 
-# The defaults leave Detectron2's own recipes (SGD for Faster R-CNN, RetinaNet) alone;
-# configs/Base-DynamicDETR.yaml switches to AdamW and full-model clipping. CLIP_GRADIENTS.CLIP_TYPE,
-# a key of Detectron2's, also knows "full_model" here: the norm of all gradients together is brought
-# down to CLIP_VALUE.
+# The defaults do not change the recipes of Detectron2's own configs (SGD for Faster R-CNN and
+# RetinaNet); configs/Base-DynamicDETR.yaml sets AdamW and full-model clipping. Detectron2's key
+# CLIP_GRADIENTS.CLIP_TYPE has the additional value "full_model" here, which clips the norm of all
+# gradients together.
 _SOLVER_KEYS = (
     Key(
         "SOLVER.OPTIMIZER",
@@ -583,8 +587,8 @@ _SOLVER_KEYS = (
         "SOLVER.BACKBONE_MULTIPLIER",
         1.0,
         WEIGHT,
-        "Learning rate of the pretrained part of the backbone, as a multiple of BASE_LR: its "
-        "bottom-up network where it has one (an FPN's own convolutions start from scratch).",
+        "Learning rate of the pretrained part of the backbone as a multiple of BASE_LR. With an "
+        "FPN, that is the bottom-up network, without the FPN's own convolutions.",
     ),
     Key(
         "SOLVER.OFFSETS_MULTIPLIER",
@@ -596,36 +600,37 @@ _SOLVER_KEYS = (
         "SOLVER.AMP.DTYPE",
         "float16",
         one_of("float16", "bfloat16"),
-        '"float16" scales the loss and needs a GPU; "bfloat16" does neither.',
+        '"float16" needs a GPU and loss scaling; "bfloat16" needs neither.',
     ),
     Key(
         "SOLVER.MAX_SKIPPED_STEPS",
         20,
         whole(1),
-        "float16 skips a step whose gradients overflow; so many in a row end the training.",
+        "With float16, a step with overflowing gradients is skipped; training fails after this "
+        "many in a row.",
     ),
     Key(
         "SOLVER.EMA.ENABLED",
         False,
         FLAG,
-        "Exponential moving average of the weights: evaluated, and saved as the checkpoint's "
-        '"model".',
+        "Keep an exponential moving average of the weights; it is evaluated, and saved as the "
+        'checkpoint\'s "model".',
     ),
-    Key("SOLVER.EMA.DECAY", 0.9998, number(0, 1, open_ends=")"), "Share that a step keeps of it."),
+    Key("SOLVER.EMA.DECAY", 0.9998, number(0, 1, open_ends=")"), "Decay of the average per step."),
     Key(
         "SOLVER.KEEP_CHECKPOINTS",
         2,
         Range("an integer >= 2, or 0 for all", lambda value: value == 0 or whole(2).admits(value)),
-        "How many of the periodic checkpoints stay on disk, the newest ones. At least two, so "
-        "that there is one to fall back to.",
+        "Number of periodic checkpoints to keep, the newest ones. At least two, so that a damaged "
+        "one can be replaced by the previous one.",
     ),
     Key(
         "SOLVER.HANG_SECONDS",
         1800,
         whole(0),
-        "A run ends where a process has made no progress for so long: no step, no image "
-        "evaluated. Longer than the longest of start, saving and COCO's scoring; 0 is for ever, "
-        "and for debuggers.",
+        "Training ends if a process makes no progress (no step, no evaluated image) for so many "
+        "seconds. It must exceed the longest of start, saving and COCO's scoring. 0 for no limit, "
+        "for example in a debugger.",
     ),
 )
 
@@ -635,21 +640,21 @@ _INPUT_KEYS = (
         _CROP_BRANCH + "ENABLED",
         False,
         FLAG,
-        "In training, with a probability of 1/2, resize the shortest side of an image to one of "
-        "RESIZE and cut out a region with sides drawn from SIZE, before it is resized as "
-        "MIN_SIZE_TRAIN says: DETR's random crops, for those who trained as it did.",
+        "DETR's random crops: in training, with a probability of 1/2, resize the shortest side of "
+        "an image to one of RESIZE and crop a region with sides from SIZE, before the resize to "
+        "MIN_SIZE_TRAIN.",
     ),
     Key(
         _CROP_BRANCH + "RESIZE",
         [400, 500, 600],
         sides(1),
-        "Lengths of the shortest side, in pixels; DETR's.",
+        "Lengths of the shortest side in pixels, as in DETR.",
     ),
     Key(
         _CROP_BRANCH + "SIZE",
         [384, 600],
         sides(2, 2),
-        "Least and greatest side of the region, in pixels; DETR's.",
+        "Smallest and largest side of the region in pixels, as in DETR.",
     ),
 )
 
@@ -672,9 +677,9 @@ _BY_NAME = {key.name: key for key in KEYS}
 
 
 def add_dynamic_detr_config(cfg: CfgNode) -> None:
-    """Adds all keys, with their defaults, to Detectron2's.
+    """Add all keys with their defaults to Detectron2's, in place.
 
-    Nothing of Detectron2's own defaults changes, so that its configs run as they always do.
+    Detectron2's own defaults do not change, so its configs run as without this project.
     """
     for key in KEYS:
         *parents, name = key.name.split(".")
@@ -687,37 +692,37 @@ def add_dynamic_detr_config(cfg: CfgNode) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Checks the value of every key of `KEYS`.
+    """Check the values of all `KEYS`.
 
     Raises:
-        ValueError: a value is out of its range; the line names key, value and range.
+        ValueError: a value is out of range; the message names key, value and range.
     """
     for key in KEYS:
         require(key.name, value_of(cfg, key.name), key.range)
 
 
 def class_count(cfg: CfgNode) -> int | None:
-    """The number of classes of the configured detector; None for one that is not known here."""
+    """Return the number of classes of the detector; None if not in `CLASS_COUNTS`."""
     node = CLASS_COUNTS.get(cfg.MODEL.META_ARCHITECTURE)
     return None if node is None else cfg.MODEL[node].NUM_CLASSES
 
 
 def set_class_count(cfg: CfgNode, classes: int) -> None:
-    """Sets the number of classes of all detectors that are known here."""
+    """Set the number of classes of all detectors in `CLASS_COUNTS`."""
     for node in set(CLASS_COUNTS.values()):
         if node in cfg.MODEL:
             cfg.MODEL[node].NUM_CLASSES = classes
 
 
 def check_arguments(node: str, **arguments: Any) -> None:
-    """Checks arguments of a constructor by the ranges of the keys that they come from.
+    """Check the arguments of a constructor by the ranges of their keys.
 
     Args:
-        node: of the keys, for example "MODEL.DYNAMIC_DECODER".
-        arguments: named like their keys, in lower case.
+        node: node of the keys, for example "MODEL.DYNAMIC_DECODER".
+        arguments: values by the name of the key in lower case.
 
     Raises:
-        ValueError: a value is out of its range; the line names key, value and range.
+        ValueError: a value is out of range; the message names key, value and range.
     """
     for name, value in arguments.items():
         key = _BY_NAME[f"{node}.{name.upper()}"]
@@ -725,10 +730,10 @@ def check_arguments(node: str, **arguments: Any) -> None:
 
 
 def value_of(cfg: CfgNode, name: str) -> Any:
-    """The value of the key with this full name; `...` if there is no such key.
+    """Return the value of a key by its full name; `...` if there is no such key.
 
     Raises:
-        ValueError: what the key is in is no group of keys.
+        ValueError: a parent of the key is not a node.
     """
     value = cfg
     parts = name.split(".")
@@ -742,10 +747,10 @@ def value_of(cfg: CfgNode, name: str) -> Any:
 
 
 def require(name: str, value: Any, wanted: Range) -> None:
-    """See that a key's value is in a range.
+    """Check that the value of a key is in a range.
 
     Raises:
-        ValueError: it is not; the line names key, value and range.
+        ValueError: it is not; the message names key, value and range.
     """
     if not wanted.admits(value):
         text = f"{value!r}"

@@ -1,4 +1,4 @@
-"""The meta-architecture: backbone, encoder, decoder and set loss, as Figure 2 of the paper."""
+"""The meta-architecture of Figure 2: backbone, encoder, decoder and set loss."""
 
 import warnings
 from collections.abc import Callable
@@ -27,7 +27,7 @@ __all__ = ["DynamicDETR", "SetDetector", "UnknownClassError"]
 
 
 class UnknownClassError(UserError, ValueError):
-    """An annotation's class is not one of those that the detector tells apart."""
+    """Annotation with a class index outside [0, NUM_CLASSES)."""
 
 
 @META_ARCH_REGISTRY.register()
@@ -35,23 +35,24 @@ class SetDetector(nn.Module):
     """An end-to-end detector: image → backbone → encoder → decoder → set of boxes.
 
     Args:
-        backbone: Detectron2 backbone, whose outputs are a dictionary of feature maps.
-        in_features: its outputs that make the pyramid, fine to coarse.
+        backbone: Detectron2 backbone.
+        in_features: names of the backbone's outputs that form the pyramid, fine to coarse.
         encoder: `forward(pyramid) -> pyramid`.
         decoder: `forward(pyramid) -> list[Prediction]`.
         criterion: `forward(predictions, targets) -> dict of losses`.
+        hidden_dim: C, number of channels of the pyramid.
         num_classes: K.
-        class_head: "focal" or "softmax".
-        pixel_mean, pixel_std: of each channel of the input.
-        max_detections: boxes returned for each image.
-        cuda_graphs: at inference on a GPU, the number of input sizes for which the network is
-            kept as a CUDA graph; 0 for none. See `GraphCache`.
-        compile_backend: at inference, the backend with which `torch.compile` is given the network;
-            None to run it as it is.
+        class_head: "focal" or "softmax", see `ClassHead`.
+        pixel_mean: mean of each input channel.
+        pixel_std: standard deviation of each input channel.
+        max_detections: largest number of boxes per image.
+        cuda_graphs: number of input sizes with a CUDA graph of the network, for inference on a GPU;
+            0 for no graphs. See `GraphCache`.
+        compile_backend: backend of `torch.compile` for inference; None to run without compilation.
 
     Raises:
-        ValueError: the backbone has no such outputs, or their channels or strides do not fit; or
-            cuda_graphs is negative.
+        ValueError: an argument is out of range, or names, channels or strides of the backbone's
+            outputs do not fit.
     """
 
     @configurable
@@ -98,8 +99,8 @@ class SetDetector(nn.Module):
         self.strides = tuple(shapes[name].stride for name in in_features)
         if any(coarse != 2 * fine for fine, coarse in pairwise(self.strides)):
             raise ValueError(
-                f"MODEL.SET_DETECTOR.IN_FEATURES {list(in_features)} have strides "
-                f"{list(self.strides)}; list neighbouring levels, fine to coarse."
+                "MODEL.SET_DETECTOR.IN_FEATURES: expected neighbouring levels, fine to coarse, got "
+                f"{list(in_features)} with strides {list(self.strides)}."
             )
         freeze_unused(self.backbone, self.in_features, channels=len(pixel_mean))
         self.encoder = encoder
@@ -122,7 +123,7 @@ class SetDetector(nn.Module):
             checkpoint_resnet_stages(backbone)
         inference = node.INFERENCE
         if inference.CUDA_GRAPHS and not cfg.MODEL.DEVICE.startswith("cuda"):
-            # results are the same without: a config may come along from another machine
+            # no error: the results are the same, and the config may come from another machine
             warnings.warn(
                 f"MODEL.SET_DETECTOR.INFERENCE.CUDA_GRAPHS is {inference.CUDA_GRAPHS}, but "
                 f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}: the network runs without.",
@@ -149,16 +150,19 @@ class SetDetector(nn.Module):
         return self.pixel_mean.device
 
     def forward(self, batched_inputs: list[dict]) -> dict[str, Tensor] | list[dict]:
-        """Detectron2's contract.
+        """Return the losses in training mode, or else the detections.
 
         Args:
             batched_inputs: for each image "image" (C, H, W); in training also "instances" with
                 gt_boxes (corners in pixels of the image) and gt_classes; at inference optionally
-                "height" and "width" of the wanted output.
+                "height" and "width" of the output in pixels, by default those of the image.
 
         Returns:
             In training the losses of `SetCriterion`; else for each image {"instances":
-            Instances} with pred_boxes (corners in pixels of the output), scores, pred_classes.
+            Instances} with pred_boxes (corners in pixels of the output), scores and pred_classes.
+
+        Raises:
+            UnknownClassError: a class in gt_classes is not in [0, K).
         """
         if self.training:
             targets = self._targets(batched_inputs)
@@ -173,8 +177,15 @@ class SetDetector(nn.Module):
 
     @torch.no_grad()
     def predict(self, batched_inputs: list[dict]) -> tuple[list[tuple[int, int]], list[Prediction]]:
-        """What every stage says: sizes (height, width) of the images as the network saw them, and
-        one prediction per stage, the last one final."""
+        """Return the predictions of all stages, without gradient.
+
+        Args:
+            batched_inputs: see `forward`.
+
+        Returns:
+            The (height, width) of each input image in pixels, and one prediction per stage, the
+            last one final.
+        """
         return self._predict(batched_inputs)
 
     def _predict(
@@ -189,8 +200,10 @@ class SetDetector(nn.Module):
         return images.image_sizes, predictions
 
     def _network(self, images: Tensor, image_sizes: Tensor) -> list[Prediction]:
-        """From normalised, padded images (B, 3, H, W) and their true sizes (B, 2) to predictions,
-        without a look at any value on a GPU."""
+        """Map padded images (B, 3, H, W) and their true sizes (B, 2) to predictions.
+
+        It never synchronises with the GPU, so it can be captured as a CUDA graph.
+        """
         features = self.backbone(images)
         pyramid = Pyramid(
             [
@@ -213,13 +226,13 @@ class SetDetector(nn.Module):
         return self._inference
 
     def train(self, mode: bool = True) -> "SetDetector":
-        """Training gives back the memory of graphs that inference has captured."""
+        """Set the mode; training mode frees the memory of captured CUDA graphs."""
         if mode and isinstance(self._inference, GraphCache):
             self._inference.clear()
         return super().train(mode)
 
     def __getstate__(self) -> dict:
-        """A copy compiles and captures for itself, as it has weights of its own."""
+        """Leave out the compiled or captured network, which belongs to the weights of this copy."""
         return {**super().__getstate__(), "_inference": None}
 
     def _images(self, batched_inputs: list[dict]) -> ImageList:
@@ -233,7 +246,7 @@ class SetDetector(nn.Module):
         labels, boxes = [], []
         for inputs in batched_inputs:
             instances = inputs["instances"]
-            # asked before they move: a wrong index on a GPU kills the process
+            # checked on the CPU: an index out of range on a GPU would abort the process
             unknown = [k for k in instances.gt_classes.tolist() if not 0 <= k < self.num_classes]
             if unknown:
                 raise UnknownClassError(
@@ -246,24 +259,25 @@ class SetDetector(nn.Module):
             labels.append(instances.gt_classes)
             boxes.append(box_xyxy_to_cxcywh(corners / size))
         counts = [len(part) for part in labels]
-        # all images in one transfer each
+        # one transfer for the labels of all images, and one for the boxes
         labels = to_device(torch.cat(labels), self.device).split(counts)
         boxes = to_device(torch.cat(boxes), self.device).split(counts)
         return list(zip(labels, boxes, strict=True))
 
     def to_instances(self, prediction: Prediction, sizes: list[tuple[int, int]]) -> list[Instances]:
-        """The best boxes of each image, without non-maximum suppression.
+        """Return the best detections of each image, without non-maximum suppression.
 
-        The host waits for the device once, to learn how many boxes each image has.
+        Boxes that are not finite or have no area within the image are left out. The host waits for
+        the device once, for the number of boxes of each image.
 
         Args:
-            prediction: of any stage.
-            sizes: (height, width) of each image in the pixels that the boxes are wanted in.
+            prediction: prediction of one stage.
+            sizes: (height, width) of each output in pixels.
 
         Returns:
-            For each image at most `max_detections` boxes (corners, clipped to the size), best
-            first. A query may answer for several classes with the focal head, and answers once
-            with the softmax head. What is not finite or has no area within the image is left out.
+            For each image at most `max_detections` instances by descending score, with pred_boxes
+            (corners in pixels, clipped to the size), scores and pred_classes. A query may give
+            several detections with the focal head, and at most one with the softmax head.
         """
         logits = prediction.pred_logits.float()
         scores = class_scores(logits, self.class_head)
@@ -277,9 +291,9 @@ class SetDetector(nn.Module):
         scores = scores.masked_fill(~kept[..., None], -1).flatten(1)  # (B, Q·K)
         scores, index = scores.topk(min(self.max_detections, scores.shape[1]), dim=1)
         query = index.div(num_classes, rounding_mode="floor")
-        boxes = corners.gather(1, query[..., None].expand(-1, -1, 4))
+        boxes = corners.take_along_dim(query[..., None], dim=1)
         classes = index % num_classes
-        # what is left out has the lowest scores, and so comes last
+        # boxes to leave out have the score -1, so they are last
         counts = (scores >= 0).sum(dim=1).tolist()
         return [
             Instances(
@@ -294,4 +308,4 @@ class SetDetector(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class DynamicDETR(SetDetector):
-    """The same under the name of the paper's detector, which is what the defaults describe."""
+    """`SetDetector` under the name of the paper's detector, which the default keys describe."""

@@ -1,11 +1,12 @@
-"""Ranges of Detectron2's own configuration keys that this project uses.
+"""Valid values of the Detectron2 configuration keys that this project uses.
 
-Detectron2 documents the keys (``detectron2/config/defaults.py``) but checks few values. A wrong one
-would cause an error deep in the model or hours into a run, or none at all.
+Their defaults and reasons are in ``detectron2/config/defaults.py``. Detectron2 checks few of them:
+wrong values raise an error inside the model or hours into a run, or none at all.
 """
 
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 from detectron2 import modeling
@@ -20,7 +21,7 @@ STAGES = ["stem", "res2", "res3", "res4", "res5"]
 
 
 def listed(item: Range, least: int = 0, most: int | None = None) -> Range:
-    """Return the range of lists with items in a range."""
+    """Return the range of the lists of `least` to `most` items, each in the range of `item`."""
 
     def admits(value: object) -> bool:
         if not isinstance(value, (list, tuple)) or not least <= len(value):
@@ -40,8 +41,7 @@ def either(first: Range, second: Range) -> Range:
 
 def rising(item: Range) -> Range:
     def admits(value: object) -> bool:
-        in_range = listed(item).admits(value)
-        return in_range and all(a < b for a, b in zip(value, value[1:], strict=False))
+        return listed(item).admits(value) and all(a < b for a, b in pairwise(value))
 
     return Range(f"a rising list, each {item.wanted}", admits)
 
@@ -176,7 +176,7 @@ RANGES: dict[str, Range] = {
     "TEST.PRECISE_BN.NUM_ITER": COUNT,
 }
 
-# Registries of detectron2.modeling with the values of keys.
+# Registries of detectron2.modeling that hold the values of these keys.
 _REGISTERED = {
     "MODEL.META_ARCHITECTURE": "META_ARCH_REGISTRY",
     "MODEL.BACKBONE.NAME": "BACKBONE_REGISTRY",
@@ -184,7 +184,7 @@ _REGISTERED = {
 
 
 def check_detectron2_config(cfg: CfgNode) -> None:
-    """Check the keys of ``RANGES`` and the keys that depend on others.
+    """Check the values of the keys in ``RANGES``, registered names, and dependent keys.
 
     Raises:
         ValueError: a value is out of range; the message names key, value and range.
@@ -201,7 +201,7 @@ def check_detectron2_config(cfg: CfgNode) -> None:
 
 
 def _dependent(cfg: CfgNode) -> dict[str, Range]:
-    """Return the ranges of keys that depend on other keys, by name."""
+    """Return the ranges that depend on the values of other keys, by key."""
     ranges = {}
     model, inputs, solver = cfg.MODEL, cfg.INPUT, cfg.SOLVER
 

@@ -1,5 +1,4 @@
-"""Data structures of the detector: encoders and decoders read a `Pyramid`; decoders return
-`Prediction`s.
+"""The input of encoders and decoders, `Pyramid`, and the output of decoders, `Prediction`.
 
 Shape letters of all files: B images, L levels, Q queries, C channels, K classes, S stages, R side
 of a pooled region.
@@ -46,15 +45,15 @@ class Pyramid:
         object.__setattr__(self, "strides", tuple(self.strides))
         if len(self.features) != len(self.strides) or not self.features:
             raise ValueError(
-                f"Pyramid: got {len(self.features)} levels and {len(self.strides)} strides; "
-                "wants one stride for each level, and at least one level."
+                "Pyramid: expected at least one level and one stride for each level, got "
+                f"{len(self.features)} levels and {len(self.strides)} strides."
             )
         batch, channels = self.features[0].shape[:2]
         for level, feature in enumerate(self.features):
             if feature.dim() != 4 or feature.shape[:2] != (batch, channels):
                 raise ValueError(
-                    f"Pyramid: level {level} has shape {tuple(feature.shape)}; "
-                    f"wants ({batch}, {channels}, H, W) as level 0."
+                    f"Pyramid: expected shape ({batch}, {channels}, H, W) for level {level}, got "
+                    f"{tuple(feature.shape)}."
                 )
         if self.image_sizes is None:
             stride, feature = self.strides[0], self.features[0]
@@ -63,8 +62,8 @@ class Pyramid:
             object.__setattr__(self, "image_sizes", torch.cat(sizes, dim=1))
         if self.image_sizes.shape != (batch, 2) or self.image_sizes.is_floating_point():
             raise ValueError(
-                f"Pyramid: image_sizes is {self.image_sizes.dtype} "
-                f"{tuple(self.image_sizes.shape)}; wants integers of shape ({batch}, 2)."
+                f"Pyramid: expected integer image_sizes of shape ({batch}, 2), got "
+                f"{self.image_sizes.dtype} of shape {tuple(self.image_sizes.shape)}."
             )
 
     def __len__(self) -> int:
@@ -104,9 +103,9 @@ class Pyramid:
         return self.cached(("valid_mask", level), mask)
 
     def is_unpadded(self, level: int) -> bool:
-        """Return True only if the level provably has no padding; never synchronises.
+        """Return whether the level provably has no padding, without synchronising with a GPU.
 
-        False for sizes on a GPU and in compiled code, which runs on images of any true size.
+        False for sizes on a GPU, and in compiled code, which must run for images of any true size.
         """
         if self.image_sizes.device.type != "cpu" or torch.compiler.is_compiling():
             return False
@@ -121,15 +120,15 @@ class Pyramid:
         """Return `compute()`, computed once for all pyramids that share the sizes.
 
         Args:
-            key: names the result.
-            compute: depends on strides, shapes and `image_sizes` alone, not on the features.
+            key: key of the result in the cache.
+            compute: function of the strides, the shapes and `image_sizes`, not of the features.
         """
         if key not in self._sizes_cache:
             self._sizes_cache[key] = compute()
         return self._sizes_cache[key]
 
     def with_features(self, features: Sequence[Tensor]) -> "Pyramid":
-        """Return the pyramid with other features of the same spatial sizes."""
+        """Return a pyramid with other features of the same spatial sizes."""
         pyramid = replace(self, features=tuple(features))
         object.__setattr__(pyramid, "_sizes_cache", self._sizes_cache)
         return pyramid
@@ -233,8 +232,8 @@ class Prediction:
         pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, with "no object" last.
         pred_boxes: (B, Q, 4) cx, cy, w, h, normalised by the size of the unpadded image.
         is_proposal: True for the proposals of a two-stage decoder.
-        cells: (B, Q, 4), for the predictions of a dense head: the cell of each in the pyramid, as
-            a box like `pred_boxes`. None where each object is matched to one prediction.
+        cells: (B, Q, 4), for a dense head: the pyramid cell of each prediction, in the format of
+            `pred_boxes`. None if each object is matched to one prediction.
     """
 
     pred_logits: Tensor

@@ -41,11 +41,9 @@ def folder(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
     Image.new("RGB", (30, 40)).save(tmp_path / "b.png")
     Image.new("I;16", (40, 30)).save(tmp_path / "deep.png")
-    # The header declares 400 million pixels; the rest is not read.
-    with Image.new("1", (1, 1)) as image:
-        image.save(tmp_path / "large.png")
+    Image.new("1", (1, 1)).save(tmp_path / "large.png")
     large = bytearray((tmp_path / "large.png").read_bytes())
-    large[16:24] = (20_000).to_bytes(4, "big") * 2
+    large[16:24] = (20_000).to_bytes(4, "big") * 2  # width and height in the header
     large[29:33] = zlib.crc32(large[12:29]).to_bytes(4, "big")
     (tmp_path / "large.png").write_bytes(large)
     return tmp_path
@@ -70,8 +68,25 @@ def _set(where: str, index: int, **values) -> dict:
     return _changed(lambda data: data[where][index].update(values))
 
 
+def _each(where: str, key: str, *values: object) -> list[dict]:
+    """Return one file for each value of a key of the first record; MISSING removes the key."""
+    return [
+        _without(where, 0, key) if value is MISSING else _set(where, 0, **{key: value})
+        for value in values
+    ]
+
+
 def _without(where: str, index: int, key: str) -> dict:
     return _changed(lambda data: data[where][index].pop(key))
+
+
+def _renumbered(where: str, key: str, ids: dict[int, object]) -> dict:
+    """Return a file with other ids of images or categories; `key` is their name in annotations."""
+    data = copy.deepcopy(GOOD)
+    for records, name in ((data[where], "id"), (data["annotations"], key)):
+        for record in records:
+            record[name] = ids.get(record[name], record[name])
+    return data
 
 
 def test_good_file_is_left_alone(folder):
@@ -80,8 +95,11 @@ def test_good_file_is_left_alone(folder):
     assert report.data == GOOD
 
 
-NAN, INFINITY = float("nan"), float("inf")
+NAN, INFINITY, MISSING = float("nan"), float("inf"), object()
 HUGE, HALF = 10**400, "\ud800"  # no float, and one half of a character
+WOLF = _set("categories", 0, name="wolf")
+
+
 CASES = {
     "unreadable file": ["{", "[1, 2]", "3"],
     "byte-order mark": ["\ufeff" + json.dumps(GOOD)],
@@ -108,96 +126,52 @@ CASES = {
     ],
     "size differs from the file": [_set("images", 0, width=30, height=40)],
     "image of more than 8 bits": [_set("images", 0, file_name="deep.png")],
-    "missing image file": [
-        *(_set("images", 0, file_name=name) for name in ("no.png", "a" * 5000, HALF, "a\0.png"))
-    ],
+    "missing image file": _each("images", "file_name", "no.png", "a" * 5000, HALF, "a\0.png"),
     "image of too many pixels": [_set("images", 0, file_name="large.png")],
     "image file that is no image": [_set("images", 0, file_name="labels.json")],
     "image without width or height": [
         _without("images", 0, "width"),
-        *(_set("images", 0, height=height) for height in (0, HUGE, INFINITY, NAN, -HUGE, "30")),
+        *_each("images", "height", 0, HUGE, INFINITY, NAN, -HUGE, "30"),
     ],
     "image listed under several ids": [
         _changed(lambda d: d["images"].append({**d["images"][0], "id": 8}))
     ],
     "image without boxes": [_changed(lambda d: d["annotations"].pop())],
     "no usable boxes": [_changed(lambda d: d["annotations"].clear())],
-    "annotation of an unknown image": [
-        _set("annotations", 0, image_id=8),
-        _set("annotations", 0, image_id=[7]),
-    ],
-    "unknown category": [
-        _set("annotations", 0, category_id=4),
-        _without("annotations", 0, "category_id"),
-    ],
-    "box that is not 4 numbers": [
-        _set("annotations", 0, bbox=[1, 2, 3]),
-        _set("annotations", 0, bbox=["1", 2, 3, 4]),
-        _set("annotations", 0, bbox=None),
-        _without("annotations", 0, "bbox"),
-    ],
-    "box with NaN or infinity": [
-        _set("annotations", 0, bbox=[NAN, 2, 3, 4]),
-        _set("annotations", 0, bbox=[1, 2, INFINITY, 4]),
-    ],
-    "box without area": [
-        _set("annotations", 0, bbox=[1, 2, 0, 4]),
-        _set("annotations", 0, bbox=[1, 2, 5, -4]),
-    ],
-    "box outside the image": [
-        _set("annotations", 0, bbox=[40, 2, 5, 5]),
-        _set("annotations", 0, bbox=[2, -9, 5, 5]),
-    ],
-    "box partly outside the image": [
-        _set("annotations", 0, bbox=[35, 2, 15, 8]),
-        _set("annotations", 0, bbox=[-2, 2, 9, 8]),
-    ],
+    "annotation of an unknown image": _each("annotations", "image_id", 8, [7]),
+    "unknown category": _each("annotations", "category_id", MISSING, 4),
+    "box that is not 4 numbers": _each(
+        "annotations", "bbox", MISSING, None, [1, 2, 3], ["1", 2, 3, 4]
+    ),
+    "box with NaN or infinity": _each("annotations", "bbox", [NAN, 2, 3, 4], [1, 2, INFINITY, 4]),
+    "box without area": _each("annotations", "bbox", [1, 2, 0, 4], [1, 2, 5, -4]),
+    "box outside the image": _each("annotations", "bbox", [40, 2, 5, 5], [2, -9, 5, 5]),
+    "box partly outside the image": _each("annotations", "bbox", [35, 2, 15, 8], [-2, 2, 9, 8]),
     "missing or duplicate annotation id": [
         _set("annotations", 1, id=1),
         _without("annotations", 0, "id"),
     ],
     "id that is no whole number": [
-        *(
-            _changed(
-                lambda d, number=number: (
-                    [a.update(category_id=number) for a in d["annotations"][1:]]
-                    + [d["categories"][0].update(id=number)]
-                )
-            )
-            for number in (HUGE, INFINITY, 2**60, 1.5)
-        ),
-        _changed(
-            lambda d: (
-                [r.update(image_id="x") for r in d["annotations"] if r["image_id"] == 7]
-                + [d["images"][0].update(id="x")]
-            )
-        ),
+        *(_renumbered("categories", "category_id", {5: n}) for n in (HUGE, INFINITY, 2**60, 1.5)),
+        _renumbered("images", "image_id", {7: "x"}),
     ],
-    "missing or impossible area": [
-        _without("annotations", 0, "area"),
-        *(_set("annotations", 0, area=area) for area in (-1, HUGE, INFINITY, NAN, "80")),
-    ],
+    "missing or impossible area": _each(
+        "annotations", "area", MISSING, -1, HUGE, INFINITY, NAN, "80"
+    ),
     "missing or odd iscrowd": [
         _without("annotations", 0, "iscrowd"),
         _set("annotations", 1, iscrowd=True),
     ],
     "ignored box": [_set("annotations", 0, ignore=1)],
-    "outline that is no polygon": [
-        *(
-            _set("annotations", 0, segmentation=outline)
-            for outline in (
-                *([[1, 2, 3, 4]], [[1, 2, 3, 4, 5, "6"]], [[1, 2, 3, 4, 5, HUGE]], [3], "text", 3),
-                *({}, {"counts": [1], "size": [30, 40]}, {"counts": [1200], "size": "ab"}),
-                {"counts": [-1, 1201], "size": [30, 40]},
-            )
-        )
-    ],
-    "keypoints that are no numbers": [
-        *(
-            _set("annotations", 0, keypoints=points)
-            for points in (["1", 2, 2], [1, 2], "text", 3, [HUGE, 1, 2])
-        )
-    ],
+    "outline that is no polygon": _each(
+        *("annotations", "segmentation"),
+        *([[1, 2, 3, 4]], [[1, 2, 3, 4, 5, "6"]], [[1, 2, 3, 4, 5, HUGE]], [3], "text", 3, {}),
+        *({"counts": [1], "size": [30, 40]}, {"counts": [1200], "size": "ab"}),
+        {"counts": [-1, 1201], "size": [30, 40]},
+    ),
+    "keypoints that are no numbers": _each(
+        "annotations", "keypoints", ["1", 2, 2], [1, 2], "text", 3, [HUGE, 1, 2]
+    ),
 }
 
 
@@ -230,10 +204,8 @@ def test_problem_is_found(folder, kind, data):
 def test_all_kinds_are_counted_at_once(folder):
     data = copy.deepcopy(GOOD)
     for number in range(5):
-        data["annotations"].append(
-            {**GOOD["annotations"][0], "id": 10 + number, "bbox": [0, 0, 0, 1]}
-        )
-        data["annotations"].append({**GOOD["annotations"][0], "id": 20 + number, "image_id": 99})
+        flat, lost = {"id": 10 + number, "bbox": [0, 0, 0, 1]}, {"id": 20 + number, "image_id": 99}
+        data["annotations"] += [{**GOOD["annotations"][0], **wrong} for wrong in (flat, lost)]
     report = _check(folder, data)
     assert report.counts == {"box without area": 5, "annotation of an unknown image": 5}
     assert len(report.data["annotations"]) == 3
@@ -268,9 +240,7 @@ def test_size_is_compared_after_rotation(folder):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda children: (
-        st.lists(children, max_size=4) | st.dictionaries(st.text(max_size=3), children)
-    ),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=6,
 )
 
@@ -286,9 +256,6 @@ def test_no_content_is_too_strange(tmp_path_factory, where, index, data):
     report = _check(folder, changed)
     assert report.error() or report.data["annotations"]
     assert "\n" not in report.error()
-
-
-# -- two files and a configuration
 
 
 @pytest.fixture
@@ -354,16 +321,10 @@ def _perfect_ap(name: str, output: Path) -> float:
 
 
 def test_evaluator_reads_the_repaired_file(folder, cfg):
-    val = copy.deepcopy(GOOD)
+    val = _renumbered("categories", "category_id", {3: 8, 5: 2})  # in another order
     del val["annotations"][0]["area"], val["annotations"][2]["iscrowd"]
     val["annotations"][2].update(id=1, bbox=[10, 0, 35, 40])
-    val["annotations"].append({"image_id": 9, "category_id": 5, "bbox": [NAN, 0, 1, 1]})
-    # Categories by other ids, in another order.
-    names = {3: 8, 5: 2}
-    for category in val["categories"]:
-        category["id"] = names[category["id"]]
-    for annotation in val["annotations"]:
-        annotation["category_id"] = names[annotation["category_id"]]
+    val["annotations"].append({"image_id": 9, "category_id": 2, "bbox": [NAN, 0, 1, 1]})
     apply_json_datasets(cfg, _arguments(folder, GOOD, val))
     file = Path(MetadataCatalog.get("own_val").json_file)
     assert file.parent == Path(cfg.OUTPUT_DIR) / "annotations"
@@ -376,11 +337,7 @@ def test_evaluator_reads_the_repaired_file(folder, cfg):
 
 
 def test_text_ids_are_evaluated(folder, cfg):
-    val = copy.deepcopy(GOOD)
-    for record in val["images"]:
-        record["id"] = f"image {record['id']}"
-    for record in val["annotations"]:
-        record["image_id"] = f"image {record['image_id']}"
+    val = _renumbered("images", "image_id", {7: "image 7", 9: "image 9"})
     apply_json_datasets(cfg, _arguments(folder, None, val, eval_only=True))
     assert cfg.DATASETS.TRAIN == () and cfg.MODEL.SET_DETECTOR.NUM_CLASSES == 2
     assert _perfect_ap("own_val", Path(cfg.OUTPUT_DIR)) == pytest.approx(100)
@@ -394,16 +351,9 @@ def test_text_ids_are_evaluated(folder, cfg):
         (GOOD, None, {"train_images": "/no/folder"}, "--train-images /no/folder is not a folder"),
         (GOOD, None, {"train_json": "/no/file.json"}, "/no/file.json cannot be used: unreadable"),
         (None, GOOD, {}, "--val-json alone can only be evaluated"),
+        (GOOD, WOLF, {}, "'dog' only in .*train.json; 'wolf' only in .*val.json"),
         (
-            GOOD,
-            _set("categories", 0, name="wolf"),
-            {},
-            "'dog' only in .*train.json; 'wolf' only in .*val.json",
-        ),
-        (
-            _set("categories", 0, id=3),
-            _set("images", 0, id=9),
-            {},
+            *(_set("categories", 0, id=3), _set("images", 0, id=9), {}),
             "train.json cannot be used: duplicate category id.*; .*val.json cannot .* image id: 1",
         ),
     ],
@@ -422,9 +372,8 @@ def test_masks_need_outlines(folder, cfg):
     for annotation in outlined["annotations"]:
         annotation["segmentation"] = [[1, 1, 9, 1, 9, 9]]
     apply_json_datasets(cfg, _arguments(folder, outlined, None))
-    assert all(
-        "segmentation" in a for r in DatasetCatalog.get("own_train") for a in r["annotations"]
-    )
+    first, second = DatasetCatalog.get("own_train")
+    assert all("segmentation" in a for a in first["annotations"] + second["annotations"])
     cfg.MODEL.KEYPOINT_ON = True
     with pytest.raises(UserError, match="MODEL.KEYPOINT_ON is set"):
         apply_json_datasets(cfg, _arguments(folder, outlined, None))
@@ -436,8 +385,10 @@ def test_folder_that_cannot_be_written_is_named(folder, cfg):
         apply_json_datasets(cfg, _arguments(folder, _without("annotations", 0, "area"), None))
 
 
-@pytest.mark.parametrize("name", ["bccd", "coco_cc"])
-def test_real_data_needs_no_repair(name, request, cfg):
+@pytest.mark.parametrize(
+    ("name", "expected"), [("bccd", (3, 292, 3941)), ("coco_cc", (80, 85, 764))]
+)
+def test_real_data_needs_no_repair(name, expected, request, cfg):
     data: Path = request.getfixturevalue(name)
     values = {}
     for split in ("train", "val"):
@@ -446,5 +397,4 @@ def test_real_data_needs_no_repair(name, request, cfg):
     reports = apply_json_datasets(cfg, argparse.Namespace(**values, eval_only=False))
     assert not any(report.repaired for report in reports)
     boxes = [len(r["annotations"]) for r in DatasetCatalog.get("own_train")]
-    expected = {"bccd": (3, 292, 3941), "coco_cc": (80, 85, 764)}[name]
     assert (cfg.MODEL.SET_DETECTOR.NUM_CLASSES, len(boxes), sum(boxes)) == expected

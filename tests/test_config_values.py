@@ -1,4 +1,4 @@
-"""Wrong values of configuration keys: each is one line that names the key; right ones load."""
+"""Values of configuration keys: a wrong one raises one line that names the key."""
 
 import argparse
 import logging
@@ -106,7 +106,7 @@ WRONG = {
     "SEED": ["-2", "99999999999", "None", "1.5"],
     "OUTPUT_DIR": ["''", "None", "3"],
     "VIS_PERIOD": ["-1"],
-    # what is no key, or no value of one
+    # names that are not keys, and values of nodes
     "SOLVER": ["3", "None"],
     "MODEL.SET_DETECTOR": ["None"],
     "SOLVER.BASE_LR.X": ["1"],
@@ -114,7 +114,7 @@ WRONG = {
     "SOLVER..MAX_ITER": ["1"],
     "": ["1"],
 }
-# Keys that are wrong together with others.
+# Values that are wrong in combination with others: key, other options, value.
 WRONG_TOGETHER = [
     ("SOLVER.MOMENTUM", ["SOLVER.OPTIMIZER", "SGD", "SOLVER.NESTEROV", "True"], "0.0"),
     ("INPUT.MIN_SIZE_TRAIN", ["INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"], "(64,)"),
@@ -140,7 +140,7 @@ RIGHT = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> argparse.Namespace:
-    """Arguments of a run that could start."""
+    """Return valid arguments of a training run."""
     folder = tmp_path_factory.mktemp("tiny")
     register_json("tiny_train", *write_data(folder / "data"), NAMES)
     options = ["OUTPUT_DIR", str(folder / "output")]

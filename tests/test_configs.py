@@ -162,6 +162,23 @@ def test_schedule(name: str) -> None:
     assert load(name).INPUT.MAX_SIZE_TRAIN == 1333
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name.startswith(("DETR/", "Deformable-DETR/", "SMCA/"))]
+)
+def test_schedule_in_epochs(name: str) -> None:
+    """DETR trains for 500 epochs, its relatives for 50, and others for those in their names."""
+    solver = load(name).SOLVER
+    if "_1x" in name or "dynamic_encoder" in name:
+        assert (solver.MAX_ITER, solver.STEPS) == (90_000, (60_000, 80_000))
+        return
+    named = re.search(r"_(\d+)ep", name)
+    default = 500 if name.startswith("DETR/") and "plus" not in name else 50
+    epochs = int(named[1]) if named else default
+    step = 86 if epochs == 108 else epochs * 4 // 5
+    iterations = 118_287 // solver.IMS_PER_BATCH  # per epoch; the last batch is dropped
+    assert (epochs * iterations, (step * iterations,)) == (solver.MAX_ITER, solver.STEPS)
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("quickstart/")])
 def test_pixels_are_those_of_the_weights(name: str) -> None:
     cfg = load(name)

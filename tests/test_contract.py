@@ -1,6 +1,6 @@
-"""What holds for every encoder and every decoder that is registered, in one place.
+"""Properties of all registered encoders and decoders.
 
-A newly registered class is covered by a row of `ENCODERS` or `DECODERS`.
+A newly registered class needs a row in `ENCODERS` or `DECODERS`.
 """
 
 import copy
@@ -21,20 +21,22 @@ from dynamic_detr.engine.build import distribute
 from dynamic_detr.losses import SetCriterion
 
 CHANNELS, CLASSES, QUERIES = 16, 3, 6
-SMALL = {  # values of the keys of these names, in whatever node they are
+SMALL = {  # values of the keys with these names in all nodes
     "BLOCKS": ["intra", "multi"],
     "NUM_GROUPS": 4,
     "NUM_HEADS": 2,
     "NUM_POINTS": 2,
     "NUM_QUERIES": QUERIES,
     "FFN_DIM": 24,
-    "DROPOUT": 0.0,
     "DYNAMIC_DIM": 4,
     "POOLING_SIZE": 2,
     "CANONICAL_SIZE": 60,
     "INITIAL_BOXES": "grid",
 }
 DEPTHS = ("NUM_BLOCKS", "NUM_LAYERS", "NUM_STAGES")
+FIXED_LEVELS = ("DynamicEncoder", "Deformable", "SMCA")  # prefixes of classes with num_levels
+# more queries than the smallest image of SIZES has positions
+TWO_STAGE = {"REFINE_BOXES": True, "TWO_STAGE": True, "NUM_QUERIES": 20}
 ATTENTIONS = ("SCALE", "SPATIAL", "CHANNEL")
 STRIDES = (8, 16, 32)
 FEATURES = {8: "p3", 16: "p4", 32: "p5"}
@@ -45,9 +47,9 @@ class Row:
     """A registered class and the options it is tested with.
 
     Args:
-        name: in its registry.
-        options: keys of its node, beyond `SMALL`.
-        class_head: of the detector.
+        name: name in its registry.
+        options: values of keys of its node, besides `SMALL`.
+        class_head: class head of the detector.
         padded: whether results are invariant to padding.
         one_level: whether it works on one level.
     """
@@ -60,11 +62,11 @@ class Row:
 
     def __str__(self) -> str:
         options = [f"{key}={value}" for key, value in self.options.items()]
-        return "-".join([self.name, *options])
+        return "-".join([self.name, *options, *[self.class_head] * (self.class_head != "focal")])
 
     @property
     def node(self) -> str:
-        """MODEL.DYNAMIC_ENCODER of a DynamicEncoder."""
+        """Return the name of its config node, DYNAMIC_ENCODER for a DynamicEncoder."""
         kind = "Encoder" if self.name.endswith("Encoder") else "Decoder"
         return f"{self.name.removesuffix(kind).upper()}_{kind.upper()}"
 
@@ -88,7 +90,8 @@ DECODERS = [
     Row("TransformerDecoder", {"IN_FEATURES": ["p5"]}),
     Row("DeformableDecoder"),
     Row("DeformableDecoder", {"REFINE_BOXES": True}),
-    Row("DeformableDecoder", {"REFINE_BOXES": True, "TWO_STAGE": True}, one_level=False),
+    Row("DeformableDecoder", TWO_STAGE, one_level=False),
+    Row("DeformableDecoder", TWO_STAGE, "softmax", one_level=False),
     Row("SMCADecoder"),
     Row("SMCADecoder", {"SCALE_SELECTION": False}),
 ]
@@ -96,14 +99,18 @@ ROWS = [*ENCODERS, *DECODERS]
 all_rows = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
-def config(row: Row, strides: tuple[int, ...], depth: int) -> CfgNode:
+def config(
+    row: Row, strides: tuple[int, ...], depth: int, dropout: float = 0.0, recompute: bool = False
+) -> CfgNode:
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
     detector = cfg.MODEL.SET_DETECTOR
     detector.HIDDEN_DIM, detector.NUM_CLASSES = CHANNELS, CLASSES
     detector.CLASS_HEAD = row.class_head
     detector.IN_FEATURES = [FEATURES[stride] for stride in strides]
-    small = {**SMALL, **dict.fromkeys(DEPTHS, depth)}
+    detector.ACTIVATION_CHECKPOINT.ENCODER = recompute
+    detector.ACTIVATION_CHECKPOINT.DECODER = recompute
+    small = {**SMALL, "DROPOUT": dropout, **dict.fromkeys(DEPTHS, depth)}
     for key in cfg.MODEL.get(row.node, ()):
         cfg.MODEL[row.node][key] = small.get(key, cfg.MODEL[row.node][key])
     for key, value in row.options.items():
@@ -112,11 +119,13 @@ def config(row: Row, strides: tuple[int, ...], depth: int) -> CfgNode:
     return cfg
 
 
-def build(row: Row, strides: tuple[int, ...] = STRIDES, depth: int = 2) -> nn.Module:
-    """The encoder or decoder with every parameter away from where it starts."""
+def build(
+    row: Row, strides: tuple[int, ...] = STRIDES, depth: int = 2, **options: object
+) -> nn.Module:
+    """Build the encoder or decoder, with noise added to all initial values."""
     registry = ENCODER_REGISTRY if row in ENCODERS else DECODER_REGISTRY
     torch.manual_seed(0)
-    return shake(registry.get(row.name)(config(row, strides, depth)), 0.2)
+    return shake(registry.get(row.name)(config(row, strides, depth, **options)), 0.2)
 
 
 def batch(
@@ -126,7 +135,7 @@ def batch(
     strides: tuple[int, ...] = STRIDES,
     dtype: torch.dtype = torch.float64,
 ) -> Pyramid:
-    """Every size has an image of its own, the same wherever it appears."""
+    """Return the pyramid of a batch; the features of an image depend only on its size."""
     images = []
     for height, width in sizes:
         torch.manual_seed(1000 * height + width)
@@ -136,14 +145,14 @@ def batch(
 
 
 def results(found: object) -> list[Tensor]:
-    """The tensors of a pyramid or of predictions."""
+    """Return the tensors of a pyramid or of predictions."""
     if isinstance(found, Pyramid):
         return list(found.features)
     return [tensor for p in found for tensor in (p.pred_logits, p.pred_boxes)]
 
 
 def objective(found: object) -> Tensor:
-    """A number that every result has a say in; a proposal's box may be infinite."""
+    """Return a scalar that depends on all results; boxes of proposals may be infinite."""
     return sum(r.where(r.isfinite(), 0).square().sum() for r in results(found))
 
 
@@ -155,8 +164,20 @@ def gradients(part: nn.Module, found: object) -> dict[str, Tensor]:
     return dict(zip(named, grads, strict=True))
 
 
-def said_of_image(found: object, image: int, pyramid: Pyramid) -> list[Tensor]:
-    """What is said of one image of a batch; of positions, the true ones."""
+def assert_gradients_close(
+    found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float
+) -> None:
+    """Compare gradients by name; the tolerance is relative to the largest entry, or to 1."""
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        atol = tolerance * max(1.0, grad.abs().max().item())
+        torch.testing.assert_close(
+            found[name], grad, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def results_of_image(found: object, image: int, pyramid: Pyramid) -> list[Tensor]:
+    """Return the results of one image of a batch, without those of the padding."""
     valid = pyramid.valid_table()[image]
     if isinstance(found, Pyramid):
         return [found.table()[image][valid]]
@@ -177,31 +198,29 @@ SIZES = [(100, 136), (64, 190), (65, 1)]
 
 @all_rows
 def test_padding_is_invisible(row):
-    """A batch is its images, whatever fills the padding; so are its gradients."""
+    """Results and gradients of a batch are those of its images, for any content of the padding."""
     part = build(row).double()
     images = [batch([size], size) for size in SIZES]
     alone = [part(image) for image in images]
-    wanted = [said_of_image(found, 0, image) for found, image in zip(alone, images, strict=True)]
+    wanted = [results_of_image(found, 0, image) for found, image in zip(alone, images, strict=True)]
     wanted_grads = [gradients(part, found) for found in alone]
     for garbage in (30.0, float("inf")) if row.padded else (30.0,):
         pyramid = batch(SIZES, (128, 224), garbage)
-        if row in DECODERS:  # which get what an encoder says
+        if row in DECODERS:  # encoders return zeros in the padding
             pyramid = pyramid.masked()
         together = part(pyramid)
-        said = [said_of_image(together, image, pyramid) for image in range(len(SIZES))]
-        if not row.padded:  # which is why it is not the default; and this test can fail
+        found = [results_of_image(together, image, pyramid) for image in range(len(SIZES))]
+        if not row.padded:  # also shows that the comparison can fail
             with pytest.raises(AssertionError, match="not close"):
-                torch.testing.assert_close(said, wanted, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
             return
-        torch.testing.assert_close(said, wanted, rtol=1e-9, atol=1e-9)
-        if isinstance(together, Pyramid):  # zeros beyond the true sizes
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        if isinstance(together, Pyramid):  # zeros in the padding
             for level in range(len(together)):
                 beyond = ~together.valid_mask(level)
                 assert not together.features[level].masked_select(beyond).any()
-        for name, grad in gradients(part, together).items():
-            total = sum(grads[name] for grads in wanted_grads)
-            tolerance = 1e-8 * max(1.0, total.abs().max().item())
-            torch.testing.assert_close(grad, total, rtol=0, atol=tolerance, msg=name)
+        totals = {name: sum(grads[name] for grads in wanted_grads) for name in wanted_grads[0]}
+        assert_gradients_close(gradients(part, together), totals, 1e-8)
 
 
 @all_rows
@@ -215,13 +234,13 @@ def test_every_parameter_learns(row, strides):
     found = part(batch([(128, 190), (64, 64)], (128, 192), 0.0, strides, torch.float32))
     for name, grad in gradients(part, found).items():
         assert grad is not None and grad.isfinite().all(), name
-        # the ReLU of the scale attention is closed for the only map of a level
+        # with one level, the ReLU of the scale attention is zero for the only map
         assert grad.any() or (len(strides) == 1 and ".scale." in name), name
 
 
 @all_rows
 def test_precisions(row):
-    """float32 and bfloat16 come near float64; boxes are never narrower than float32."""
+    """Results in float32 and bfloat16 are close to float64; boxes are at least float32."""
     part, sizes, padded = build(row), [(100, 136), (64, 190)], (128, 192)
     exact = results(copy.deepcopy(part).double()(batch(sizes, padded)))
     assert all(result.dtype == torch.float64 for result in exact)
@@ -238,7 +257,8 @@ def test_precisions(row):
         if not isinstance(found, Pyramid):
             assert all(p.pred_boxes.dtype == p.pred_logits.dtype == torch.float32 for p in found)
         tolerance = 1e-4 if dtype == torch.float32 else 0.1
-        two_stage = row.options.get("TWO_STAGE") and dtype != torch.float32  # may choose others
+        # rounding may select other proposals
+        two_stage = row.options.get("TWO_STAGE") and dtype != torch.float32
         for result, wanted in zip(results(found), exact, strict=True):
             if not two_stage:
                 scale = wanted.where(wanted.isfinite(), 0).abs().max().clamp(min=1).item()
@@ -246,6 +266,34 @@ def test_precisions(row):
                 assert difference.square().mean().sqrt() < tolerance * scale, (device, dtype)
         for name, grad in gradients(part, found).items():
             assert grad.isfinite().all(), (name, device, dtype)
+
+
+@all_rows
+def test_activation_checkpointing_changes_nothing(row):
+    """Fewer tensors are kept for the same results and gradients, with dropout."""
+    found, kept = [], []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[-1] += 1
+        return tensor
+
+    for recompute in (False, True):
+        part = build(row, dropout=0.3, recompute=recompute)
+        pyramid = batch([(100, 136), (64, 190)], (128, 192), 0.0, dtype=torch.float32)
+        kept.append(0)
+        torch.manual_seed(1)  # of dropout
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = part(pyramid)
+        found.append([*results(output), *gradients(part, output).values()])
+    torch.testing.assert_close(*found)
+    assert kept[1] < 0.6 * kept[0] or row.name == "IdentityEncoder", kept
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.name.startswith(FIXED_LEVELS)], ids=str)
+def test_wrong_number_of_levels_raises(row):
+    part = build(row)
+    with pytest.raises(ValueError, match="expected a pyramid of num_levels = 3 levels, got 2"):
+        part(batch([(64, 64)], (64, 64), 0.0, STRIDES[:2], torch.float32))
 
 
 @pytest.fixture
@@ -267,15 +315,12 @@ def test_is_one_graph_for_all_true_sizes(row, nothing_compiled):
         pyramids = [batch(sizes, (64, 96), 1.0, strides, torch.float32) for _ in range(2)]
         found, wanted = compiled(pyramids[0]), part(pyramids[1])
         torch.testing.assert_close(results(found), results(wanted), rtol=1e-3, atol=1e-4)
-        wanted_grads = gradients(part, wanted)
-        for name, grad in gradients(part, found).items():
-            tolerance = 1e-3 * max(1.0, wanted_grads[name].abs().max().item())
-            torch.testing.assert_close(grad, wanted_grads[name], rtol=0, atol=tolerance, msg=name)
+        assert_gradients_close(gradients(part, found), gradients(part, wanted), 1e-3)
     assert counter.frame_count == 1
 
 
 class Trained(nn.Module):
-    """An encoder or decoder with what it lacks to a loss."""
+    """An encoder or decoder completed to a model with a loss."""
 
     def __init__(self, row: Row) -> None:
         super().__init__()
@@ -289,14 +334,37 @@ class Trained(nn.Module):
 
 
 def targets_of(sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """One object in the first image, and one more in each that follows."""
+    """Return one object for the first image, two for the second, and so on."""
     torch.manual_seed(0)
     boxes = [0.3 + 0.3 * torch.rand(1 + image, 4) for image in range(len(sizes))]
     return [(torch.arange(len(b)) % CLASSES, b) for b in boxes]
 
 
+@pytest.mark.parametrize("row", [row for row in ROWS if row.padded], ids=str)
+def test_losses_do_not_depend_on_the_padding(row):
+    if "TWO_STAGE" in row.options and row.class_head == "softmax":
+        pytest.xfail("the divisor of the class loss of proposals counts the padding")
+    model, size, losses, grads = Trained(row).double(), SIZES[0], [], []
+    for padded in (size, (128, 224)):
+        losses.append(model(batch([size], padded, 10.0), targets_of([size])))
+        named = dict(model.named_parameters())
+        found = torch.autograd.grad(losses[-1], list(named.values()))
+        grads.append(dict(zip(named, found, strict=True)))
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)  # losses are in float32
+    assert_gradients_close(*grads, 1e-5)
+
+
+@all_rows
+def test_images_without_objects_give_gradients(row):
+    model = Trained(row)
+    pyramid = batch([(64, 100)], (128, 128), 0.0, dtype=torch.float32)
+    model(pyramid, [(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))]).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
 def step(row: Row, images: slice) -> dict[str, Tensor]:
-    """Gradients of the losses of some of `SIZES`, averaged over the processes."""
+    """Return gradients of the losses of some of `SIZES`, averaged over the processes."""
     model = distribute(Trained(row).double())
     model(batch(SIZES[images], (128, 224)), targets_of(SIZES)[images]).backward()
     return {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
@@ -316,9 +384,4 @@ def test_two_processes_take_the_step_of_one_with_the_whole_batch(tmp_path):
     found = torch.load(tmp_path / "gradients.pth")
     for row in ROWS:
         if row.padded:
-            for name, wanted in step(row, slice(None)).items():
-                tolerance = 1e-5 * max(1.0, wanted.abs().max().item())
-                grad = found[str(row)][name]
-                torch.testing.assert_close(
-                    grad, wanted, rtol=0, atol=tolerance, msg=f"{row}: {name}"
-                )
+            assert_gradients_close(found[str(row)], step(row, slice(None)), 1e-5)

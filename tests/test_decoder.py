@@ -1,4 +1,4 @@
-"""The decoder stage against a loop over queries, and what passes between stages."""
+"""Dynamic decoder: equality of a stage with a loop over queries, and gradients between stages."""
 
 import math
 
@@ -37,7 +37,7 @@ def pyramid_of(image_size=IMAGE, channels=CHANNELS, dtype=torch.float64, padded=
 
 @pytest.mark.parametrize("dynamic_filter", ["bottleneck", "single"])
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-def test_stages_are_the_loop(dynamic_filter, class_head):
+def test_stages_equal_the_reference(dynamic_filter, class_head):
     model = decoder(dynamic_filter=dynamic_filter, class_head=class_head).double()
     shake(model, 0.1)
     levels = random_levels(IMAGE, CHANNELS)
@@ -60,7 +60,7 @@ def test_stages_are_the_loop(dynamic_filter, class_head):
 
 
 class TestBoxDeltas:
-    def test_are_the_formula(self):
+    def test_equal_the_reference(self):
         boxes = torch.rand(20, 4, dtype=torch.float64)
         deltas = torch.randn(20, 4, dtype=torch.float64) * 3
         expected = [refine(b.numpy(), d.numpy()) for b, d in zip(boxes, deltas, strict=True)]
@@ -92,14 +92,14 @@ class TestBetweenStages:
         for prediction in model(pyramid_of(dtype=torch.float32)):
             torch.testing.assert_close(prediction.pred_boxes[0], whole)
 
-    def test_learned_boxes_hear_of_the_first_stage_only(self):
+    def test_initial_boxes_get_gradients_from_the_first_stage_only(self):
         model = decoder()
-        for which, hears in ((0, True), (1, False)):
+        for which, expected in ((0, True), (1, False)):
             model.zero_grad()
             predictions = model(pyramid_of(dtype=torch.float32))
             predictions[which].pred_boxes.square().sum().backward()
             grad = model.initial_boxes.grad
-            assert (grad is not None and bool(grad.any())) == hears
+            assert (grad is not None and bool(grad.any())) == expected
 
     def test_boxes_pass_without_gradient_and_queries_with_it(self):
         model = decoder()
@@ -111,7 +111,7 @@ class TestBetweenStages:
         assert first.interaction.filters.weight.grad.any()
         assert model.query_embed.weight.grad.any()
 
-    def test_every_stage_sees_the_boxes_of_the_one_before(self):
+    def test_a_stage_reads_the_boxes_of_the_previous_one(self):
         model = shake(decoder().double(), 0.1)
         pyramid = pyramid_of()
         with torch.no_grad():
@@ -138,8 +138,8 @@ class TestBetweenStages:
 
 @pytest.mark.parametrize("channels", [64, 256])
 @pytest.mark.parametrize("num_classes", [1, 4, 64, 80, 256, 2048])
-def test_prior_is_the_class_layers_alone(num_classes, channels):
-    """However many classes there are, no other parameter is taken for the class layer's bias."""
+def test_only_the_class_layer_has_the_prior(num_classes, channels):
+    """No other parameter has the bias of the prior, for any number of classes."""
     options = {"channels": channels, "ffn_dim": 64, "num_classes": num_classes, "num_stages": 1}
     stage = decoder(**options).stages[0]
     torch.testing.assert_close(
@@ -147,7 +147,7 @@ def test_prior_is_the_class_layers_alone(num_classes, channels):
     )
     for name, parameter in stage.named_parameters():
         if name != "class_logits.bias" and parameter.dim() == 1:
-            assert parameter.abs().max() <= 1, name  # -4.6 is nowhere else
+            assert parameter.abs().max() <= 1, name  # the bias of the prior is -4.6
     softmax = decoder(**options, class_head="softmax").stages[0]
     assert softmax.class_logits.bias.shape == (num_classes + 1,)
     assert not softmax.class_logits.bias.any()
@@ -160,7 +160,7 @@ def test_scores_start_near_the_prior():
 
 
 def test_size_of_a_stage():
-    """Generator 8.4 M and readout 3.2 M of a stage at the paper's sizes; 16.8 M for one filter."""
+    """At the paper's sizes: 8.4 M for the filters, 3.2 M for the readout; 16.8 M for "single"."""
     stage = dynamic_decoder(256, 80, num_stages=1, num_queries=2).stages[0]
     count = {n: sum(p.numel() for p in m.parameters()) for n, m in stage.named_modules()}
     assert count["interaction.filters"] == (256 + 1) * 2 * 256 * 64

@@ -24,7 +24,7 @@ from dynamic_detr.visualization.video import VideoReader, VideoWriter
 from dynamic_detr.visualization.window import Window
 
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
-LOW = ["--confidence-threshold", "0.001"]  # below what an untrained detector says
+LOW = ["--confidence-threshold", "0.001"]  # below the scores of an untrained detector
 
 
 def tiny_config(folder: Path):
@@ -107,9 +107,9 @@ def test_broken_pictures_are_named_and_skipped(detector, pictures, tmp_path, cap
     inputs = [str(pictures / name) for name in ("broken.jpg", "empty.png", "grey.png")]
     assert demo.main([*detector, "--input", *inputs, "--output", str(out)]) == 1
     assert [path.name for path in out.iterdir()] == ["grey.png"]
-    said = capsys.readouterr()
-    assert "pictures: 1, " in said.out and "skipped: 2;" in said.out
-    lines = [line for line in said.err.splitlines() if "skipped" in line]
+    output = capsys.readouterr()
+    assert "pictures: 1, " in output.out and "skipped: 2;" in output.out
+    lines = [line for line in output.err.splitlines() if "skipped" in line]
     assert ["broken.jpg" in lines[0], "empty.png" in lines[1], len(lines)] == [True, True, 2]
 
 
@@ -119,10 +119,10 @@ def test_a_loop_of_links_leaves_the_other_pictures_alone(detector, pictures, tmp
     out = tmp_path / "out"
     argv = [*detector, "--input", str(pictures), "--output", str(out)]
     assert demo.main(argv) == 1
-    said = capsys.readouterr()
-    assert len(list(out.iterdir())) == 7 and "skipped: 2;" in said.out
+    output = capsys.readouterr()
+    assert len(list(out.iterdir())) == 7 and "skipped: 2;" in output.out
     for name in ("loop", "nothing"):
-        assert f"{name}.png is a link to nothing" in said.err
+        assert f"{name}.png is a broken link" in output.err
 
 
 def test_stages_of_every_photograph(detector, demo_images, tmp_path):
@@ -189,16 +189,16 @@ def test_the_command_itself(detector, pictures, tmp_path):
         ),
         (
             ["--input", "{picture}", "--output", "o", "--opts", "INPUT.FORMAT", "YUV-BT.601"],
-            "a detector takes RGB or BGR",
+            "it must be RGB or BGR",
         ),
         (
             ["--input", "{picture}", "--output", "o", "--stages", "--opts"]
             + ["MODEL.META_ARCHITECTURE", "RetinaNet"],
-            "this is RetinaNet; leave them out",
+            "SetDetector, got RetinaNet",
         ),
     ],
 )
-def test_wrong_arguments_are_told_in_one_line(
+def test_wrong_arguments_raise_one_line(
     detector, pictures, tmp_path, capsys, monkeypatch, arguments, line
 ):
     monkeypatch.chdir(tmp_path)
@@ -230,10 +230,10 @@ def test_detectron2_detectors_are_drawn(pictures, tmp_path, capsys):
     assert Image.open(tmp_path / "a.png").size == (9 * 60, 9 * 40)
     notes = capsys.readouterr().err
     assert "is not trained" in notes
-    assert ("no GPU here: running on the CPU" in notes) is not torch.cuda.is_available()
+    assert ("no GPU is available: running on the CPU" in notes) is not torch.cuda.is_available()
 
 
-def test_weights_of_a_backbone_alone_are_told(tmp_path, capsys, caplog):
+def test_weights_of_only_a_backbone_give_a_warning(tmp_path, capsys, caplog):
     cfg = tiny_config(tmp_path)
     model = build_model(cfg)
     weights = tmp_path / "backbone.pth"
@@ -266,7 +266,7 @@ class Recorder(torch.nn.Module):
 def test_pictures_reach_the_detector_as_detectron2_gives_them(image_format, first):
     image = np.full((20, 40, 3), (200, 100, 10), np.uint8)
     model = Recorder()
-    with pytest.raises(UserError, match="returns proposals and no instances"):
+    with pytest.raises(UserError, match="outputs instances, got proposals"):
         Detector(model, min_size=10, max_size=100, image_format=image_format)(image)
     assert model.shown["image"].shape == (3, 10, 20)
     assert model.shown["image"].dtype == torch.float32
@@ -327,14 +327,14 @@ def test_codecs_fall_back_to_one_that_is_always_there(tmp_path, monkeypatch):
     assert len(list(VideoReader.open_file(str(tmp_path / "a.avi")))) == 1
 
 
-def test_a_missing_opencv_is_told(monkeypatch, tmp_path):
+def test_missing_opencv_raises_one_line(monkeypatch, tmp_path):
     (tmp_path / "a.mp4").touch()
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UserError, match="needs OpenCV .*pip install"):
         VideoReader.open_file(str(tmp_path / "a.mp4"))
 
 
-def test_videos_that_cannot_be_written_are_told(tmp_path):
+def test_videos_that_cannot_be_written_raise_one_line(tmp_path):
     pytest.importorskip("cv2")
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
@@ -371,7 +371,7 @@ def test_a_window_shows_pictures_until_esc(detector, pictures, monkeypatch, caps
     assert len(screen.shown) == 2
 
 
-def test_an_opencv_without_windows_is_told(monkeypatch):
+def test_opencv_without_windows_raises_one_line(monkeypatch):
     screen = FakeScreen(pytest.importorskip("cv2"), [])
 
     def refuse(title, flags):

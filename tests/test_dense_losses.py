@@ -1,4 +1,4 @@
-"""The losses of a dense head against loops over objects and positions in float64."""
+"""Losses of a dense head: equality with loops over objects and positions in float64."""
 
 import math
 
@@ -15,14 +15,17 @@ CLASSES, SIDE = 3, 10
 
 
 def grid_cells() -> Tensor:
-    """(100, 4), of a map of 10 x 10."""
+    """Return the cells of a 10 × 10 map, (100, 4) cx, cy, w, h."""
     place = torch.arange(SIDE * SIDE)
     centers = torch.stack([place % SIDE, place // SIDE], dim=1) / SIDE + 0.5 / SIDE
     return torch.cat([centers, torch.full((SIDE * SIDE, 2), 1 / SIDE)], dim=1)
 
 
 def dense(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Prediction, list]:
-    """Boxes near their cells, and objects of all sizes: one smaller than a cell, two alike."""
+    """Return a prediction with boxes near their cells, and targets.
+
+    One object is smaller than a cell, and two objects are nearly equal.
+    """
     torch.manual_seed(3)
     cells = grid_cells().expand(batch, -1, -1).to(dtype)
     noise = torch.randn(cells.shape).to(dtype)
@@ -37,7 +40,7 @@ def dense(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Prediction, l
 
 
 def loop_assignment(scores, boxes, cells, labels, objects) -> dict[int, tuple[int, float]]:
-    """Object and wanted score of each position that has one."""
+    """Return the object and the target score of each assigned position."""
     iou = box_iou(box_convert(objects, "cxcywh", "xyxy"), box_convert(boxes, "cxcywh", "xyxy"))
     fits, takers = {}, {}
     for t, label in enumerate(labels.tolist()):
@@ -57,7 +60,7 @@ def loop_assignment(scores, boxes, cells, labels, objects) -> dict[int, tuple[in
     return found
 
 
-def test_assignment_is_the_loop():
+def test_assignment_equals_the_reference():
     prediction, targets = dense(1, torch.float64)
     labels, objects = targets[0]
     inputs = prediction.pred_logits[0].sigmoid(), prediction.pred_boxes[0], prediction.cells[0]
@@ -71,7 +74,7 @@ def test_assignment_is_the_loop():
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_losses_and_gradients_are_those_of_the_loop(batch):
+def test_losses_and_gradients_equal_the_reference(batch):
     prediction, targets = dense(batch)
     logits, boxes = prediction.pred_logits.requires_grad_(), prediction.pred_boxes.requires_grad_()
     total = sum(dense_losses(prediction, targets, set_costs()).values())
@@ -100,7 +103,7 @@ def test_losses_and_gradients_are_those_of_the_loop(batch):
     torch.testing.assert_close(found, grads, rtol=1e-4, atol=1e-6)
 
 
-def test_without_objects_positions_learn_that_there_is_nothing():
+def test_without_objects_all_logits_are_negatives():
     prediction, targets = dense(2)
     logits, boxes = prediction.pred_logits.requires_grad_(), prediction.pred_boxes.requires_grad_()
     losses = dense_losses(prediction, [targets[1]] * 2, set_costs())
@@ -110,13 +113,13 @@ def test_without_objects_positions_learn_that_there_is_nothing():
 
 
 @pytest.mark.parametrize("which", ["pred_logits", "pred_boxes"])
-def test_a_position_that_is_not_finite_makes_the_loss_not_finite(which):
+def test_predictions_that_are_not_finite(which):
     prediction, targets = dense(1)
     getattr(prediction, which)[0, 0, 0] = math.nan
     assert not sum(dense_losses(prediction, targets, set_costs()).values()).isfinite()
 
 
-def test_criterion_trains_them_beside_the_stages():
+def test_criterion_returns_dense_and_stage_losses():
     prediction, targets = dense(2)
     stage = Prediction(torch.randn(2, 6, CLASSES), torch.rand(2, 6, 4))
     criterion = set_criterion()

@@ -1,4 +1,4 @@
-"""Dense queries: suppression against torchvision's, and what is chosen against a loop."""
+"""Dense queries: selection compared with torchvision's NMS, anchors, and logits of the stages."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def pyramid() -> Pyramid:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7])
 @pytest.mark.parametrize("count", [1, 2, 300])
-def test_mask_is_that_of_torchvision(count, threshold):
+def test_mask_equals_torchvision(count, threshold):
     torch.manual_seed(count)
     low = torch.rand(3, count, 2)
     boxes = torch.cat([low, low + 0.05 + 0.5 * torch.rand(3, count, 2)], dim=-1)
@@ -38,7 +38,7 @@ def test_mask_is_that_of_torchvision(count, threshold):
 
 
 def test_mask_follows_a_chain_of_boxes():
-    """Each box overlaps its neighbours only, so that every second one is kept."""
+    """Each box overlaps only its neighbours, so every second box is kept."""
     left = torch.arange(16.0)
     boxes = torch.stack([left, 0 * left, left + 1.9, 1 + 0 * left], dim=1)
     assert nms_mask(boxes[None], 0.2)[0].tolist() == [True, False] * 8
@@ -47,8 +47,8 @@ def test_mask_follows_a_chain_of_boxes():
 @torch.no_grad()
 @pytest.mark.parametrize("candidates", [5, 40, 1000])
 @pytest.mark.parametrize("threshold", [0.05, 0.7])
-def test_queries_are_the_best_that_differ(candidates, threshold):
-    """Those that suppression keeps, best first, then those that it does not, best first."""
+def test_queries_are_the_best_distinct_predictions(candidates, threshold):
+    """Kept candidates come first, then suppressed ones, each by score."""
     part = dense_queries(candidates=candidates, nms_threshold=threshold, anchor_scale=3.0)
     batch = pyramid()
     start = part(batch)
@@ -68,7 +68,7 @@ def test_queries_are_the_best_that_differ(candidates, threshold):
 
 
 @torch.no_grad()
-def test_boxes_are_relative_to_squares_around_the_positions():
+def test_boxes_are_relative_to_square_anchors():
     part = dense_queries(anchor_scale=3.0)
     part.box_deltas.weight.zero_()
     part.box_deltas.bias.zero_()
@@ -87,7 +87,7 @@ def test_boxes_are_relative_to_squares_around_the_positions():
 
 @torch.no_grad()
 def test_fewer_positions_than_queries():
-    """Queries that are left over look at the middle of the image and carry nothing of it."""
+    """The last queries have the box (0.5, 0.5, 0.5, 0.5), logits 0 and constant content."""
     part, size = dense_queries(num_queries=9), (40, 20)
     alone = [random_levels(size, CHANNELS, (16, 32))]
     start = part(batch_pyramid(alone, [size], size, (16, 32)))
@@ -120,8 +120,8 @@ def test_a_bad_option_is_one_line():
 
 @torch.no_grad()
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
-def test_stages_correct_the_logits_of_the_queries(class_head):
-    """Stages that say nothing leave them as they are; with "no object" at 0 beside them."""
+def test_stages_add_to_the_logits_of_the_queries(class_head):
+    """The class layers are constant; "no object" starts from logit 0."""
     decoder = build_decoder(
         small_config(HIDDEN_DIM=16, CLASS_HEAD=class_head, DYNAMIC_DECODER__QUERIES="dense")
     )

@@ -1,4 +1,4 @@
-"""The meta-architecture: Detectron2's contract in training and at inference."""
+"""The meta-architecture: training, inference, precisions and construction."""
 
 import math
 
@@ -17,13 +17,13 @@ ONE_BOX = {"boxes": [[10, 12, 50, 40]], "classes": [1]}
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
-    """Not to be trained: the module's tests share it."""
+    """A model that the tests of this module share, so it must not be trained."""
     torch.manual_seed(0)
     return shake(small_model(), 0.01)
 
 
 def step(model: nn.Module, batch: list[dict]) -> dict[str, torch.Tensor]:
-    """Losses of one training step, after checking that everything in it is finite."""
+    """Run forward and backward, check that all values are finite, and return the losses."""
     model.train()
     model.zero_grad()
     losses = model(batch)
@@ -62,7 +62,7 @@ class TestTraining:
         assert all(loss.dim() == 0 and loss.requires_grad for loss in losses.values())
 
     def test_every_parameter_gets_a_gradient(self):
-        """Also without objects: else data-parallel training would wait for the missing ones."""
+        """Also without objects; DistributedDataParallel would wait for missing gradients."""
         model = small_model()
         for batch in (
             [training_input(64, 90, **ONE_BOX), training_input(80, 64)],
@@ -128,7 +128,7 @@ class TestTraining:
         assert totals[-1] < 0.7 * totals[0]
 
     def test_weights_that_are_nan_give_losses_that_are_not_finite(self):
-        """And no error: the trainer stops such a run in good order."""
+        """No error is raised: the trainer handles such losses."""
         model = small_model().train()
         with torch.no_grad():
             model.decoder.stages[0].box_deltas.bias.fill_(torch.nan)
@@ -174,7 +174,7 @@ class TestInference:
         torch.testing.assert_close(
             result.pred_boxes.tensor[:3], torch.tensor([clipped, inside, clipped])
         )
-        assert len(result) == 15  # every pair: there are fewer than 100
+        assert len(result) == 15  # all pairs, as they are fewer than 100
 
     def test_no_object_is_no_detection(self):
         model = small_model(CLASS_HEAD="softmax", NUM_CLASSES=2)
@@ -182,7 +182,7 @@ class TestInference:
         boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]])
         (result,) = model.to_instances(Prediction(logits, boxes), [(10, 10)])
         assert result.scores[0].item() == pytest.approx(math.exp(3) / (math.exp(3) + 2))
-        assert result.pred_classes.tolist() == [1, 0]  # each query answers once
+        assert result.pred_classes.tolist() == [1, 0]  # one detection per query
 
     @pytest.mark.parametrize("detections", [1, 7, 100])
     def test_number_of_detections(self, detections):
@@ -192,7 +192,7 @@ class TestInference:
         assert len(result) <= min(detections, 4 * 5)
 
     def test_boxes_without_area_are_left_out(self, model):
-        """Flat, inverted, or beside the image; what remains fills their places."""
+        """Boxes that are flat, inverted or outside the image."""
         logits = torch.arange(20.0).view(1, 4, 5)
         boxes = [[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0], [0.5, 0.5, -0.2, 0.2], [2, 0.5, 1, 1]]
         (result,) = model.to_instances(Prediction(logits, torch.tensor([boxes])), [(50, 50)])
@@ -202,7 +202,7 @@ class TestInference:
         )
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-    def test_what_is_not_finite_is_left_out(self, model, bad):
+    def test_boxes_that_are_not_finite_are_left_out(self, model, bad):
         logits, boxes = torch.zeros(1, 4, 5), torch.rand(1, 4, 4)
         boxes[0, 1, 2], logits[0, 2, 0] = bad, torch.nan
         (result,) = model.to_instances(Prediction(logits, boxes), [(50, 50)])
@@ -223,7 +223,7 @@ class TestInference:
         torch.testing.assert_close(found[0].pred_logits, found[1].pred_logits, rtol=1e-3, atol=1e-3)
 
     def test_images_are_padded_as_far_as_the_backbone_asks(self):
-        """Images that share the padded size of a batch are predicted as they are alone."""
+        """Two images of the same padded size get the same predictions together and alone."""
         model = small_model().eval()
         first, second = random_image(100, 90), random_image(128, 96)
         together = model.predict([{"image": first}, {"image": second}])[1][-1]
@@ -317,5 +317,5 @@ class TestConstruction:
 
     @pytest.mark.parametrize("levels", [["p3", "p2"], ["p2", "p4"]])
     def test_levels_that_are_not_neighbours_are_one_line(self, levels):
-        with pytest.raises(ValueError, match="list neighbouring levels, fine to coarse"):
+        with pytest.raises(ValueError, match="expected neighbouring levels, fine to coarse, got"):
             small_model(IN_FEATURES=levels)

@@ -42,7 +42,7 @@ def small(name: str, *options: object) -> CfgNode:
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])
 def test_legacy_blocks_equal_the_reference(scale):
-    """The weights have the published names; the batch is padded, as the results depend on it."""
+    """The weights have the published names. The batch is padded, and the results depend on it."""
     sizes = [(100, 136), (64, 190)]
     images = [random_levels(size, CHANNELS) for size in sizes]
     pyramid = batch_pyramid(images, sizes, (128, 192), garbage=1.0)

@@ -1,4 +1,4 @@
-"""The encoder block against a loop over pixels, and what the paper and the facts promise of it."""
+"""Dynamic encoder: equality with a loop over pixels, initial values, switches and precisions."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ CHANNELS, GROUPS = 8, 4
 
 
 def encoder(num_blocks: int = 1, offsets: str = "resized", channels: int = CHANNELS) -> nn.Module:
-    """In float64, with parameters that are all different, offsets of about a pixel."""
+    """Build a float64 encoder with noise added to all parameters; offsets are about a pixel."""
     return shake(dynamic_encoder(channels, num_blocks=num_blocks, offsets=offsets).double())
 
 
@@ -38,7 +38,7 @@ def numpy_weights(block: nn.Module) -> dict[str, np.ndarray]:
     ],
     ids=str,
 )
-def test_block_is_the_loop(image_size, padded_size, strides):
+def test_block_equals_the_reference(image_size, padded_size, strides):
     levels = random_levels(image_size, CHANNELS, strides)
     model = encoder()
     pyramid = batch_pyramid([levels], [image_size], padded_size, strides, garbage=10.0)
@@ -54,7 +54,7 @@ def test_block_is_the_loop(image_size, padded_size, strides):
         assert not (found * ~out.valid_mask(index)[0]).any()
 
 
-def test_two_blocks_are_the_loop_twice():
+def test_two_blocks_equal_the_reference():
     levels = random_levels((45, 70), CHANNELS, STRIDES[1:4])
     model = encoder(num_blocks=2)
     pyramid = batch_pyramid([levels], [(45, 70)], (64, 96), STRIDES[1:4])
@@ -80,14 +80,14 @@ BLOCKS = [DynamicEncoderBlock, LegacyDynamicEncoderBlock]
 
 
 def ragged(levels: int, garbage: float = 0.0, dtype=torch.float64) -> Pyramid:
-    """A padded batch of two images, whose padding holds garbage or zeros."""
+    """Return a padded batch of two images with zeros or noise in the padding."""
     sizes, strides = [(50, 70), (37, 96)], STRIDES[:levels]
     images = [random_levels(size, CHANNELS, strides, dtype) for size in sizes]
     return batch_pyramid(images, sizes, (64, 96), strides, garbage)
 
 
 def outputs_and_gradients(forward, block: nn.Module, pyramid: Pyramid) -> list[torch.Tensor]:
-    """Levels, and the gradients of the features and of all parameters that there are."""
+    """Return the levels, and the gradients of the features and of all parameters."""
     inputs = [f.detach().requires_grad_() for f in pyramid.features]
     levels = forward(pyramid.with_features(inputs)).features
     torch.manual_seed(1)
@@ -97,8 +97,8 @@ def outputs_and_gradients(forward, block: nn.Module, pyramid: Pyramid) -> list[t
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("levels", [1, 2, 4])
-def test_the_fused_forward_is_the_plain_one(levels, switches):
-    """Forward and backward; and every parameter has a gradient."""
+def test_fused_forward_equals_plain_forward(levels, switches):
+    """Levels and gradients are equal, and every parameter has a gradient."""
     num_levels = levels if levels == 1 else None
     block = DynamicEncoderBlock(CHANNELS, GROUPS, num_levels, **switches).double()
     pyramid, shaken = ragged(levels), shake(block)
@@ -113,7 +113,7 @@ def test_the_fused_forward_is_the_plain_one(levels, switches):
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 @pytest.mark.parametrize("make", BLOCKS)
 @pytest.mark.parametrize("levels", [1, 3])
-def test_no_parameter_is_without_gradient(make, levels, switches):
+def test_every_parameter_gets_a_gradient(make, levels, switches):
     block = make(CHANNELS, GROUPS, levels, **switches)
     for level in block(ragged(levels, dtype=torch.float32)).features:
         level.sum().backward(retain_graph=True)
@@ -125,7 +125,7 @@ def test_no_parameter_is_without_gradient(make, levels, switches):
 
 
 def test_switches_are_the_ablations():
-    """With plain convolutions, a plain mean and a ReLU a single level is conv, norm, ReLU."""
+    """Without the three attentions, one level is a convolution, a norm and a ReLU."""
     block = DynamicEncoderBlock(CHANNELS, GROUPS, 1, False, False, False).double()
     (feature,) = random_levels((40, 60), CHANNELS, (8,))
     pyramid = batch_pyramid([[feature]], [(40, 60)], (40, 60), (8,))
@@ -133,14 +133,8 @@ def test_switches_are_the_ablations():
     torch.testing.assert_close(block(pyramid).features[0], expected)
 
 
-@pytest.mark.parametrize("make", BLOCKS)
-def test_another_number_of_levels_is_refused(make):
-    with pytest.raises(ValueError, match="pyramid has 3 levels; wants num_levels, which is 1"):
-        make(CHANNELS, GROUPS, 1).double()(ragged(3))
-
-
 def test_legacy_differs_only_where_offsets_do():
-    """Both read the same parameters; on one level there are no neighbours to differ about."""
+    """Both have the same parameters; with one level there are no neighbours, so no difference."""
     resized, legacy = encoder(), encoder(offsets="legacy")
     legacy.load_state_dict(resized.state_dict())
     single = batch_pyramid([random_levels((64, 64), CHANNELS, (8,))], [(64, 64)], (64, 64), (8,))
@@ -152,9 +146,11 @@ def test_legacy_differs_only_where_offsets_do():
 
 
 @pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, -1.0), (0.6, 0.8)])
-def test_an_offset_means_one_place_of_the_image(direction):
-    """Ramps that say where in the image a pixel lies: with offsets of d pixels everywhere, each of
-    the three convolutions reads d·stride further, at whatever level it reads."""
+def test_an_offset_points_to_the_same_place_at_all_levels(direction):
+    """The features are the pixels' positions in the image, and all offsets are d pixels.
+
+    All three convolutions then read values that differ by d · stride from those without offsets.
+    """
     strides, level = (8, 16, 32), 1
     distance = 1.0
     block = DynamicEncoderBlock(4, 1).double()
@@ -177,7 +173,7 @@ def test_an_offset_means_one_place_of_the_image(direction):
         sampling = block._sampling(pyramid, level)
         read = {name: getattr(block, name).convolve(*given) for name, given in sampling.items()}
     shift = distance * torch.tensor(direction * 2, dtype=torch.float64) * strides[level]
-    # A stride-2 convolution is centred on the upper left of the four pixels below its own.
+    # the stride-2 convolution is centred at the upper left pixel of each 2×2 block
     sources = {"finer": features[0][:, ::2, ::2], "same": features[1], "coarser": features[2]}
     for name, source in sources.items():
         moved = (read[name][0] - source)[:, 4:-4, 4:-4]
@@ -255,7 +251,7 @@ def test_bad_options_are_one_line(options, message):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_parameters_in_half_precision(dtype):
-    """What normalises and weights is computed in float32 all the same."""
+    """Norms and scale weights are computed in float32."""
     model = shake(dynamic_encoder(CHANNELS, num_blocks=2), 0.1).to(dtype)
     levels = [random_levels((50, 70), CHANNELS, dtype=dtype)]
     out = model(batch_pyramid(levels, [(50, 70)], (64, 128))).features
@@ -267,8 +263,8 @@ def test_parameters_in_half_precision(dtype):
         assert error < 0.1 * wanted.square().mean().sqrt()
 
 
-def test_a_large_mean_does_not_drown_the_statistics():
-    """A mean of 1000 with a spread of 1: sums of squares in float32 would lose the spread."""
+def test_statistics_are_accurate_with_a_large_mean():
+    """Mean 1000, standard deviation 1: a sum of squares in float32 would lose the deviation."""
     block = shake(DynamicEncoderBlock(CHANNELS, GROUPS))
     with torch.no_grad():
         for branch in (block.coarser, block.same, block.finer):
@@ -284,7 +280,7 @@ def test_a_large_mean_does_not_drown_the_statistics():
 
 
 def test_dyrelu_starts_near_relu():
-    """With y near ½ the slopes are near 1 and 0, the intercepts near 0."""
+    """With zero coefficients, the slopes are 1 and 0 and the intercepts 0."""
     layer = DyReLU(CHANNELS)
     nn.init.zeros_(layer.expand.weight)
     nn.init.zeros_(layer.expand.bias)

@@ -101,7 +101,7 @@ def test_grey_alpha_and_floats_become_rgb():
     assert (to_picture(torch.tensor([[0.5]], dtype=torch.bfloat16)) == 128).all()
     assert (to_picture(Image.fromarray(grey)) == grey[..., None].repeat(3, 2)).all()
     clear = np.zeros((2, 2, 4), np.uint8)
-    assert (to_picture(clear) == 255).all()  # what is transparent lies on white
+    assert (to_picture(clear) == 255).all()  # transparent pixels are white
     blue = np.array([[[255, 0, 0, 255]]], np.uint8)
     assert to_picture(blue, "BGR").tolist() == [[[0, 0, 255]]]
 
@@ -109,21 +109,21 @@ def test_grey_alpha_and_floats_become_rgb():
 @pytest.mark.parametrize(
     ("source", "line"),
     [
-        (np.zeros((4, 4, 3)) + 2, "floats from 2 to 2; they must be in 0 to 1"),
+        (np.zeros((4, 4, 3)) + 2, r"expected floats in \[0, 1\] or uint8, got floats from 2 to 2"),
         (np.zeros((4, 4, 3)) - 0.1, "floats from -0.1"),
         (np.full((4, 4), np.nan), "floats from nan"),
-        (np.zeros((4, 4), np.int64), "type int64; they must be uint8, or floats"),
-        (np.zeros((3, 4, 4), np.uint8)[:, :, :0], r"shape \(3, 4, 0\)"),
-        (np.zeros((4, 4, 2), np.uint8), r"shape \(4, 4, 2\); a picture has \(H, W\), \(H, W, C\)"),
-        (torch.zeros(5, 5, 3), r"the tensor has shape \(5, 5, 3\).*\(C, H, W\)"),
-        (np.zeros(4, np.uint8), r"shape \(4,\)"),
-        (7, "source is a int"),
+        (np.zeros((4, 4), np.int64), r"expected uint8 or floats in \[0, 1\], got int64"),
+        (np.zeros((3, 4, 4), np.uint8)[:, :, :0], r"got \(3, 4, 0\)"),
+        (np.zeros((4, 4, 2), np.uint8), r"\(H, W, C\) with C = 1, 3 or 4, got \(4, 4, 2\)"),
+        (torch.zeros(5, 5, 3), r"^tensor: .*\(C, H, W\).*got \(5, 5, 3\)"),
+        (np.zeros(4, np.uint8), r"got \(4,\)"),
+        (7, "expected a path, .*, got int"),
         ("missing.png", "missing.png does not exist"),
         (["missing.png"], "missing.png does not exist"),
         ("*.nothing", "matches no file"),
     ],
 )
-def test_what_is_no_picture_is_refused_in_one_line(simple, source, line):
+def test_wrong_images_raise_one_line(simple, source, line):
     with pytest.raises(UserError, match=line):
         simple(source)
 
@@ -137,7 +137,7 @@ def test_wrong_arguments_are_refused(simple, scene):
         simple(scene).where(classes=["dgo"])
     with pytest.raises(UserError, match="threshold is 2"):
         Detector(Corners(), threshold=2)
-    with pytest.raises(UserError, match="no GPU here"):
+    with pytest.raises(UserError, match="no GPU is available"):
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
         dynamic_detr.load("quickstart", device="cuda")
@@ -160,7 +160,7 @@ def test_several_pictures_are_a_list(simple, tmp_path):
             found = simple(source, batch_size=batch_size)
             assert isinstance(found, list)
             assert [float(f.scores[0]) for f in found] == wanted
-            assert simple.model.batch == 1  # the last batch is what is left of three
+            assert simple.model.batch == 1  # the last batch has the rest of three images
     assert simple([]) == [] and len(simple([red(1)])) == 1
     assert [f.path.name for f in simple(tmp_path)] == ["0.png", "1.png", "2.png"]
 
@@ -191,7 +191,7 @@ def test_results_have_all_scores_and_the_ids_of_the_annotations(simple, tmp_path
     assert Detector(Corners(), ["cat", "dog"]).category_ids == [1, 2]
 
 
-def test_streams_keep_nothing_and_pass_over_what_is_broken(simple, tmp_path, capsys):
+def test_streams_skip_broken_images(simple, tmp_path, capsys):
     for name in ("a.png", "c.png"):
         Image.fromarray(red(0.5)).save(tmp_path / name)
     (tmp_path / "b.png").write_text("no picture")
@@ -248,16 +248,16 @@ def test_stages_follow_the_same_queries(detector, scene):
     assert found.draw(stages=True).shape[1] == 4 * 384 + 5 * 8
 
 
-def test_the_shipped_detectors_own_scene_is_not_blank(detector, scenes):
-    """At the threshold with the best F1, most objects are drawn."""
+def test_shipped_detector_finds_most_objects(detector, scenes):
+    """The threshold is the one with the best F1."""
     assert 0.2 < detector.threshold < 0.5
     data = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     found = sum(len(f) for f in detector(scenes / "val"))
     assert 0.6 < found / len(data["annotations"]) < 1.5
 
 
-def test_the_demos_results_score_as_the_detector_does(detector, scenes, tmp_path, capsys):
-    """Category and image ids are those of the JSON file, also in another order."""
+def test_results_of_the_demo_have_the_ap_of_the_detector(detector, scenes, tmp_path, capsys):
+    """Category and image ids are those of the JSON file, in any order."""
     data = json.loads((scenes / "annotations" / "instances_val.json").read_text())
     number = len(data["categories"]) + 1
     for entry in (*data["categories"], *data["annotations"]):
@@ -281,7 +281,7 @@ def test_the_demos_results_score_as_the_detector_does(detector, scenes, tmp_path
     assert "of the best F1 in the model's evaluation" in capsys.readouterr().out
 
 
-def test_the_demo_goes_on_where_it_was(detector, scenes, tmp_path, monkeypatch, capsys):
+def test_the_demo_resumes(detector, scenes, tmp_path, monkeypatch, capsys):
     results, out = tmp_path / "results.json", tmp_path / "drawn"
     argv = ["--model", "quickstart", "--input", str(scenes / "val"), "--json", str(results)]
     argv += ["--output", str(out)]
@@ -299,7 +299,7 @@ def test_the_demo_goes_on_where_it_was(detector, scenes, tmp_path, monkeypatch, 
     assert len(list(out.iterdir())) == 2 and not results.exists()
     monkeypatch.undo()
     with open(f"{results}.part", "a") as journal:
-        journal.write('{"picture": "ha')  # half a line, as a kill leaves it
+        journal.write('{"picture": "ha')  # an incomplete line, as after a kill
     with pytest.raises(SystemExit) as stop:
         demo.main([*argv, "--resume", "--classes", "disc"])
     assert stop.value.code == 2 and "of another detector" in capsys.readouterr().err
@@ -311,14 +311,14 @@ def test_the_demo_goes_on_where_it_was(detector, scenes, tmp_path, monkeypatch, 
     assert resumed == wanted
 
 
-def test_the_demo_shows_chosen_classes_and_says_why_nothing_is_drawn(scene, tmp_path, capsys):
+def test_the_demo_selects_classes_and_reports_the_best_score(scene, tmp_path, capsys):
     argv = ["--model", "quickstart", "--input", str(scene), "--output", str(tmp_path)]
     results = tmp_path / "results.json"
     assert demo.main([*argv, "--classes", "disc, cross", "--json", str(results)]) == 0
     assert {r["category"] for r in json.loads(results.read_text())} == {"disc", "cross"}
     assert demo.main([*argv, "--confidence-threshold", "0.999"]) == 0
-    said = capsys.readouterr().out
-    assert "nothing scored 0.999 or more; the best score was 0." in said
+    output = capsys.readouterr().out
+    assert "nothing scored 0.999 or more; the best score was 0." in output
     with pytest.raises(SystemExit):
         demo.main([*argv, "--classes", "disk"])
     assert "has no class 'disk' (did you mean disc?)" in capsys.readouterr().err
@@ -327,11 +327,11 @@ def test_the_demo_shows_chosen_classes_and_says_why_nothing_is_drawn(scene, tmp_
 @pytest.mark.parametrize(
     ("content", "arguments", "line"),
     [
-        ("{", [], "is no JSON of COCO's annotations"),
-        ("[]", [], "is no JSON of COCO's annotations"),
+        ("{", [], "is not a JSON file of COCO annotations"),
+        ("[]", [], "is not a JSON file of COCO annotations"),
         ('{"images": []}', [], "lists no images"),
-        ('{"images": [{"file_name": "x.png", "id": 1}]}', [], "folder of the pictures with --imag"),
-        (None, ["--images", "."], "--images goes with a JSON"),
+        ('{"images": [{"file_name": "x.png", "id": 1}]}', [], "folder of the images with --imag"),
+        (None, ["--images", "."], "--images needs a JSON"),
     ],
 )
 def test_wrong_lists_of_images_are_one_line(scene, tmp_path, capsys, content, arguments, line):

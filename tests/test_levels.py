@@ -70,7 +70,7 @@ def test_names_strides_shapes_and_gradients(case):
     assert still == []
 
 
-def test_the_levels_are_what_they_say():
+def test_levels_equal_their_convolutions():
     """Extra levels start from the output of the ResNet, not from its projection."""
     cfg = config(18, OUT_FEATURES=["res4", "res5"], NUM_EXTRA=2, NORM="GN")
     cfg.MODEL.LEVELS.OUT_CHANNELS = 64  # divides into the 32 groups of GN
@@ -96,8 +96,8 @@ def test_the_levels_are_what_they_say():
     torch.testing.assert_close(backbone(image), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_dc5_is_that_of_torchvision():
-    """With the same weights, and frozen norms with random statistics."""
+def test_dc5_equals_torchvision():
+    """The weights are the same, with random statistics of the frozen norms."""
     theirs = torchvision.models.resnet50(
         replace_stride_with_dilation=[False, False, True], width_per_group=8
     ).eval()
@@ -153,14 +153,14 @@ def test_dc5_with_deformable_convolution():
         ({"OUT_FEATURES": ["res5"], "NUM_EXTRA": -1}, "MODEL.LEVELS.NUM_EXTRA is -1"),
     ],
 )
-def test_what_does_not_fit_is_one_line(options, reason):
+def test_wrong_options_raise_one_line(options, reason):
     with pytest.raises(ValueError, match=reason) as error:
         build_backbone(config(**options))
     assert "\n" not in str(error.value)
 
 
 class TestFreezeUnused:
-    def test_an_fpn_that_makes_more_levels_than_are_read(self, caplog):
+    def test_fpn_levels_that_are_not_read_are_frozen(self, caplog):
         cfg = small_config(IN_FEATURES=["p3", "p4", "p5", "p6"])
         with caplog.at_level(logging.INFO, logger="dynamic_detr.backbones.unused"):
             model = build_model(cfg)
@@ -174,7 +174,7 @@ class TestFreezeUnused:
         for name, parameter in model.backbone.named_parameters():
             assert (parameter.grad is None) == (name in frozen), name
 
-    def test_all_is_trained_where_all_is_read(self):
+    def test_nothing_is_frozen_if_all_levels_are_read(self):
         backbone = build_backbone(small_config()).eval()
         calls = []
         backbone.register_forward_pre_hook(lambda *_: calls.append(1))

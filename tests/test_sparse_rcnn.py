@@ -1,4 +1,4 @@
-"""Sparse R-CNN, a configuration of this project: the same weights give what its own head gives."""
+"""Sparse R-CNN: equality of the dynamic decoder with its head, and published weights."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ C, CLASSES, QUERIES, DYNAMIC, BINS, FFN, HEADS, STAGES = 16, 3, 6, 4, 3, 24, 8, 
 STRIDES, IMAGE = (4, 8, 16, 32), (128, 192)
 
 
-def test_the_decoder_is_its_head_forward_and_backward():
+def test_decoder_equals_the_reference():
     weights = {"init_proposal_features.weight": (QUERIES, C)}
     for number in range(STAGES):
         stage = f"head.head_series.{number}."
@@ -70,7 +70,7 @@ def test_the_decoder_is_its_head_forward_and_backward():
     ("config", "queries", "depth"),
     [("sparse_rcnn_R_50", 100, 50), ("sparse_rcnn_R_101_300", 300, 101)],
 )
-def test_published_names_and_shapes_are_the_models(config, queries, depth):
+def test_published_weights_fit_the_model(config, queries, depth):
     model = model_without_memory(CONFIGS / f"{config}.yaml")
     published = weights_of(sparse_rcnn(queries, depth=depth))
     fitted = convert_weights.fit(convert(published), model.state_dict(), num_classes=80)
@@ -80,7 +80,7 @@ def test_published_names_and_shapes_are_the_models(config, queries, depth):
         convert_weights.fit(convert(broken), model.state_dict(), num_classes=80)
 
 
-def test_the_command_writes_what_the_model_loads(tmp_path, capsys):
+def test_converted_weights_load(tmp_path, capsys):
     config, source, target = (tmp_path / name for name in ("c.yaml", "in.pth", "out/out.pth"))
     config.write_text(
         f"_BASE_: {CONFIGS / 'sparse_rcnn_R_50.yaml'}\n"

@@ -88,7 +88,7 @@ def test_one_bit_pictures_are_black_and_white(tmp_path):
     assert (read_image(tmp_path / "a.png")[..., 0] == pixels).all()
 
 
-def test_what_is_transparent_lies_on_white(tmp_path):
+def test_transparent_pixels_are_white(tmp_path):
     Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("RGBA", (2, 2), (255, 0, 0, 128)).save(tmp_path / "half.png")
     palette = Image.new("P", (2, 2), 1)
@@ -99,13 +99,13 @@ def test_what_is_transparent_lies_on_white(tmp_path):
     assert (read_image(tmp_path / "palette.png") == WHITE).all()
 
 
-def test_values_without_a_customary_white_fill_their_own_range(tmp_path):
+def test_values_without_a_known_white_are_scaled_to_their_range(tmp_path):
     values = np.array([[-100.0, 0.0, np.nan], [70000.0, 200000.0, 300000.0]], np.float32)
     Image.fromarray(values).save(tmp_path / "a.tif")
     grey = read_image(tmp_path / "a.tif")[..., 0]
     assert grey.min() == 0
     assert grey.max() == 255
-    assert grey[0, 2] == grey[0, 1]  # what is no number counts as 0
+    assert grey[0, 2] == grey[0, 1]  # NaN is read as 0
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -150,13 +150,13 @@ def test_files_that_are_no_pictures_are_named(tmp_path):
 def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 40)
-    assert read_image(tmp_path / "a.png").shape == (64, 64, 3)  # up to twice that it may be
+    assert read_image(tmp_path / "a.png").shape == (64, 64, 3)  # the limit is twice this number
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 20)
     with pytest.raises(UserError, match="too large"):
         read_image(tmp_path / "a.png")
 
 
-def test_what_cannot_be_written_is_named(tmp_path):
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         write_image(tmp_path / "file" / "a.png", np.zeros((2, 2, 3), np.uint8))
@@ -173,13 +173,13 @@ def test_inputs_are_files_folders_and_patterns(tmp_path):
         return [str(path.relative_to(tmp_path)) for path in find_images(map(str, inputs))]
 
     assert names(tmp_path) == ["a.jpg", "b.PNG", "odd[1].png"]
-    assert names(tmp_path / "note.txt") == ["note.txt"]  # named, so it is meant
+    assert names(tmp_path / "note.txt") == ["note.txt"]  # with any suffix
     assert names(tmp_path / "*.jpg", tmp_path / "in") == ["a.jpg", "in/c.png"]
     assert names(tmp_path / "**" / "*.png") == ["in/c.png", "odd[1].png"]
     assert names(tmp_path / "odd[1].png") == ["odd[1].png"]
     assert names(tmp_path / "a.jpg", tmp_path) == ["a.jpg", "b.PNG", "odd[1].png"]
     (tmp_path / "void").mkdir()
-    for nothing, why in (("missing.png", "not exist"), ("*.webp", "no file"), ("void", "holds no")):
+    for nothing, why in (("no.png", "not exist"), ("*.webp", "no file"), ("void", "no images")):
         with pytest.raises(UserError, match=why):
             names(tmp_path / nothing)
 
@@ -201,7 +201,7 @@ def test_inputs_are_never_overwritten(tmp_path):
 def test_output_may_be_one_file(tmp_path):
     inputs = [tmp_path / "a.jpg", tmp_path / "b.jpg"]
     assert output_paths(inputs[:1], str(tmp_path / "new.png")) == [tmp_path / "new.png"]
-    with pytest.raises(UserError, match="one file and there are 2"):
+    with pytest.raises(UserError, match="one file for 2 images"):
         output_paths(inputs, str(tmp_path / "new.png"))
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="neither"):
@@ -355,7 +355,7 @@ def test_sheets_have_rows_and_columns_and_titles():
     ("count", "columns", "titles"), [(0, 2, None), (2, 0, None), (2, 2, ["a"])]
 )
 def test_impossible_sheets_are_refused(count, columns, titles):
-    with pytest.raises(ValueError, match="picture"):
+    with pytest.raises(ValueError, match="^expected .* images"):
         contact_sheet([np.zeros((2, 2, 3), np.uint8)] * count, columns, titles)
 
 

@@ -1,5 +1,8 @@
-"""Dense distinct queries (arXiv 2303.12776): every position of the pyramid predicts classes and a
-box, and the best of those that differ become the first boxes and queries of the decoder."""
+"""Dense distinct queries (DDQ, arXiv 2303.12776).
+
+Every position of the pyramid predicts classes and a box. Non-maximum suppression selects distinct
+predictions with the best scores as the initial queries and boxes of the decoder.
+"""
 
 from dataclasses import dataclass
 
@@ -16,20 +19,19 @@ from .dynamic_stage import apply_box_deltas, branch
 
 __all__ = ["DenseQueries", "DistinctQueries"]
 
-NO_BOX = 0.5  # all four numbers of a box for which there is no position
-NEVER = -1e4  # a logit without loss or gradient
+NO_BOX = 0.5  # cx, cy, w and h of a query without position
+NEVER = -1e4  # logit of the padding, without loss and gradient
 
 
 @dataclass(frozen=True)
 class DistinctQueries:
-    """The input of the first decoder stage.
+    """Input of the first decoder stage.
 
     Args:
         content: (B, Q, C).
-        logits: (B, Q, K) of a sigmoid each, without gradient.
-        boxes: (B, Q, 4) cx, cy, w, h, normalised by the unpadded image, without gradient, float32
-            or wider; as the logits.
-        dense: the prediction that they were chosen from, of every position.
+        logits: (B, Q, K) sigmoid logits, detached, float32 or wider.
+        boxes: (B, Q, 4) cx, cy, w, h, normalised by the unpadded image, detached, float32 or wider.
+        dense: prediction of all positions, from which the queries are selected.
     """
 
     content: Tensor
@@ -41,24 +43,23 @@ class DistinctQueries:
 class DenseQueries(nn.Module):
     """Queries and boxes from a dense head.
 
-    The head is one hidden layer, and output layers for classes and boxes, at every position by
-    itself: the encoder has mixed each position with its neighbours. A box is predicted
-    relative to a square anchor around its position. The head is trained with several positions for
-    each object, so that many of the best say the same; class-agnostic non-maximum suppression
-    leaves one of them.
+    The head has one hidden layer and two output layers, for classes and boxes. It is applied to
+    each position separately, because the encoder has already mixed neighbouring positions. Boxes
+    are predicted relative to square anchors centred at the positions. Training assigns several
+    positions to each object, so many of the best predictions are duplicates; class-agnostic
+    non-maximum suppression (NMS) removes them.
 
     Args:
         channels: C.
-        num_classes: K. The dense head has sigmoid logits whatever those of the stages are.
+        num_classes: K. The head has sigmoid logits for any class head of the stages.
         num_queries: Q.
-        anchor_scale: side of an anchor, in strides of its level.
-        candidates: positions with the best scores that suppression chooses from; at least Q are
-            taken.
-        nms_threshold: IoU above which a candidate is suppressed by a better one. Suppressed
-            candidates come last, and only where fewer than Q are left.
+        anchor_scale: side of an anchor in strides of its level.
+        candidates: number of positions with the best scores before NMS; raised to Q if smaller.
+        nms_threshold: IoU above which a better candidate suppresses another. If fewer than Q
+            candidates are kept, the best suppressed ones follow them.
 
     Raises:
-        ValueError: an argument is out of its key's range.
+        ValueError: an argument is out of range.
     """
 
     @configurable
@@ -102,13 +103,19 @@ class DenseQueries(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> DistinctQueries:
-        """Where an image has fewer than Q positions, the last queries carry nothing of it."""
+        """Return the queries of a batch.
+
+        If an image has fewer than Q positions, the content of its last queries does not depend on
+        the image, their boxes are (0.5, 0.5, 0.5, 0.5) and their logits 0.
+        """
         prediction = self._predict(pyramid)
         index, chosen = self._choose(prediction, pyramid.valid_table())
-        boxes = _gather(prediction.pred_boxes.detach(), index)
+        rows = index[..., None]
+        boxes = prediction.pred_boxes.detach().take_along_dim(rows, dim=1)
         boxes = torch.where(chosen, boxes, NO_BOX)
-        logits = torch.where(chosen, _gather(prediction.pred_logits.detach(), index), 0)
-        content = torch.where(chosen, _gather(pyramid.table(), index), 0)
+        logits = prediction.pred_logits.detach().take_along_dim(rows, dim=1)
+        logits = torch.where(chosen, logits, 0)
+        content = torch.where(chosen, pyramid.table().take_along_dim(rows, dim=1), 0)
         content = self.content_norm(self.content(content))
         return DistinctQueries(content, logits, boxes, prediction)
 
@@ -126,27 +133,30 @@ class DenseQueries(nn.Module):
 
     @torch.no_grad()
     def _choose(self, prediction: Prediction, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (B, Q) of the table; and whether there was a position to choose: (B, Q, 1) bool."""
+        """Select the queries.
+
+        Args:
+            prediction: prediction of all positions.
+            valid: (B, ΣHW) bool, False in the padding.
+
+        Returns:
+            Rows of the table, (B, Q) int64, and whether the image has such a row, (B, Q, 1) bool.
+        """
         scores = prediction.pred_logits.amax(dim=-1).masked_fill(~valid, -float("inf"))
         scores = F.pad(scores, (0, max(0, self.num_queries - scores.shape[1])), value=-float("inf"))
         scores, index = scores.topk(min(self.candidates, scores.shape[1]), dim=1)
         index = index.clamp(max=valid.shape[1] - 1)
-        boxes = box_cxcywh_to_xyxy(_gather(prediction.pred_boxes, index))
+        boxes = box_cxcywh_to_xyxy(prediction.pred_boxes.take_along_dim(index[..., None], dim=1))
         present = scores > -float("inf")
-        # kept ones first, then suppressed ones, then those that are none; the best first in each
+        # first the kept candidates, then the suppressed ones, then the padding; each by score
         order = torch.arange(scores.shape[1], device=scores.device)
         order = order + scores.shape[1] * (~nms_mask(boxes, self.nms_threshold) + 2 * ~present)
         first = order.topk(self.num_queries, dim=1, largest=False).indices
         return index.gather(1, first), present.gather(1, first)[..., None]
 
 
-def _gather(table: Tensor, index: Tensor) -> Tensor:
-    """Rows (B, Q, ...) of a table (B, N, ...)."""
-    return table.gather(1, index[..., None].expand(-1, -1, table.shape[-1]))
-
-
 def _cells(pyramid: Pyramid) -> Tensor:
-    """The cell of each position as a box, cx, cy, w, h, normalised by the image: (B, ΣHW, 4)."""
+    """Return the cell of each position, (B, ΣHW, 4) cx, cy, w, h, normalised by the image."""
     sizes = pyramid.image_sizes.flip(-1)[:, None]  # (B, 1, 2) width, height
     levels = []
     for level, centers in enumerate(pyramid.level_centers()):

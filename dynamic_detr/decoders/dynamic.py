@@ -1,5 +1,4 @@
-"""The dynamic decoder (equations 8 to 14): learned queries and boxes, refined stage by stage
-from the whole image down to the object."""
+"""Dynamic decoder (equations 8 to 14): every stage refines the previous queries and boxes."""
 
 import math
 
@@ -19,15 +18,15 @@ __all__ = ["DynamicDecoder"]
 
 
 def image_boxes(count: int) -> Tensor:
-    """The whole image, again and again: (count, 4) cx, cy, w, h, normalised."""
+    """Return `count` boxes of the whole image: (count, 4) cx, cy, w, h, normalised."""
     return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(count, 1)
 
 
 def grid_boxes(count: int) -> Tensor:
-    """Squares spread evenly over the image, twice as wide as their distance.
+    """Return squares at the cells of a square grid, twice as wide as the cells.
 
-    They lie on the smallest square grid with enough places; where it has more than enough, places
-    are left out evenly.
+    The grid is the smallest with at least `count` cells; surplus cells are left out at equal
+    intervals.
 
     Returns:
         (count, 4) cx, cy, w, h, normalised.
@@ -44,30 +43,34 @@ INITIAL_BOXES = {"image": image_boxes, "grid": grid_boxes}
 
 @DECODER_REGISTRY.register()
 class DynamicDecoder(nn.Module):
-    """A stack of decoder stages with weights of their own.
+    """Stack of decoder stages with one prediction per stage.
 
-    Every stage predicts and is supervised; its boxes go to the next stage without gradient. With
-    dense queries, which have boxes and logits, stages correct the logits as they correct the boxes:
-    they add to those of the stage before, without gradient to it.
+    Each stage refines the detached boxes of the previous stage. With dense queries, which have
+    logits too, each stage also adds its logits to the detached logits of the previous stage.
 
     Args:
-        channels: C, of the queries and of the pyramid.
+        channels: C.
         num_classes: K.
         num_queries: Q.
         num_stages: S.
         class_head: "focal" or "softmax", see `ClassHead`.
-        dense_queries: gives the first boxes and queries; None for learned ones, as the paper, which
-            the next two arguments describe.
-        initial_boxes: where the first boxes start; "image": the whole image each, as the paper;
-            "grid": see `grid_boxes`.
-        learn_initial_boxes: whether the first boxes are parameters, or stay where they start.
-        checkpoint_stages: in training, keep only the inputs of each stage and compute it again in
-            the backward pass.
-        num_heads, ffn_dim, dropout, pooling_size, sampling_ratio, canonical_size, dynamic_dim,
-            dynamic_filter: see `DynamicDecoderStage`.
+        dense_queries: module that computes the initial queries and boxes; None for learned ones, as
+            in the paper.
+        initial_boxes: initial value of the learned boxes: "image" for the whole image, as in the
+            paper, or "grid", see `grid_boxes`.
+        learn_initial_boxes: True if the initial boxes are parameters, False if they are constant.
+        num_heads: see `DynamicDecoderStage`.
+        ffn_dim: see `DynamicDecoderStage`.
+        dropout: see `DynamicDecoderStage`.
+        pooling_size: see `DynamicDecoderStage`.
+        sampling_ratio: see `DynamicDecoderStage`.
+        canonical_size: see `DynamicDecoderStage`.
+        dynamic_dim: see `DynamicDecoderStage`.
+        dynamic_filter: see `DynamicDecoderStage`.
+        checkpoint_stages: recompute each stage in the backward pass of training.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     @configurable
@@ -126,7 +129,7 @@ class DynamicDecoder(nn.Module):
             )
             for _ in range(num_stages)
         )
-        if dense_queries is not None:  # stages start by hardly changing the logits that they get
+        if dense_queries is not None:  # at first, stages hardly change the logits of the queries
             for stage in self.stages:
                 nn.init.normal_(stage.class_logits.weight, std=0.01)
                 nn.init.zeros_(stage.class_logits.bias)
@@ -146,8 +149,7 @@ class DynamicDecoder(nn.Module):
         }
 
     def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """That of the dense queries, if there are any, then one prediction per stage, the last one
-        final."""
+        """Return the dense prediction, if any, and one prediction per stage, the last one final."""
         batch = pyramid.image_sizes.shape[0]
         if self.dense_queries is None:
             queries = self.query_embed.weight.expand(batch, -1, -1)
@@ -157,7 +159,7 @@ class DynamicDecoder(nn.Module):
         else:
             start = self.dense_queries(pyramid)
             queries, boxes, earlier = start.content, start.boxes, start.logits
-            if self.class_head == "softmax":  # "no object" as likely as a sigmoid of 1/2
+            if self.class_head == "softmax":  # "no object" has logit 0, a sigmoid of 1/2
                 earlier = F.pad(earlier, (0, 1))
             predictions = [start.dense]
         recompute = self.checkpoint_stages and self.training

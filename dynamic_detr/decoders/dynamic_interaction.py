@@ -1,5 +1,7 @@
-"""Cross-attention by dynamic filters (equations 10 and 11): a query generates the weights of 1×1
-convolutions, which are applied to the region of its own box."""
+"""Dynamic filters of the decoder (equations 10 and 11).
+
+A query generates the weights of 1×1 convolutions, which are applied to the region of its box.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,14 +12,13 @@ __all__ = ["DYNAMIC_FILTERS", "BottleneckInteraction", "SingleInteraction"]
 
 
 class _Readout(nn.Module):
-    """Filtered regions (B, Q, P, C) to one vector per query (B, Q, C)."""
-
     def __init__(self, channels: int, positions: int) -> None:
         super().__init__()
         self.linear = nn.Linear(positions * channels, channels)
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, regions: Tensor) -> Tensor:
+        """Map filtered regions (B, Q, P, C) to (B, Q, C)."""
         return F.relu(self.norm(self.linear(regions.flatten(2))))
 
 
@@ -26,7 +27,7 @@ class BottleneckInteraction(nn.Module):
 
     Args:
         channels: C.
-        positions: P, bins of a region.
+        positions: P, the bins of a region, R².
         dynamic_dim: D.
     """
 
@@ -38,7 +39,7 @@ class BottleneckInteraction(nn.Module):
         self.readout = _Readout(channels, positions)
 
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """(B, Q, C) queries and (B, Q, P, C) regions to (B, Q, C)."""
+        """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
         reduce, expand = self.filters(queries).chunk(2, dim=-1)
         channels = queries.shape[-1]
         regions = dynamic_conv(regions, reduce.unflatten(-1, (channels, -1)))
@@ -48,12 +49,12 @@ class BottleneckInteraction(nn.Module):
 
 
 class SingleInteraction(nn.Module):
-    """One dynamic filter C → C, followed by LayerNorm and ReLU, as equation 11 prints it.
+    """One dynamic filter C → C, followed by LayerNorm and ReLU, as in equation 11.
 
     Args:
         channels: C.
-        positions: P, bins of a region.
-        dynamic_dim: not used; there is no bottleneck.
+        positions: P, the bins of a region, R².
+        dynamic_dim: unused, as there is no bottleneck.
     """
 
     def __init__(self, channels: int, positions: int, dynamic_dim: int = 0) -> None:
@@ -63,7 +64,7 @@ class SingleInteraction(nn.Module):
         self.readout = _Readout(channels, positions)
 
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """(B, Q, C) queries and (B, Q, P, C) regions to (B, Q, C)."""
+        """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
         filters = self.filters(queries).unflatten(-1, (queries.shape[-1], -1))
         return self.readout(F.relu(self.norm(dynamic_conv(regions, filters))))
 

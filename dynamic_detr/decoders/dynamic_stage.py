@@ -1,6 +1,9 @@
-"""One stage of the dynamic decoder: queries look at each other (equation 9), then each at its own
-region through a filter of its own making (equations 8, 10, 11); what comes out classifies and
-moves its box (equations 12 to 14)."""
+"""One stage of the dynamic decoder.
+
+RoIAlign pools the region of each query's box (equation 8). After self-attention over the queries
+(equation 9), each query generates a filter that is applied to its region (equations 10 and 11).
+The result predicts classes and moves the box (equations 12 to 14).
+"""
 
 import math
 
@@ -15,12 +18,14 @@ from .dynamic_interaction import DYNAMIC_FILTERS
 
 __all__ = ["DynamicDecoderStage", "apply_box_deltas", "branch"]
 
-CENTER_WEIGHT = 2.0  # of the deltas of the centre; 1 for those of the size
-MAX_LOG_SCALE = math.log(1e5 / 16)  # a box grows at most this much in one stage
+CENTER_WEIGHT = 2.0  # dx and dy are divided by it
+MAX_LOG_SCALE = math.log(1e5 / 16)  # upper bound of dw and dh
 
 
 def apply_box_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
-    """Moves and scales boxes, relative to their own size, without clipping to the image.
+    """Move and scale boxes relative to their size, without clipping them to the image.
+
+    Detectron2's `Box2BoxTransform` takes corners and computes in float32 only.
 
     Args:
         boxes: (..., 4) cx, cy, w, h in any unit.
@@ -35,7 +40,7 @@ def apply_box_deltas(boxes: Tensor, deltas: Tensor) -> Tensor:
 
 
 class DynamicDecoderStage(nn.Module):
-    """Queries and boxes in; better queries, logits and better boxes out.
+    """Refinement of queries and boxes, with predicted classes.
 
     Args:
         channels: C.
@@ -43,16 +48,17 @@ class DynamicDecoderStage(nn.Module):
         class_head: "focal" or "softmax", see `ClassHead`.
         num_heads: heads of the self-attention.
         ffn_dim: hidden units of the feed-forward network.
-        dropout: after attention, dynamic convolution and both layers of the FFN.
-        pooling_size: R, bins on each side of the pooled region.
-        sampling_ratio: samples on each side of a bin.
-        canonical_size: box size in pixels that is pooled from stride 16.
-        dynamic_dim: width of the bottleneck between the two dynamic filters.
-        dynamic_filter: "bottleneck", two dynamic 1×1 convolutions C → dynamic_dim → C; or
-            "single", one C → C as equation 11 prints it.
+        dropout: probability, after attention, dynamic filters and both layers of the feed-forward
+            network.
+        pooling_size: R, bins on each side of a pooled region.
+        sampling_ratio: bilinear samples on each side of a bin.
+        canonical_size: square root of the area, in pixels, of the boxes pooled from stride 16.
+        dynamic_dim: hidden channels of the "bottleneck" filters.
+        dynamic_filter: "bottleneck" for two dynamic 1×1 convolutions C → dynamic_dim → C, or
+            "single" for one C → C, as in equation 11.
 
     Raises:
-        ValueError: an argument is out of its key's range, or the heads do not divide the channels.
+        ValueError: an argument is out of range, or the heads do not divide the channels.
     """
 
     def __init__(
@@ -108,23 +114,23 @@ class DynamicDecoderStage(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        # every stage starts by hardly moving the box: large first moves multiply over the stages
+        # at first, stages hardly move the boxes: large moves would multiply over the stages
         nn.init.normal_(self.box_deltas.weight, std=0.01)
         nn.init.zeros_(self.box_deltas.bias)
 
     def forward(
         self, pyramid: Pyramid, queries: Tensor, boxes: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One refinement.
+        """Apply the stage.
 
         Args:
-            pyramid: what the encoder said.
+            pyramid: output of the encoder.
             queries: (B, Q, C).
-            boxes: (B, Q, 4) float32 or wider, cx, cy, w, h, normalised by the unpadded image.
+            boxes: (B, Q, 4) cx, cy, w, h, normalised by the unpadded image, float32 or wider.
 
         Returns:
-            queries (B, Q, C), logits (B, Q, K), boxes (B, Q, 4) as they came; logits and boxes
-            in the dtype of the boxes.
+            Refined queries (B, Q, C); logits (B, Q, K), or (B, Q, K + 1) with a softmax head, and
+            refined boxes (B, Q, 4), both in the dtype of the boxes.
         """
         height, width = pyramid.image_sizes.to(boxes.dtype).unbind(dim=1)
         scale = torch.stack([width, height, width, height], dim=1)[:, None]
@@ -149,7 +155,10 @@ class DynamicDecoderStage(nn.Module):
 
 
 def branch(channels: int, layers: int) -> nn.Sequential:
-    """Linear layers without bias, each followed by LayerNorm and ReLU: (..., C) to (..., C)."""
+    """Return linear layers without bias, each with LayerNorm and ReLU: (..., C) to (..., C).
+
+    torchvision's `MLP` has no norm and activation after its last layer.
+    """
     return nn.Sequential(
         *(
             module

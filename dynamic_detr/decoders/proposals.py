@@ -1,5 +1,8 @@
-"""The first stage of two-stage Deformable DETR (section 4.2, appendix A.4): every position of the
-pyramid proposes a box, and the best proposals become the queries of the decoder."""
+"""First stage of two-stage Deformable DETR (section 4.2, appendix A.4).
+
+Every position of the pyramid proposes a box. The proposals with the best scores become the queries
+and reference boxes of the decoder.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -11,19 +14,20 @@ from .deformable_queries import Queries
 
 __all__ = ["ProposedQueries"]
 
-BASE_SIZE = 0.05  # side of an anchor on the finest level, as a share of the image's
-LEAST, MOST = 0.01, 0.99  # an anchor with a number outside proposes nothing
-NEVER = -1e4  # a logit without loss or gradient, whose match would cost more than any other
+BASE_SIZE = 0.05  # side of an anchor of the finest level, normalised by the image
+LEAST, MOST = 0.01, 0.99  # range of cx, cy, w and h of an anchor in use
+NEVER = -1e4  # logit of the padding, without loss and gradient, which is matched last
 
 
 class ProposedQueries(nn.Module):
     """Queries from the proposals with the best scores.
 
-    A position refines an anchor: a box around its own centre, whose side doubles from level to
-    level. It is scored by the logit of class 0, which the criterion trains to tell objects from
-    everything else. A position whose anchor leaves (0.01, 0.99) in any number sees nothing and
-    proposes the box (1, 1, 1, 1), but may be chosen, as in the published system. Padding is chosen
-    only where the image has too few positions, and proposes the same.
+    Each position refines an anchor, a square at its centre whose side doubles from level to level.
+    The score of a proposal is the logit of class 0, which the criterion trains with class 0 for all
+    objects. If a coordinate of an anchor is outside (0.01, 0.99), the features of the position are
+    set to zero and the proposed box is (1, 1, 1, 1); it can still be selected, as in the published
+    code. The padding proposes the same box and is selected only if the image has fewer than Q
+    positions.
 
     Args:
         channels: C, even.
@@ -49,7 +53,7 @@ class ProposedQueries(nn.Module):
         nn.init.zeros_(self.box_head.layers[-1].bias)
 
     def forward(self, pyramid: Pyramid) -> Queries:
-        """References are boxes, and go on without gradient."""
+        """Return the queries of a batch, with detached boxes as references."""
         table, valid = pyramid.table(), pyramid.valid_table()
         anchors = self._anchors(pyramid).to(torch.promote_types(table.dtype, torch.float32))
         inside = valid & ((anchors > LEAST) & (anchors < MOST)).all(dim=-1)  # (B, ΣHW)
@@ -67,7 +71,7 @@ class ProposedQueries(nn.Module):
         return Queries(content, positions, boxes, [proposals])
 
     def _best(self, box_logits: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
-        """Box logits (B, Q, 4) of the best proposals, best first; padding comes last."""
+        """Return the box logits of the best proposals, (B, Q, 4), by score; the padding is last."""
         scores = logits[..., 0]
         if self.class_head.class_head == "softmax":
             scores = logits.log_softmax(dim=-1)[..., 0]
@@ -77,11 +81,11 @@ class ProposedQueries(nn.Module):
             scores = F.pad(scores, (0, lacking), value=-float("inf"))
             box_logits = F.pad(box_logits, (0, 0, 0, lacking), value=float("inf"))
         best = scores.topk(self.num_queries, dim=1).indices
-        return box_logits.gather(1, best[..., None].expand(-1, -1, 4))
+        return box_logits.take_along_dim(best[..., None], dim=1)
 
     @staticmethod
     def _anchors(pyramid: Pyramid) -> Tensor:
-        """(B, ΣHW, 4) float32 cx, cy, w, h, normalised by the image."""
+        """Return the anchors, (B, ΣHW, 4) float32 cx, cy, w, h, normalised by the image."""
         levels = [
             F.pad(centers, (0, 2), value=BASE_SIZE * 2**level)
             for level, centers in enumerate(pyramid.level_centers())
@@ -89,7 +93,7 @@ class ProposedQueries(nn.Module):
         return torch.cat(levels, dim=1)
 
     def _nothing(self, logits: Tensor) -> Tensor:
-        """Logits (K or K + 1,) that are certain that there is no object."""
+        """Return the logits of the padding, (K,) or (K + 1,): "no object" with certainty."""
         nothing = logits.new_full(logits.shape[-1:], NEVER)
         if self.class_head.class_head == "softmax":
             nothing[-1] = 0

@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 
 from ..config import check_arguments
-from ..layers import MLP, ClassHead, apply_layer, sine_positions
+from ..layers import MLP, ClassHead, apply_layer, check_levels, sine_positions
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
 from .smca_layer import SMCADecoderLayer
@@ -113,10 +113,7 @@ class SMCADecoder(nn.Module):
         Raises:
             ValueError: the pyramid does not have `num_levels` levels.
         """
-        if len(pyramid) != self.num_levels:
-            raise ValueError(
-                f"SMCADecoder: got {len(pyramid)} levels; wants num_levels, {self.num_levels}."
-            )
+        check_levels(self, self.num_levels, pyramid)
         table = pyramid.table()
         pyramid_positions = sine_positions(pyramid, pyramid.channels, offset=1).to(table.dtype)
         positions = self.query_embed.weight.expand(len(table), -1, -1)

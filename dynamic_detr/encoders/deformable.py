@@ -10,6 +10,7 @@ from ..layers import (
     FeedForward,
     apply_layer,
     check_heads,
+    check_levels,
     sine_positions,
 )
 from ..structures import Pyramid
@@ -132,11 +133,7 @@ class DeformableEncoder(nn.Module):
         Raises:
             ValueError: the pyramid does not have `num_levels` levels.
         """
-        if len(pyramid) != len(self.level_embed):
-            raise ValueError(
-                f"DeformableEncoder: the pyramid has {len(pyramid)} levels; wants "
-                f"{len(self.level_embed)}, its num_levels."
-            )
+        check_levels(self, len(self.level_embed), pyramid)
         table = pyramid.masked().table()
         positions = self._positions(pyramid).to(table.dtype)
         recompute = self.checkpoint_layers and self.training

@@ -2,19 +2,21 @@
 
     level' = DyReLU( mean over neighbours k of  s_k · GN_k( DCN_k(·) ) )
 
-The neighbours of a level are the finer level, the level itself and the coarser one. Offsets and
-modulations are predicted once, from the level itself, for the three deformable convolutions DCN_k
-(equation 4); s_k weighs each result by its mean (equation 5), and the DyReLU (equation 6) of their
-mean is the new level (equation 7). The weights of the block are shared by all levels.
+The neighbours of a level are the finer level, the level itself and the coarser level. Each level
+predicts one set of offsets and modulations for its three deformable convolutions DCN_k (equation
+4). The scale weight s_k is predicted from the mean of the k-th result (equation 5). The DyReLU
+(equation 6) of the weighted mean is the new level (equation 7). All levels share the weights of the
+block.
 
-`plain_forward` says this operation by operation. `forward` computes the same, and leaves everything
-behind the convolutions to one operator that reads each map as seldom as possible.
+`plain_forward` computes this operation by operation. `forward` computes the same, with one fused
+operator for everything after the convolutions.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import check_levels
 from ..ops import FusionWeights, deform_conv2d, fuse_levels
 from ..structures import Pyramid
 from .dyrelu import DyReLU, hard_sigmoid
@@ -38,13 +40,19 @@ class NormedDeformConv(nn.Module):
     def forward(
         self, features: Tensor, offset: Tensor | None, mask: Tensor | None, valid: Tensor
     ) -> Tensor:
-        """(B, C, H, W) features to (B, C, Ho, Wo), normalised over the true pixels, those where
-        `valid` (B, 1, Ho, Wo) is True."""
+        """Map features (B, C, H, W) to (B, C, Ho, Wo); the norm ignores the padding.
+
+        Args:
+            features: (B, C, H, W).
+            offset: (B, 18, Ho, Wo) in pixels of the features; None for a plain convolution.
+            mask: (B, 9, Ho, Wo) modulation; None without offsets.
+            valid: (B, 1, Ho, Wo) bool, False in the padding.
+        """
         out = self.convolve(features, offset, mask) + self.conv.bias[:, None, None]
         return _group_norm(out, self.norm, valid)
 
     def convolve(self, features: Tensor, offset: Tensor | None, mask: Tensor | None) -> Tensor:
-        """The convolution without its bias; a plain one where there are no offsets."""
+        """Return the convolution without its bias; see `forward` for the arguments."""
         weight, stride = self.conv.weight, self.conv.stride[0]
         if offset is None:
             return F.conv2d(features, weight, None, stride, padding=1)
@@ -52,22 +60,23 @@ class NormedDeformConv(nn.Module):
 
 
 class DynamicEncoderBlock(nn.Module):
-    """Pyramid to pyramid of the same shape.
+    """Convolutions between neighbouring levels with scale, spatial and channel attention.
 
-    An offset is a displacement in pixels of the level that predicts it. At a neighbour it is
-    multiplied by the ratio of the strides, so that all three convolutions look at the same place
-    in the image; for the grid of the coarser neighbour, offsets and modulations are averaged over
-    the true pixels of each 2×2 block.
+    An offset is a displacement in pixels of the level that predicts it. For a neighbour it is
+    multiplied by the ratio of the strides, so all three convolutions sample the same place of the
+    image. For the grid of the coarser neighbour, offsets and modulations are averaged over the true
+    pixels of each 2×2 block.
+
+    The three switches are the ablations of DyHead's Table 1.
 
     Args:
         channels: C.
         num_groups: groups of each GroupNorm.
-        num_levels: levels of every pyramid that comes; None for any number. A block for one level
-            has no parameters for neighbours, which would never get a gradient.
-        scale_attention: weigh the neighbours by equation 5, and not all alike.
-        spatial_attention: sample at predicted offsets, and not on the grid of a plain convolution.
-        channel_attention: activate by the DyReLU, and not by a ReLU. (The three are the ablations
-            of DyHead's Table 1.)
+        num_levels: L; None for any number. With one level the block has no parameters for the
+            neighbours, which would never get a gradient.
+        scale_attention: weigh the neighbours by equation 5; if False, equally.
+        spatial_attention: sample at predicted offsets; if False, the convolutions are plain.
+        channel_attention: DyReLU activation; if False, ReLU.
     """
 
     def __init__(
@@ -98,7 +107,7 @@ class DynamicEncoderBlock(nn.Module):
             nn.init.zeros_(self.scale.bias)
 
     def plain_forward(self, pyramid: Pyramid) -> Pyramid:
-        """Equations 4 to 7, operation by operation: what `forward` computes in fewer steps."""
+        """Compute equations 4 to 7 operation by operation: the reference for `forward`."""
         levels = []
         for i in range(len(pyramid)):
             valid, sampling = pyramid.valid_mask(i), self._sampling(pyramid, i)
@@ -121,12 +130,15 @@ class DynamicEncoderBlock(nn.Module):
         return pyramid.with_features(levels)  # equation 7
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
-        """Features beyond the true sizes are taken to be zero, and are zero in the result.
+        """Return a pyramid of the same shape, with zeros in the padding.
+
+        Args:
+            pyramid: pyramid with zeros in the padding.
 
         Raises:
-            ValueError: the pyramid has not num_levels levels.
+            ValueError: the pyramid does not have `num_levels` levels.
         """
-        self._check(pyramid)
+        check_levels(self, self.num_levels, pyramid)
         maps = [
             {
                 neighbour: getattr(self, neighbour).convolve(*arguments)
@@ -145,20 +157,15 @@ class DynamicEncoderBlock(nn.Module):
         )
         return pyramid.with_features(levels)
 
-    def _check(self, pyramid: Pyramid) -> None:
-        if self.num_levels not in (None, len(pyramid)):
-            raise ValueError(
-                f"{type(self).__name__}: pyramid has {len(pyramid)} levels; "
-                f"wants num_levels, which is {self.num_levels}."
-            )
-
     def _sampling(self, pyramid: Pyramid, i: int) -> dict[str, Sampling]:
-        """What the convolutions of level i sample: the features of each neighbour that there is,
-        and where; None for both offset and modulation where the grid is sampled."""
+        """Return the inputs of the convolutions of level i, by existing neighbour.
+
+        Offset and modulation are None without spatial attention.
+        """
         features, offset, mask = pyramid.features, None, None
         if self.offset is not None:
             predicted = self.offset(features[i])
-            # a position in half precision would be off by a large part of a pixel
+            # sampling positions in half precision would be off by a large part of a pixel
             predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
             offset, mask = predicted[:, : 2 * TAPS], predicted[:, 2 * TAPS :].sigmoid()
         sampling = {"same": (features[i], offset, mask)}
@@ -173,14 +180,16 @@ class DynamicEncoderBlock(nn.Module):
     def _at_finer(
         self, offset: Tensor, mask: Tensor, pyramid: Pyramid, i: int
     ) -> tuple[Tensor, Tensor]:
-        """Offset and modulation of level i for the grid of the convolution on its finer neighbour,
-        which is that of the level."""
+        """Return offset and modulation of level i for the convolution on its finer neighbour.
+
+        The output grid of that convolution, of stride 2, is the grid of level i.
+        """
         return offset * (pyramid.strides[i] / pyramid.strides[i - 1]), mask
 
     def _at_coarser(
         self, offset: Tensor, mask: Tensor, pyramid: Pyramid, i: int
     ) -> tuple[Tensor, Tensor]:
-        """The same for the coarser neighbour."""
+        """Return offset and modulation of level i for the convolution on its coarser neighbour."""
         ratio = pyramid.strides[i] / pyramid.strides[i + 1]
         both = torch.cat([offset * ratio, mask], dim=1)
         if pyramid.is_unpadded(i):
@@ -191,8 +200,11 @@ class DynamicEncoderBlock(nn.Module):
         return halved[:, : 2 * TAPS], halved[:, 2 * TAPS :]
 
     def _upsample(self, coarser: Tensor, pyramid: Pyramid, i: int) -> Tensor:
-        """The map of level i's coarser neighbour at level i: twofold, its last true row and column
-        continued, cropped."""
+        """Upsample the map of the coarser neighbour twofold to the shape of level i.
+
+        The last true row and column are first repeated into the padding, so that interpolation
+        reads no padding.
+        """
         last = (pyramid.sizes(i + 1) - 1)[:, :, None]  # (B, 2, 1)
         y, x = (torch.arange(n, device=coarser.device) for n in coarser.shape[-2:])
         y, x = torch.minimum(y, last[:, 0]), torch.minimum(x, last[:, 1])
@@ -218,14 +230,14 @@ class DynamicEncoderBlock(nn.Module):
 
 
 def _mean(features: Tensor, valid: Tensor) -> Tensor:
-    """(B, C), over the true pixels."""
+    """Return the mean over the true pixels, (B, C)."""
     wide = torch.promote_types(features.dtype, torch.float32)
     mean = features.where(valid, 0).sum(dim=(2, 3), dtype=wide) / valid.sum(dim=(2, 3))
     return mean.to(features.dtype)
 
 
 def _group_norm(features: Tensor, norm: nn.GroupNorm, valid: Tensor) -> Tensor:
-    """The norm with statistics of the true pixels."""
+    """Apply the norm with the statistics of the true pixels; `F.group_norm` takes no mask."""
     groups = features.to(torch.promote_types(features.dtype, torch.float32))
     groups = groups.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, H, W)
     pixels, count = valid[:, None], valid.sum(dim=(1, 2, 3)) * groups.shape[2]
@@ -241,5 +253,5 @@ def _group_norm(features: Tensor, norm: nn.GroupNorm, valid: Tensor) -> Tensor:
 
 
 def _mean_of_blocks(values: Tensor) -> Tensor:
-    """The mean of each 2×2 block, of what there is of it at an odd edge."""
+    """Return the mean of each 2×2 block; at an odd edge, of the pixels that exist."""
     return F.avg_pool2d(values, 2, ceil_mode=True, count_include_pad=False)

@@ -9,6 +9,7 @@ padding in the statistics.
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers import check_levels
 from ..structures import Pyramid
 from .dynamic_block import DynamicEncoderBlock
 
@@ -20,7 +21,7 @@ class LegacyDynamicEncoderBlock(DynamicEncoderBlock):
 
     def forward(self, pyramid: Pyramid) -> Pyramid:
         """Return a pyramid of the same shape, computed as if there were no padding."""
-        self._check(pyramid)
+        check_levels(self, self.num_levels, pyramid)
         whole = Pyramid(pyramid.features, pyramid.strides)
         return pyramid.with_features(self.plain_forward(whole).features)
 

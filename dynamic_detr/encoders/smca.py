@@ -6,7 +6,7 @@ from detectron2.config import CfgNode, configurable
 from torch import nn
 
 from ..config import check_arguments
-from ..layers import apply_layer, sine_positions
+from ..layers import apply_layer, check_levels, sine_positions
 from ..structures import Pyramid
 from .build import ENCODER_REGISTRY
 from .smca_block import SMCAEncoderBlock
@@ -81,10 +81,7 @@ class SMCAEncoder(nn.Module):
         Raises:
             ValueError: the pyramid does not have `num_levels` levels.
         """
-        if len(pyramid) != self.num_levels:
-            raise ValueError(
-                f"SMCAEncoder: got {len(pyramid)} levels; wants num_levels, {self.num_levels}."
-            )
+        check_levels(self, self.num_levels, pyramid)
         pyramid = pyramid.masked()
         positions = sine_positions(pyramid, pyramid.channels, offset=1).to(pyramid.table().dtype)
         recompute = self.checkpoint_blocks and self.training

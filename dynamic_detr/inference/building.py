@@ -30,8 +30,8 @@ class _Checkpointer(SafeCheckpointer):
         if is_model_file(self.path) and (missing or incompatible.incorrect_shapes):
             name = [*missing, *(entry[0] for entry in incompatible.incorrect_shapes)][0]
             raise UserError(
-                f"the weights in {self.path} are those of another model than the configuration's "
-                f"({name} does not fit)"
+                f"the weights in {self.path} do not fit the configured model ({name} is missing or "
+                "has another shape)"
             )
         super()._log_incompatible_keys(incompatible._replace(missing_keys=[], unexpected_keys=[]))
         if missing:
@@ -58,7 +58,7 @@ def build_with_weights(cfg: CfgNode) -> tuple[nn.Module, dict[str, Any]]:
     cfg = cfg.clone()
     cfg.defrost()
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("no GPU here: running on the CPU")
+        logger.warning("no GPU is available: running on the CPU")
         cfg.MODEL.DEVICE = "cpu"
     model = build_detector(cfg)
     if not cfg.MODEL.WEIGHTS:

@@ -63,13 +63,13 @@ def load(
     if not is_model_file(source):
         require_model(source)
         raise UserError(
-            f"{source} is no model file (*.safetensors); load other weights with their "
-            "configuration: Detector.from_config(cfg)"
+            f"{source} is not a model file (*.safetensors); use Detector.from_config(cfg) for "
+            "other weights"
         )
     cfg = read_config(source, [])
     cfg.MODEL.DEVICE = str(device or cfg.MODEL.DEVICE)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"device is {cfg.MODEL.DEVICE!r}, and there is no GPU here")
+        raise UserError(f"device is {cfg.MODEL.DEVICE!r}, but no GPU is available")
     return Detector.from_config(cfg, threshold=threshold)
 
 
@@ -84,8 +84,7 @@ def require_stages(architecture: str) -> None:
     """
     if CLASS_COUNTS.get(architecture) != "SET_DETECTOR":
         raise UserError(
-            "stages are those of a SetDetector's decoder, and this is "
-            f"{architecture}; leave them out"
+            f"decoder stages need MODEL.META_ARCHITECTURE SetDetector, got {architecture}"
         )
 
 
@@ -123,7 +122,7 @@ class Detector:
         info: ModelInfo | None = None,
     ) -> None:
         if image_format not in ("RGB", "BGR"):
-            raise UserError(f"INPUT.FORMAT is {image_format!r}; a detector takes RGB or BGR")
+            raise UserError(f"INPUT.FORMAT is {image_format!r}; it must be RGB or BGR")
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold is {threshold}; it must be between 0 and 1")
         self.model = model.eval()
@@ -259,8 +258,8 @@ class Detector:
         for output in outputs:
             if "instances" not in output:
                 raise UserError(
-                    f"this detector returns {', '.join(output) or 'nothing'} and no instances; "
-                    "take the configuration of a detector of boxes"
+                    "expected a model that outputs instances, got "
+                    f"{', '.join(output) or 'no outputs'}; use the configuration of a box detector"
                 )
         return [output["instances"].to("cpu") for output in outputs]
 
@@ -314,7 +313,7 @@ class Detector:
         from ..engine.trainer import Trainer
 
         if self.cfg is None:
-            raise UserError("cfg is None; a detector needs its configuration to be evaluated")
+            raise UserError("cfg is None; evaluate needs the configuration of the detector")
         cfg = copy.deepcopy(self.cfg)
         cfg.defrost()
         args = Namespace(train_json=None, train_images=None, eval_only=True)

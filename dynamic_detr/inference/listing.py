@@ -41,7 +41,7 @@ def list_pictures(inputs: Sequence[str], folder: str | None = None) -> Listing:
     annotations = [name for name in inputs if name.lower().endswith(".json")]
     if not annotations:
         if folder:
-            raise UserError("--images goes with a JSON of annotations as --input")
+            raise UserError("--images needs a JSON file of annotations as --input")
         return Listing(find_images(inputs))
     if len(inputs) > 1:
         raise UserError(f"the annotations {annotations[0]} must be the only --input")
@@ -56,11 +56,11 @@ def _read(path: Path, folder: str | None) -> Listing:
         paths = [Path(folder or path.parent) / name for name, _ in images]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         reason = one_line(error)[:100]
-        raise UserError(f"{path} is no JSON of COCO's annotations ({reason})") from error
+        raise UserError(f"{path} is not a JSON file of COCO annotations ({reason})") from error
     if not paths:
         raise UserError(f"{path} lists no images")
     if not paths[0].exists() and not folder:
-        raise UserError(f"{paths[0]} does not exist: name the folder of the pictures with --images")
+        raise UserError(f"{paths[0]} does not exist: set the folder of the images with --images")
     return Listing(paths, [number for _, number in images], categories)
 
 
@@ -80,6 +80,8 @@ def use_category_ids(detector: Detector, category_ids: dict[str, int]) -> list[s
     shared = [name for name in detector.class_names if name in category_ids]
     if not shared:
         own, others = (", ".join(list(part)[:5]) for part in (detector.class_names, category_ids))
-        raise UserError(f"the annotations' classes ({others}) are none of the detector's ({own})")
+        raise UserError(
+            f"the annotations ({others}) and the detector ({own}) have no class in common"
+        )
     detector.category_ids = [category_ids.get(name, 0) for name in detector.class_names]
     return shared

@@ -92,8 +92,8 @@ def collect(source: Any, channel_order: str = "RGB") -> Pictures:
     if isinstance(source, Iterable):
         return Pictures(_each(source, channel_order), None, is_stream=True)
     raise WrongPicture(
-        f"source is a {type(source).__name__}; it must be a path, an image of Pillow, an array, a "
-        "tensor, or a list of these"
+        "expected a path, a Pillow image, an array, a tensor or a list of these, got "
+        f"{type(source).__name__}"
     )
 
 
@@ -154,10 +154,9 @@ def to_picture(source: Any, channel_order: str = "RGB") -> np.ndarray:
             pixels = pixels.transpose(1, 2, 0)
     channels = pixels.shape[2] if pixels.ndim == 3 else 1
     if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
-        wanted = "(H, W), (H, W, C)" if kind == "array" else "(H, W), (C, H, W)"
-        raise WrongPicture(
-            f"the {kind} has shape {tuple(source.shape)}; a picture has {wanted} with C 1, 3 or 4"
-        )
+        shape = "(H, W, C)" if kind == "array" else "(C, H, W)"
+        found = tuple(source.shape)
+        raise WrongPicture(f"{kind}: expected (H, W) or {shape} with C = 1, 3 or 4, got {found}")
     pixels = _as_uint8(pixels, kind)
     if channels == 1:
         return np.repeat(pixels.reshape(*pixels.shape[:2], 1), 3, axis=2)
@@ -171,12 +170,10 @@ def _as_uint8(pixels: np.ndarray, kind: str) -> np.ndarray:
     if pixels.dtype == np.uint8:
         return pixels
     if pixels.dtype.kind != "f":
-        raise WrongPicture(
-            f"the {kind} has values of type {pixels.dtype}; they must be uint8, or floats in 0 to 1"
-        )
+        raise WrongPicture(f"{kind}: expected uint8 or floats in [0, 1], got {pixels.dtype}")
     low, high = float(pixels.min()), float(pixels.max())
     if not (low >= 0 and high <= 1):  # also true for NaN
         raise WrongPicture(
-            f"the {kind} has floats from {low:g} to {high:g}; they must be in 0 to 1, or uint8"
+            f"{kind}: expected floats in [0, 1] or uint8, got floats from {low:g} to {high:g}"
         )
     return (pixels * 255 + 0.5).astype(np.uint8)

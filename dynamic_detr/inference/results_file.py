@@ -33,8 +33,8 @@ class ResultsFile:
         lines = list(self._lines()) if resume else []
         if lines and lines[0] != {"origin": origin}:
             raise UserError(
-                f"{self.journal} holds results of another detector: remove it, or leave "
-                "--resume out"
+                f"{self.journal} holds results of another detector: remove it, or run without "
+                "--resume"
             )
         self.done = {line["picture"] for line in lines[1:]}
         try:

@@ -1,7 +1,8 @@
 """Layers shared by several encoders and decoders."""
 
-from .attention import Attention, check_heads, padding_mask
+from .attention import Attention, padding_mask
 from .box_head import MLP, inverse_sigmoid
+from .checks import check_heads, check_levels
 from .class_head import ClassHead, class_scores
 from .deformable_attention import DeformableAttention
 from .feed_forward import FeedForward
@@ -16,6 +17,7 @@ __all__ = [
     "FeedForward",
     "apply_layer",
     "check_heads",
+    "check_levels",
     "class_scores",
     "inverse_sigmoid",
     "padding_mask",

@@ -4,25 +4,7 @@ from torch import Tensor, nn
 
 from ..structures import Pyramid
 
-__all__ = ["Attention", "check_heads", "padding_mask"]
-
-
-def check_heads(node: str, num_heads: int, channels: int) -> None:
-    """Check that the number of heads divides the number of channels.
-
-    Args:
-        node: config node with the key NUM_HEADS, for example "MODEL.TRANSFORMER_ENCODER".
-        num_heads: attention heads.
-        channels: C.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if channels % num_heads:
-        raise ValueError(
-            f"{node}.NUM_HEADS is {num_heads}; it must divide MODEL.SET_DETECTOR.HIDDEN_DIM, which "
-            f"is {channels}."
-        )
+__all__ = ["Attention", "padding_mask"]
 
 
 def padding_mask(pyramid: Pyramid) -> Tensor | None:

@@ -1,6 +1,7 @@
-"""Multi-scale deformable attention (Deformable DETR, equation 3) as a layer of a transformer, with
-its residual and norm after it: a query looks at a few points of every level, around a place that
-it is given."""
+"""Multi-scale deformable attention (Deformable DETR, equation 3) with residual and layer norm.
+
+A query samples a few points of every level around its reference point.
+"""
 
 import math
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import ms_deform_attn
 from ..structures import Pyramid
 from .attention import padding_mask
+from .checks import check_levels
 
 __all__ = ["DeformableAttention"]
 
@@ -17,14 +19,12 @@ __all__ = ["DeformableAttention"]
 class DeformableAttention(nn.Module):
     """norm(x + dropout(attention(x + positions, references, pyramid))).
 
-    References are normalised by the image; what of a level is padding is known here alone.
-
     Args:
         channels: C.
         num_heads: attention heads, a divisor of C; see `check_heads`.
-        num_levels: L, levels of the pyramids that it reads.
-        num_points: P, sampled points for each head and level.
-        dropout: probability, of what is added to x.
+        num_levels: L.
+        num_points: P, sampled points per head and level.
+        dropout: probability, for the output of the attention.
     """
 
     def __init__(
@@ -42,8 +42,11 @@ class DeformableAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each head starts to look in a direction of its own, one cell further with each point,
-        at all points alike, whatever the query (appendix A.4)."""
+        """Initialise the layers (appendix A.4).
+
+        Each head samples in a direction of its own, point p at a distance of p cells, with equal
+        weights for all queries.
+        """
         for layer in (self.sampling_offsets, self.attention_weights):
             nn.init.zeros_(layer.weight)
         for layer in (self.value_proj, self.output_proj):
@@ -60,28 +63,24 @@ class DeformableAttention(nn.Module):
             self.sampling_offsets.bias.copy_(offsets.flatten())
 
     def forward(self, x: Tensor, positions: Tensor, references: Tensor, pyramid: Pyramid) -> Tensor:
-        """One look at the pyramid.
+        """Apply the attention.
 
         Args:
             x: (B, Q, C).
             positions: (B, Q, C), added to x for the queries.
-            references: float32 or wider, normalised by the image: (B, Q, 2) points x, y, from
-                which offsets count in cells of each level; or (B, Q, 4) boxes cx, cy, w, h, from
-                whose centre they count in half sides by P.
-            pyramid: of L levels. What lies beyond the true sizes is not seen.
+            references: (B, Q, 2) points x, y or (B, Q, 4) boxes cx, cy, w, h, normalised by the
+                unpadded image, float32 or wider. The unit of the sampling offsets is a cell of the
+                level for points, and (w, h) / (2 P) for boxes.
+            pyramid: pyramid of L levels; the padding is not read.
 
         Returns:
             (B, Q, C).
 
         Raises:
-            ValueError: the pyramid has another number of levels.
+            ValueError: the pyramid does not have `num_levels` levels.
         """
         heads, levels, points = self.grid
-        if len(pyramid) != levels:
-            raise ValueError(
-                f"DeformableAttention: the pyramid has {len(pyramid)} levels; wants {levels}, "
-                "its num_levels."
-            )
+        check_levels(self, levels, pyramid)
         queries = x + positions
         offsets = self.sampling_offsets(queries).unflatten(-1, (heads, levels, points, 2))
         weights = self.attention_weights(queries).unflatten(-1, (heads, levels * points))
@@ -94,7 +93,7 @@ class DeformableAttention(nn.Module):
         return self.norm(x + self.dropout(self.output_proj(attended)))
 
     def _values(self, pyramid: Pyramid) -> Tensor:
-        """(B, ΣHW, heads, C / heads), zero beyond the true sizes."""
+        """Return the projected values, (B, ΣHW, heads, C / heads), with zeros in the padding."""
         values, padding = self.value_proj(pyramid.table()), padding_mask(pyramid)
         if padding is not None:
             values = values.masked_fill(padding[..., None], 0)
@@ -102,11 +101,15 @@ class DeformableAttention(nn.Module):
 
     @staticmethod
     def _sampling_locations(offsets: Tensor, references: Tensor, pyramid: Pyramid) -> Tensor:
-        """Where to sample the padded maps: (B, Q, heads, L, P, 2), as `ms_deform_attn` wants it.
+        """Return the sampling locations for `ms_deform_attn`, normalised by the padded sizes.
 
         Args:
-            offsets: (B, Q, heads, L, P, 2), in the unit that the references give them.
+            offsets: (B, Q, heads, L, P, 2), see `forward` for their unit.
             references: (B, Q, 2 or 4).
+            pyramid: pyramid of L levels.
+
+        Returns:
+            (B, Q, heads, L, P, 2) x, y.
         """
         dtype = torch.promote_types(offsets.dtype, references.dtype)
         references = references.to(dtype)[:, :, None, None, None]  # (B, Q, 1, 1, 1, 2 or 4)
@@ -115,6 +118,6 @@ class DeformableAttention(nn.Module):
         else:
             sizes = [pyramid.sizes(level).flip(-1) for level in range(len(pyramid))]
             unit = torch.stack(sizes, dim=1).to(dtype).reciprocal()[:, None, None, :, None]
-        # locations normalised by true sizes, times the ratios; multiplied out, as offsets are many
+        # (references + offsets · unit) · ratios, multiplied out: offsets is the largest tensor
         ratios = pyramid.valid_ratios().to(dtype)[:, None, None, :, None]  # (B, 1, 1, L, 1, 2)
         return torch.addcmul(references[..., :2] * ratios, offsets.to(dtype), unit * ratios)

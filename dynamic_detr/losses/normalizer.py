@@ -1,5 +1,8 @@
-"""By what the sums of a loss are divided, so that the gradient that DistributedDataParallel
-averages is that of one process with the whole batch."""
+"""Divisors of loss sums in data-parallel training.
+
+DistributedDataParallel averages gradients. With sums divided by their mean over the processes, the
+averaged gradient equals the gradient of one process with the whole batch.
+"""
 
 import torch
 from detectron2.utils import comm
@@ -9,8 +12,10 @@ __all__ = ["mean_over_processes"]
 
 
 def mean_over_processes(totals: Tensor) -> Tensor:
-    """For each total max(sum over all processes, 1) / number of processes, so that no process
-    divides by 0. All processes must call it."""
+    """Return max(sum over all processes, 1) / number of processes, for each total.
+
+    All processes must call this function. The maximum avoids a division by 0.
+    """
     world = comm.get_world_size()
     if world > 1:
         totals = totals.clone()

@@ -33,7 +33,7 @@ def find_images(inputs: Iterable[str]) -> list[Path]:
         path = Path(os.path.expanduser(name))
         if os.path.isdir(path):
             files = sorted(file for file in _entries(path) if _is_picture(file))
-            problem = f"the folder {name} holds no pictures"
+            problem = f"the folder {name} contains no images"
         elif os.path.exists(path):
             files, problem = [path], ""
         else:
@@ -76,13 +76,13 @@ def output_paths(images: Sequence[Path], output: str) -> list[Path]:
     if target.suffix.lower() in _IMAGE_SUFFIXES and not os.path.isdir(target):
         if len(images) > 1:
             raise UserError(
-                f"--output {output} is one file and there are {len(images)} pictures; name a folder"
+                f"--output {output} is one file for {len(images)} images; name a folder"
             )
         if os.path.realpath(target) == os.path.realpath(images[0]):
             raise UserError(f"--output {output} would overwrite the input; choose another name")
         return [target]
     if os.path.lexists(target) and not os.path.isdir(target):
-        raise UserError(f"--output {output} is neither a folder nor a picture's name")
+        raise UserError(f"--output {output} is neither a folder nor an image file name")
     # In lower case: on some file systems, a.jpg and A.JPG are one file.
     taken = {os.path.realpath(image).lower() for image in images}
     folder = Path(os.path.realpath(target))

@@ -38,7 +38,7 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
     """
     path = Path(path)
     if os.path.islink(path) and not os.path.exists(path):
-        raise UserError(f"{path} is a link to nothing")
+        raise UserError(f"{path} is a broken link")
     if not os.path.isfile(path):
         raise UserError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
     try:

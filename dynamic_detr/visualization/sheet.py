@@ -49,9 +49,13 @@ def contact_sheet(
         ValueError: there are no images or no columns, or the number of titles differs.
     """
     if not images or columns < 1:
-        raise ValueError(f"a sheet of {len(images)} pictures in {columns} columns is empty")
+        raise ValueError(
+            f"expected images and columns, got {len(images)} images and {columns} columns"
+        )
     if titles is not None and len(titles) != len(images):
-        raise ValueError(f"{len(images)} pictures and {len(titles)} titles")
+        raise ValueError(
+            f"expected one title per image, got {len(titles)} for {len(images)} images"
+        )
     cell_height = max(image.shape[0] for image in images)
     cell_width = max(image.shape[1] for image in images)
     columns = min(columns, len(images))

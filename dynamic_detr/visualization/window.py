@@ -30,14 +30,14 @@ class Window:
     def __init__(self, title: str) -> None:
         variables = ("DISPLAY", "WAYLAND_DISPLAY")
         if sys.platform not in ("win32", "darwin") and not any(map(os.environ.get, variables)):
-            raise UserError(f"there is no display to show anything on: {_WITHOUT}")
+            raise UserError(f"there is no display: {_WITHOUT}")
         self.cv2 = require_cv2("a window")
         self.title = title
         try:
             self.cv2.namedWindow(title, self.cv2.WINDOW_NORMAL)
         except self.cv2.error as error:  # opencv-python-headless
             raise UserError(
-                f"this OpenCV has no windows (opencv-python has): {_WITHOUT}"
+                f"this build of OpenCV has no windows (opencv-python has them): {_WITHOUT}"
             ) from error
 
     def show(self, image: np.ndarray, milliseconds: int = 0) -> bool:
@@ -50,7 +50,7 @@ class Window:
             self.cv2.imshow(self.title, self.cv2.cvtColor(image, self.cv2.COLOR_RGB2BGR))
             return self.cv2.waitKey(milliseconds) & 0xFF not in _STOP_KEYS
         except self.cv2.error as error:
-            raise UserError(f"the window is gone ({one_line(error)}): {_WITHOUT}") from error
+            raise UserError(f"the window was closed ({one_line(error)}): {_WITHOUT}") from error
 
 
 def show(image: np.ndarray, title: str) -> None:
