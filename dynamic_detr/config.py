@@ -306,10 +306,11 @@ _DYNAMIC_DECODER_KEYS = (
     Key(
         _DECODER + "DYNAMIC_FILTER",
         "bottleneck",
-        one_of("bottleneck", "single"),
+        one_of("bottleneck", "residual", "single"),
         '"bottleneck": two dynamic filters HIDDEN_DIM -> DYNAMIC_DIM -> HIDDEN_DIM, as in Sparse '
-        'R-CNN. "single": one HIDDEN_DIM -> HIDDEN_DIM, as in equation 11, with twice the '
-        "parameters.",
+        'R-CNN. "residual": the same, added to the region, which learns faster from random '
+        'weights; not in the paper. "single": one HIDDEN_DIM -> HIDDEN_DIM, as in equation 11, '
+        "with twice the parameters.",
     ),
     Key(_DECODER + "DYNAMIC_DIM", 64, whole(1), "Hidden channels of the bottleneck filters."),
     Key(

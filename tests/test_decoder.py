@@ -10,6 +10,7 @@ from reference.decoder import decoder_stage, refine
 from torch import nn
 
 from dynamic_detr.decoders import build_decoder
+from dynamic_detr.decoders.dynamic_interaction import ResidualInteraction
 from dynamic_detr.decoders.dynamic_stage import apply_box_deltas
 
 CHANNELS, QUERIES, HEADS, BINS, CANONICAL = 16, 5, 4, 3, 60
@@ -35,9 +36,10 @@ def pyramid_of(image_size=IMAGE, channels=CHANNELS, dtype=torch.float64, padded=
     return batch_pyramid([random_levels(image_size, channels, dtype=dtype)], [image_size], padded)
 
 
-@pytest.mark.parametrize("dynamic_filter", ["bottleneck", "single"])
+@pytest.mark.parametrize("dynamic_filter", ["bottleneck", "residual", "single"])
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
 def test_stages_equal_the_reference(dynamic_filter, class_head):
+    residual = dynamic_filter == "residual"
     model = decoder(dynamic_filter=dynamic_filter, class_head=class_head).double()
     shake(model, 0.1)
     levels = random_levels(IMAGE, CHANNELS)
@@ -51,7 +53,7 @@ def test_stages_equal_the_reference(dynamic_filter, class_head):
     for stage, prediction in zip(model.stages, predictions, strict=True):
         weights = {name: value.numpy() for name, value in stage.state_dict().items()}
         queries, logits, boxes = decoder_stage(
-            arrays, STRIDES, IMAGE, queries, boxes, weights, HEADS, BINS, CANONICAL
+            arrays, STRIDES, IMAGE, queries, boxes, weights, HEADS, BINS, CANONICAL, residual
         )
         assert logits.shape == (QUERIES, 3 + (class_head == "softmax"))
         np.testing.assert_allclose(prediction.pred_logits[0], logits, rtol=1e-8, atol=1e-8)
@@ -168,6 +170,19 @@ def test_size_of_a_stage():
     options = {"num_stages": 1, "num_queries": 2, "dynamic_filter": "single"}
     single = dynamic_decoder(256, 80, **options).stages[0]
     assert sum(p.numel() for p in single.interaction.filters.parameters()) == 257 * 256 * 256
+
+
+def test_residual_filters_start_as_a_layer_on_the_region():
+    """At the start the query changes nothing; after one step it does."""
+    interaction = ResidualInteraction(8, positions=4, dynamic_dim=3)
+    queries, regions = torch.randn(2, 5, 8), torch.randn(2, 5, 4, 8)
+    out = interaction(queries, regions)
+    torch.testing.assert_close(out, interaction.readout(regions))
+    out.square().sum().backward()
+    assert interaction.norm_expand.weight.grad.any()
+    with torch.no_grad():
+        interaction.norm_expand.weight.sub_(interaction.norm_expand.weight.grad)
+        assert not torch.allclose(interaction(queries, regions), interaction(-queries, regions))
 
 
 def test_dropout_is_for_training_only():

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 from ..ops import dynamic_conv
 
-__all__ = ["DYNAMIC_FILTERS", "BottleneckInteraction", "SingleInteraction"]
+__all__ = [
+    "DYNAMIC_FILTERS",
+    "BottleneckInteraction",
+    "ResidualInteraction",
+    "SingleInteraction",
+]
 
 
 class _Readout(nn.Module):
@@ -40,12 +45,38 @@ class BottleneckInteraction(nn.Module):
 
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
         """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
+        return self.readout(F.relu(self.filtered(queries, regions)))
+
+    def filtered(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Return the normalised output of the second filter, (B, Q, P, C)."""
         reduce, expand = self.filters(queries).chunk(2, dim=-1)
         channels = queries.shape[-1]
         regions = dynamic_conv(regions, reduce.unflatten(-1, (channels, -1)))
         regions = F.relu(self.norm_reduce(regions))
         regions = dynamic_conv(regions, expand.unflatten(-1, (-1, channels)))
-        return self.readout(F.relu(self.norm_expand(regions)))
+        return self.norm_expand(regions)
+
+
+class ResidualInteraction(BottleneckInteraction):
+    """The two dynamic filters as a residual branch: their output is added to the region.
+
+    The scale of the last LayerNorm is initialised to 0, so the stage starts as a linear layer on
+    the region. With the filters in between, a stage with random weights learns classes slowly
+    (docs/learning.md). This is not in the paper.
+
+    Args:
+        channels: C.
+        positions: P, the bins of a region, R².
+        dynamic_dim: D.
+    """
+
+    def __init__(self, channels: int, positions: int, dynamic_dim: int) -> None:
+        super().__init__(channels, positions, dynamic_dim)
+        nn.init.zeros_(self.norm_expand.weight)
+
+    def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
+        return self.readout(regions + self.filtered(queries, regions))
 
 
 class SingleInteraction(nn.Module):
@@ -69,4 +100,8 @@ class SingleInteraction(nn.Module):
         return self.readout(F.relu(self.norm(dynamic_conv(regions, filters))))
 
 
-DYNAMIC_FILTERS = {"bottleneck": BottleneckInteraction, "single": SingleInteraction}
+DYNAMIC_FILTERS = {
+    "bottleneck": BottleneckInteraction,
+    "residual": ResidualInteraction,
+    "single": SingleInteraction,
+}

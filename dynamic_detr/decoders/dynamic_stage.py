@@ -53,9 +53,10 @@ class DynamicDecoderStage(nn.Module):
         pooling_size: R, bins on each side of a pooled region.
         sampling_ratio: bilinear samples on each side of a bin.
         canonical_size: square root of the area, in pixels, of the boxes pooled from stride 16.
-        dynamic_dim: hidden channels of the "bottleneck" filters.
+        dynamic_dim: hidden channels of the pair of filters.
         dynamic_filter: "bottleneck" for two dynamic 1×1 convolutions C → dynamic_dim → C, or
-            "single" for one C → C, as in equation 11.
+            "residual" for the same pair, added to the region, or "single" for one C → C, as in
+            equation 11.
 
     Raises:
         ValueError: an argument is out of range, or the heads do not divide the channels.
