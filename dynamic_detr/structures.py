@@ -234,12 +234,14 @@ class Prediction:
         is_proposal: True for the proposals of a two-stage decoder.
         cells: (B, Q, 4), for a dense head: the pyramid cell of each prediction, in the format of
             `pred_boxes`. None if each object is matched to one prediction.
+        valid_mask: (B, Q) bool, False for predictions of the padding. None if there are none.
     """
 
     pred_logits: Tensor
     pred_boxes: Tensor
     is_proposal: bool = False
     cells: Tensor | None = None
+    valid_mask: Tensor | None = None
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

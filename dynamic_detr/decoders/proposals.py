@@ -67,7 +67,7 @@ class ProposedQueries(nn.Module):
         embedded = sine_embedding(boxes, pyramid.channels // 2).to(table.dtype)  # (B, Q, 2C)
         positions, content = self.box_embed_norm(self.box_embed(embedded)).chunk(2, dim=-1)
         logits = torch.where(valid[..., None], logits, self._nothing(logits))
-        proposals = Prediction(logits, box_logits.sigmoid(), is_proposal=True)
+        proposals = Prediction(logits, box_logits.sigmoid(), is_proposal=True, valid_mask=valid)
         return Queries(content, positions, boxes, [proposals])
 
     def _best(self, box_logits: Tensor, logits: Tensor, valid: Tensor) -> Tensor:

@@ -35,12 +35,14 @@ class _Group:
         logits: (S, B, Q, K) float32.
         boxes: (S, B, Q, 4) float32.
         labels: (T,) target class of each object.
+        queries: number of valid predictions of one stage in the batch.
     """
 
     suffixes: list[str]
     logits: Tensor
     boxes: Tensor
     labels: Tensor
+    queries: int | Tensor
 
 
 class SetCriterion(nn.Module):
@@ -155,13 +157,16 @@ class SetCriterion(nn.Module):
         objects = sum(counts)
         totals = [float(objects)]
         for group in groups:
-            _, batch, queries, _ = group.logits.shape
-            matched = sum(min(count, queries) for count in counts)
-            totals.append(self.costs.class_loss.normalizer(objects, matched, batch * queries))
-        if comm.get_world_size() == 1:  # floats cost the device nothing
+            matched = sum(min(count, group.logits.shape[2]) for count in counts)
+            totals.append(self.costs.class_loss.normalizer(objects, matched, group.queries))
+        on_host = not any(isinstance(total, Tensor) for total in totals)
+        if on_host and comm.get_world_size() == 1:  # floats cost the device nothing
             return [max(total, 1.0) for total in totals]
         device = groups[0].logits.device
-        return list(mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
+        if on_host:
+            return list(mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
+        totals = [torch.as_tensor(total, device=device).float() for total in totals]
+        return list(mean_over_processes(torch.stack(totals)).unbind())
 
 
 def _suffixes(predictions: list[Prediction]) -> list[str]:
@@ -185,9 +190,11 @@ def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
             together.setdefault(key, []).append((suffix, prediction))
     for (is_proposal, _), members in together.items():
         suffixes, group = zip(*members, strict=True)
+        mask = group[0].valid_mask
         yield _Group(
             list(suffixes),
             torch.stack([p.pred_logits for p in group]).float(),
             torch.stack([p.pred_boxes for p in group]).float(),
             torch.zeros_like(labels) if is_proposal else labels,
+            group[0].pred_logits[..., 0].numel() if mask is None else mask.sum(),
         )
