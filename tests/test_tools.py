@@ -24,16 +24,16 @@ import export_weights  # noqa: E402
 import fill_config_table  # noqa: E402
 import plot_metrics  # noqa: E402
 import quickstart  # noqa: E402
+from benchmarks.baselines import baseline_operators  # noqa: E402
 from benchmarks.costs import (  # noqa: E402
     config_costs,
     config_products,
     count_gmac,
     count_parameters,
 )
-from benchmarks.models import BOUND  # noqa: E402
+from benchmarks.models import BASELINE, BOUND  # noqa: E402
 from benchmarks.page import put_section  # noqa: E402
 from benchmarks.products import PlainProducts, dtypes_of, record_products  # noqa: E402
-from benchmarks.usual import usual_operators  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
 DETR = PROJECT / "configs" / "DETR" / "detr_R_50.yaml"
@@ -141,7 +141,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
     benchmark.main([*configs, *options, "--json", str(target)])
     result = json.loads(target.read_text())
     models = {row["model"]: row for row in result["models"]}
-    assert list(models) == ["pretrain", "finetune", BOUND, "usual operators", *PEERS]
+    assert list(models) == ["pretrain", "finetune", BOUND, BASELINE, *PEERS]
     peer, ours, bound = models[PEERS[0]], models["pretrain"], models[BOUND]
     for time in ("latency", "train_step"):
         assert bound[f"{time}_to_bound"] == 1
@@ -149,7 +149,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
     assert peer["latency_to_peer"] == peer["train_step_to_peer"] == 1
     assert ours["latency_to_first"] == ours["train_step_to_first"] == 1
     assert all(ours[key] > 0 for key in ("latency_s", "images_per_s", "train_step_s"))
-    assert ours["parameters_m"] == models["usual operators"]["parameters_m"]
+    assert ours["parameters_m"] == models[BASELINE]["parameters_m"]
     parts = sum(ours["gmac"][part] for part in ("backbone", "encoder", "decoder"))
     assert parts == pytest.approx(ours["gmac"]["all"], rel=1e-3)
     assert len(result["operators"]) == 13
@@ -166,10 +166,10 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--repeats", "0"], "--repeats: '0' is not a whole number, 1 or more"),
+        (["--repeats", "0"], "--repeats: '0' is not a positive integer"),
         (["--size", "800"], "--size: '800' is not HEIGHTxWIDTH"),
         (["--size", "32x800"], "--size: '32x800' is too small"),
-        (["--machine", "two\nlines"], "is not a name, one line of text"),
+        (["--machine", "two\nlines"], "is not a name on one line"),
         (["--json", "nowhere/times.json"], "--json: the folder nowhere does not exist"),
         (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
     ],
@@ -270,7 +270,7 @@ def test_benchmark_composition_is_the_same_model():
     model = build_model(cfg).eval()
     inputs = [{"image": torch.rand(3, 128, 128) * 255}]  # without padding, where both agree
     _, ours = model.predict(inputs)
-    with usual_operators():
+    with baseline_operators():
         _, naive = model.predict(inputs)
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=1e-3, atol=1e-3)

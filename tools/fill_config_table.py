@@ -9,6 +9,9 @@ import re
 import sys
 from pathlib import Path
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 from benchmarks.costs import config_costs
 from tqdm import tqdm
 

@@ -16,6 +16,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog

@@ -12,11 +12,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: dynamic_detr/threads.py
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-import dynamic_detr  # noqa: F401  (registers the models)
 from dynamic_detr.engine.exits import report_user_errors
 from dynamic_detr.engine.failed_step import FailedStep
 from dynamic_detr.engine.replay import Finding, replay
