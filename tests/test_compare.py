@@ -157,7 +157,7 @@ def test_the_better_score_is_matched_first():
         ([box(1, 0, 0.9), box(1, 300, 0.8)], None),  # behind all objects it costs nothing
     ],
 )
-def test_mending_an_error_gains_what_it_costs(found, kind):
+def test_correcting_an_error_gains_its_cost(found, kind):
     table = error_table(truth(box(1, 0)), found, 0.5)
     gains = {name: table[name]["ap50"] for name in KINDS}
     if kind is None:
@@ -167,7 +167,7 @@ def test_mending_an_error_gains_what_it_costs(found, kind):
         assert table[kind]["count"] == 1
 
 
-def test_mending_duplicates_and_missed_objects():
+def test_correcting_duplicates_and_missed_objects():
     objects = truth(box(1, 0), box(1, 400), box(1, 700))
     found = [box(1, 0, 0.9), box(1, 5, 0.8), box(1, 400, 0.7)]
     table = error_table(objects, found, 0.5)
@@ -177,7 +177,7 @@ def test_mending_duplicates_and_missed_objects():
     assert error_table(objects, found, 0.75)["missed"]["count"] == 2
 
 
-def test_an_object_is_given_to_one_mended_detection_only():
+def test_an_object_is_given_to_one_corrected_detection_only():
     found = [box(1, 50, 0.9), box(1, -50, 0.8)]
     table = error_table(truth(box(1, 0)), found, 0.5)
     assert table["location"] == {"ap50": pytest.approx(100), "count": 2}
@@ -307,7 +307,7 @@ def test_wrong_commands_are_refused(argv, reason, tiny, capsys):
 def test_a_comparison_keeps_its_terms(tiny, capsys):
     fails(["--config-file", "tiny.yaml", *tiny, "--output", "out", "--budget-minutes", "0"])
     fails(["--output", "out", "--iterations", "9"])
-    assert "holds a comparison with iterations 6, not 9" in capsys.readouterr().err
+    assert "has iterations 6, not 9" in capsys.readouterr().err
 
 
 def test_spread_is_that_of_the_seeds():
