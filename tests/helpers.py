@@ -1,4 +1,4 @@
-"""Small models and random pyramids, for every test of the detector and its parts."""
+"""Small models and random pyramids for the tests of the detector and its parts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +20,13 @@ STRIDES = (4, 8, 16, 32, 64)
 
 
 def small_config(**options: object) -> CfgNode:
-    """A Dynamic DETR that trains on one core: ResNet-18 with GroupNorm, 64 channels, 32 queries,
-    one encoder block, two stages.
+    """Return the configuration of a small Dynamic DETR.
+
+    It has a ResNet-18 with GroupNorm, 64 channels, 32 queries, one encoder block and two stages.
 
     Args:
-        options: keys of `MODEL.SET_DETECTOR`, or of another node of `MODEL` with its name, with
-            "__" for a dot: `CLASS_HEAD="softmax"`, `DYNAMIC_DECODER__NUM_STAGES=3`.
+        options: keys of `MODEL.SET_DETECTOR`, or of other nodes of `MODEL` with "__" for a dot:
+            `CLASS_HEAD="softmax"`, `DYNAMIC_DECODER__NUM_STAGES=3`.
     """
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
@@ -61,21 +62,21 @@ def set_options(model: CfgNode, options: dict[str, object]) -> None:
 
 
 def defaults(node: str) -> dict[str, object]:
-    """Defaults of the keys of a node, named as constructors name their arguments."""
+    """Return the defaults of a configuration node, by the names of constructor arguments."""
     split = [key.name.rpartition(".") for key in KEYS]
     pairs = zip(split, KEYS, strict=True)
     return {name.lower(): key.default for (parent, _, name), key in pairs if parent == node}
 
 
 def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
-    """With the defaults of the configuration, but for one block and four groups."""
+    """Build an encoder with the default configuration, except for one block and four groups."""
     options = {"num_blocks": 1, "num_groups": 4, "checkpoint_blocks": False, **options}
     options = {"num_levels": None, **defaults("MODEL.DYNAMIC_ENCODER"), **options}
     return DynamicEncoder(channels, **options)
 
 
 def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:
-    """With the defaults of the configuration."""
+    """Build a decoder with the default configuration."""
     options = {"class_head": "focal", "checkpoint_stages": False, "dense_queries": None, **options}
     node = defaults("MODEL.DYNAMIC_DECODER")
     del node["queries"]
@@ -83,7 +84,7 @@ def dynamic_decoder(channels: int, num_classes: int, **options: object) -> Dynam
 
 
 def set_costs(**options: object) -> SetCosts:
-    """With the defaults of the configuration."""
+    """Build the costs with the default configuration."""
     losses = defaults("MODEL.SET_DETECTOR.LOSS")
     return SetCosts(**{"class_head": "focal", **losses, **options})
 
@@ -94,14 +95,14 @@ def set_criterion(**options: object) -> SetCriterion:
 
 
 def small_model(**options: object) -> nn.Module:
-    """The model of `small_config`; `FPN.OUT_CHANNELS` follows HIDDEN_DIM."""
+    """Build the model of `small_config`; `FPN.OUT_CHANNELS` is `HIDDEN_DIM`."""
     cfg = small_config(**options)
     cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.SET_DETECTOR.HIDDEN_DIM
     return build_model(cfg)
 
 
 def model_without_memory(config_file: str | Path) -> nn.Module:
-    """The model of a configuration, with the shapes of its weights alone."""
+    """Build the model of a configuration on the device "meta"."""
     cfg = read_config(str(config_file), [])
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
@@ -111,7 +112,13 @@ def model_without_memory(config_file: str | Path) -> nn.Module:
 def training_input(
     height: int, width: int, boxes: Sequence[Sequence[float]] = (), classes: Sequence[int] = ()
 ) -> dict:
-    """One image of noise with its objects (corners in pixels), as Detectron2's mapper gives it."""
+    """Return an image of noise with objects, in the format of Detectron2's mapper.
+
+    Args:
+        height, width: size of the image in pixels.
+        boxes: corners x0, y0, x1, y1 in pixels.
+        classes: class of each box.
+    """
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
@@ -123,7 +130,7 @@ def random_image(height: int, width: int) -> Tensor:
 
 
 def level_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:
-    """True (height, width) of a level: rounded up."""
+    """Return the true (height, width) of a level, rounded up."""
     return -(-image_size[0] // stride), -(-image_size[1] // stride)
 
 
@@ -133,7 +140,7 @@ def random_levels(
     strides: Sequence[int] = STRIDES,
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
-    """The levels (C, H, W) of one unpadded image."""
+    """Return random levels (C, H, W) of one unpadded image."""
     return [torch.randn(channels, *level_size(image_size, s), dtype=dtype) for s in strides]
 
 
@@ -144,13 +151,13 @@ def batch_pyramid(
     strides: Sequence[int] = STRIDES,
     garbage: float = 0.0,
 ) -> Pyramid:
-    """Levels of several images, padded to one size.
+    """Pad and batch the levels of several images.
 
     Args:
-        images: for each image its levels (C, H, W).
-        image_sizes: their true (height, width).
-        padded_size: (height, width) in pixels that the batch is padded to.
-        garbage: scale of the noise that fills the padding; infinity fills it with NaN.
+        images: levels (C, H, W) of each image.
+        image_sizes: true (height, width) of each image in pixels.
+        padded_size: (height, width) of the batch in pixels.
+        garbage: scale of the noise in the padding; infinity fills it with NaN.
     """
     features = []
     for level, stride in enumerate(strides):
@@ -165,7 +172,7 @@ def batch_pyramid(
 
 
 def shake(module: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
-    """Moves every parameter away from its initial value, so that none is zero by construction."""
+    """Add noise to every parameter, so that none keeps an initial value of zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""The commands under tools/: what they print, write and refuse."""
+"""Commands in tools/: output, written files and errors."""
 
 import json
 import os
@@ -43,7 +43,7 @@ PEERS = ["faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x"]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint of the quickstart's detector, untrained."""
+    """Write a checkpoint of the quickstart's detector with random weights."""
     cfg = read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])
     path = tmp_path / "model_final.pth"
     names = ["disc", "square", "triangle", "star", "ring", "cross"]
@@ -73,7 +73,7 @@ def test_export_halves_the_weights_and_describes_them(checkpoint, tmp_path, caps
     assert read_model(str(again))[0] == info
 
 
-def test_export_refuses_what_is_no_checkpoint_or_does_not_fit(checkpoint, tmp_path, capsys):
+def test_export_rejects_invalid_checkpoints_and_arguments(checkpoint, tmp_path, capsys):
     broken, huge = tmp_path / "broken.pth", tmp_path / "huge.pth"
     broken.write_text("no checkpoint")
     content = torch.load(checkpoint)
@@ -116,7 +116,7 @@ def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
         assert (output / f"{name}.png").is_file() and (output / f"{name}_stages.png").is_file()
 
 
-def test_quickstart_says_where_it_cannot_write(tmp_path, capsys, monkeypatch):
+def test_quickstart_names_the_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
     with pytest.raises(SystemExit) as stop:
@@ -125,7 +125,7 @@ def test_quickstart_says_where_it_cannot_write(tmp_path, capsys, monkeypatch):
     assert "DETECTRON2_DATASETS" in capsys.readouterr().err
 
 
-def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
+def test_quickstart_names_missing_weights(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         quickstart.main(["--weights", str(tmp_path / "none.pth")])
     assert stop.value.code == 2
@@ -174,7 +174,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
         (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
     ],
 )
-def test_benchmark_refuses_before_it_measures(options, reason, capsys):
+def test_benchmark_rejects_wrong_arguments_first(options, reason, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(options)
     assert stop.value.code == 2
@@ -182,7 +182,7 @@ def test_benchmark_refuses_before_it_measures(options, reason, capsys):
 
 
 def test_the_bound_has_the_products_of_the_network_without_its_backbone():
-    """Recorded without arithmetic; the plain ones are of the same sizes, forward and backward."""
+    """The products are recorded on fake tensors; the plain ones have the same sizes."""
     for config in (PRETRAIN, DETR):
         products = config_products(str(config), (64, 96), 2)
         flop = sum(product.flop for product in products)
@@ -217,7 +217,7 @@ def test_a_machine_has_one_section_of_a_page():
 
 
 def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
-    """Convolutions 3×3: 9·C² for each pixel that one of them makes."""
+    """A 3×3 convolution has 9·C² multiply-adds per output pixel."""
     model = build_model(read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])).eval()
     encoder, channels = model.encoder, model.encoder.blocks[0].offset.in_channels
     sizes = [128 // stride for stride in model.strides]
@@ -229,13 +229,13 @@ def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(pyramid)
     pixels = [n * n for n in sizes]
-    convolved = sum(pixels) + 2 * sum(pixels[1:])  # same; finer and coarser neighbours
+    convolved = sum(pixels) + 2 * sum(pixels[1:])  # the level itself; its two neighbours
     wanted = 9 * channels * (channels * convolved + 27 * sum(pixels)) * len(encoder.blocks)
     assert counter.get_total_flops() / 2 == pytest.approx(wanted, rel=0.01)
 
 
-def test_table_of_configurations_is_filled_with_what_runs_count(capsys):
-    """Traced without arithmetic, as counted of a detector that runs."""
+def test_table_of_configurations_has_the_counts_of_a_run(capsys):
+    """Counts on fake tensors equal those of a detector that runs."""
     row = "| shapes | [pretrain](pretrain.yaml) | 71.8 |"
     heading = f"| row | config | AP {fill_config_table.COSTS}\n| --- | --- | --- | --- | --- |\n"
     other = "| [pretrain](pretrain.yaml) | what it is | |\n"
@@ -294,7 +294,7 @@ def test_plot_draws_the_later_of_two_values(tmp_path, capsys):
 
 
 def test_plot_shows_runs_of_one_point(tmp_path, capsys):
-    """With a marker, as a line of one point is invisible; and says what a run has not."""
+    """One point has a marker, as its line is invisible; a missing metric is reported."""
     for name, line in (("a", {"total_loss": 9.0}), ("b", {"total_loss": 8.0, "bbox/AP": 1.0})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps({"iteration": 9, **line}))
