@@ -237,7 +237,7 @@ def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case
         f"norms, upsampling, mean and DyReLU of two levels, {height} × {width}",
         tensors,
         ours,
-        ("copy of the same bytes", *_copy(copied, dtype, device)),
+        ("copy of same bytes", *_copy(copied, dtype, device)),
         ("PyTorch operators", baseline),
     )
 
@@ -344,7 +344,7 @@ def _matching(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         f"matching, {STAGES} stages, {IMAGES} images, {QUERIES} queries, {OBJECTS} objects",
         (logits, boxes),
         ours,
-        ("SciPy, given the costs", solved, (costs,)),
+        ("SciPy, given costs", solved, (costs,)),
         ("one stage and image at a time", baseline),
         differentiable=False,
     )
