@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the speed of operators and detectors, beside baselines and lower bounds.
+"""Measure the speed of operators and detectors, and of their baselines and lower bounds.
 
 python tools/benchmark.py                            # on the GPU if there is one, else on the CPU
 python tools/benchmark.py --dtype bfloat16 --size 800x1344

@@ -82,15 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def terms_table(plan: Plan) -> str:
     rows = [
-        [
-            name,
-            terms.optimizer,
-            f"{terms.rate:.3g} = {terms.rule}",
-            terms.clip,
-            terms.start,
-        ]
-        for name in plan.configs
-        for terms in [plan.terms_of(name)]
+        [name, own["optimizer"], f"{own['rate']:.3g} = {own['rule']}", own["clip"], own["start"]]
+        for name, own in plan.terms.items()
     ]
     headers = ["detector", "optimiser", "rate", "clipping", "backbone"]
     return tabulate(rows, headers, "pipe", disable_numparse=True)

@@ -1,4 +1,7 @@
-"""Times of several functions that are called in turns, so that other load slows all alike."""
+"""Times of several functions that are called in turns, so that other load slows all alike.
+
+`torch.utils.benchmark` measures one function after the other.
+"""
 
 import statistics
 import time

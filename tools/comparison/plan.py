@@ -23,7 +23,7 @@ from dynamic_detr.engine.setup import read_config
 from dynamic_detr.errors import UserError
 
 from .runs import Run
-from .terms import Terms, compose, read_first
+from .terms import compose, read_first
 
 __all__ = ["DATA", "Plan"]
 
@@ -219,6 +219,3 @@ class Plan:
         """Return the flags of `train_net.py` for data and devices."""
         data = [(f"--{name.replace('_', '-')}", value) for name, value in self.data.items()]
         return [word for pair in data for word in pair] + self.devices
-
-    def terms_of(self, name: str) -> Terms:
-        return Terms(**self.terms[name])

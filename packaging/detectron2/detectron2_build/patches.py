@@ -13,7 +13,7 @@ from .errors import PackagingError
 
 @dataclass(frozen=True)
 class Patch:
-    """Replacement of ``old``, found ``count`` times in ``file``, by ``new``; ``why`` says why."""
+    """Replacement of ``old``, found ``count`` times in ``file``, by ``new``, with a reason."""
 
     file: str
     why: str
