@@ -1,7 +1,7 @@
-"""Installs the package ``dynamic_detr``: ``pip install -e .``.
+"""Install the package ``dynamic_detr``: ``pip install -e .``.
 
-Detectron2 is not among the requirements: the package index holds no project of that name, so
-requiring it would install whatever somebody uploads under it. The README says how to get it.
+Detectron2 is not a requirement, because the package index has no project of this name, and pip
+would install any project that somebody uploads under it. The README explains how to install it.
 """
 
 import runpy

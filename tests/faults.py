@@ -1,9 +1,9 @@
-"""Runs of ``train_net.py`` in which one process fails in a chosen way at a chosen moment.
+"""Runs of ``train_net.py`` with injected faults.
 
-``python tests/faults.py`` imports everything once and then serves requests, one line of JSON each:
-it forks, and the child runs ``train_net.py`` with several processes, which fork again. A request
-has "arguments", "faults", each {"rank", "at", "kind"}, and "stderr", "stdout", two files. The
-answers are {"pid"} at once and {"code"} at the end.
+``python tests/faults.py`` imports everything once and then serves requests, one JSON object per
+line. For each it forks; the child runs ``train_net.py`` with several processes, also by fork. A
+request has "arguments"; "faults", keyword arguments of `force`; and "stdout" and "stderr", paths of
+files. The answers are {"pid"} at the start and {"code"} at the end.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def _signal(number: int, to_all: bool = False):
 
 
 def _hold_the_lock() -> None:
-    """Hang in C code while holding the global lock, so that no thread of the process runs."""
+    """Sleep in C code while holding the GIL, so that no thread of this process can run."""
     ctypes.PyDLL(None).sleep(600)
 
 
@@ -58,7 +58,7 @@ KINDS = {
     "SIGINT": _signal(signal.SIGINT),
     "SIGTERM to all": _signal(signal.SIGTERM, to_all=True),
 }
-SITES = {  # functions in which a fault can be forced
+SITES = {  # methods in which a fault can occur
     "data": (SeededDataset, "__getitem__"),
     "forward": (TrainStep, "_forward"),
     "backward": (TrainStep, "_backward"),
@@ -71,7 +71,14 @@ SITES = {  # functions in which a fault can be forced
 
 
 def force(rank: int, site: str, at: int, kind: str) -> None:
-    """Let process ``rank`` fail at call number ``at`` of ``site``, from 0."""
+    """Inject a fault.
+
+    Args:
+        rank: rank of the process.
+        site: key of `SITES`.
+        at: index of the call that fails.
+        kind: key of `KINDS`.
+    """
     owner, name = SITES[site]
     original = getattr(owner, name)
     calls = 0
@@ -91,7 +98,7 @@ _child = launch._child
 
 
 def _forked_child(*args) -> None:
-    """Restore the default signal handlers, as a spawned child has them."""
+    """Run a child without the signal handlers of the launcher, as if it were spawned."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

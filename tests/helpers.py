@@ -20,13 +20,13 @@ STRIDES = (4, 8, 16, 32, 64)
 
 
 def small_config(**options: object) -> CfgNode:
-    """Return the configuration of a Dynamic DETR that is small enough for one CPU core.
+    """Return the configuration of a small Dynamic DETR.
 
     It has a ResNet-18 with GroupNorm, 64 channels, 32 queries, one encoder block and two stages.
 
     Args:
-        options: values of keys of `MODEL.SET_DETECTOR`, or of other nodes of `MODEL`, with "__" for
-            a dot: `CLASS_HEAD="softmax"`, `DYNAMIC_DECODER__NUM_STAGES=3`.
+        options: keys of `MODEL.SET_DETECTOR`, or of other nodes of `MODEL` with "__" for a dot:
+            `CLASS_HEAD="softmax"`, `DYNAMIC_DECODER__NUM_STAGES=3`.
     """
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
@@ -62,21 +62,21 @@ def set_options(model: CfgNode, options: dict[str, object]) -> None:
 
 
 def defaults(node: str) -> dict[str, object]:
-    """Return the defaults of the keys of a node, by the names of the constructor's arguments."""
+    """Return the defaults of a configuration node, by the names of constructor arguments."""
     split = [key.name.rpartition(".") for key in KEYS]
     pairs = zip(split, KEYS, strict=True)
     return {name.lower(): key.default for (parent, _, name), key in pairs if parent == node}
 
 
 def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
-    """Build an encoder with one block, four groups, and else the default keys."""
+    """Build an encoder with the default configuration, except for one block and four groups."""
     options = {"num_blocks": 1, "num_groups": 4, "checkpoint_blocks": False, **options}
     options = {"num_levels": None, **defaults("MODEL.DYNAMIC_ENCODER"), **options}
     return DynamicEncoder(channels, **options)
 
 
 def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:
-    """Build a decoder with the default keys."""
+    """Build a decoder with the default configuration."""
     options = {"class_head": "focal", "checkpoint_stages": False, "dense_queries": None, **options}
     node = defaults("MODEL.DYNAMIC_DECODER")
     del node["queries"]
@@ -84,7 +84,7 @@ def dynamic_decoder(channels: int, num_classes: int, **options: object) -> Dynam
 
 
 def set_costs(**options: object) -> SetCosts:
-    """Return the costs with the default keys."""
+    """Build the costs with the default configuration."""
     losses = defaults("MODEL.SET_DETECTOR.LOSS")
     return SetCosts(**{"class_head": "focal", **losses, **options})
 
@@ -95,7 +95,7 @@ def set_criterion(**options: object) -> SetCriterion:
 
 
 def small_model(**options: object) -> nn.Module:
-    """Build the model of `small_config`; FPN.OUT_CHANNELS is HIDDEN_DIM."""
+    """Build the model of `small_config`; `FPN.OUT_CHANNELS` is `HIDDEN_DIM`."""
     cfg = small_config(**options)
     cfg.MODEL.FPN.OUT_CHANNELS = cfg.MODEL.SET_DETECTOR.HIDDEN_DIM
     return build_model(cfg)
@@ -112,7 +112,13 @@ def model_without_memory(config_file: str | Path) -> nn.Module:
 def training_input(
     height: int, width: int, boxes: Sequence[Sequence[float]] = (), classes: Sequence[int] = ()
 ) -> dict:
-    """Return a random image and its boxes (corners in pixels), in the format of Detectron2."""
+    """Return an image of noise with objects, in the format of Detectron2's mapper.
+
+    Args:
+        height, width: size of the image in pixels.
+        boxes: corners x0, y0, x1, y1 in pixels.
+        classes: class of each box.
+    """
     instances = Instances((height, width))
     instances.gt_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
     instances.gt_classes = torch.tensor(classes, dtype=torch.int64)
@@ -124,7 +130,7 @@ def random_image(height: int, width: int) -> Tensor:
 
 
 def level_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:
-    """Return the true (height, width) of a level."""
+    """Return the true (height, width) of a level, rounded up."""
     return -(-image_size[0] // stride), -(-image_size[1] // stride)
 
 
@@ -145,14 +151,13 @@ def batch_pyramid(
     strides: Sequence[int] = STRIDES,
     garbage: float = 0.0,
 ) -> Pyramid:
-    """Return the padded pyramid of several images.
+    """Pad and batch the levels of several images.
 
     Args:
         images: levels (C, H, W) of each image.
         image_sizes: true (height, width) of each image in pixels.
         padded_size: (height, width) of the batch in pixels.
-        strides: stride of each level in pixels.
-        garbage: standard deviation of the noise in the padding; infinity for NaN.
+        garbage: scale of the noise in the padding; infinity fills it with NaN.
     """
     features = []
     for level, stride in enumerate(strides):
@@ -167,7 +172,7 @@ def batch_pyramid(
 
 
 def shake(module: nn.Module, scale: float = 0.2, seed: int = 0) -> nn.Module:
-    """Add noise to all parameters in place, so that none is zero by initialisation."""
+    """Add noise to every parameter, so that none keeps an initial value of zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():

@@ -14,7 +14,7 @@ def weights_of(shapes: Shapes, device: str = "meta") -> dict[str, Tensor]:
 
 
 def redraw(model: nn.Module) -> nn.Module:
-    """Draw all parameters and norm statistics at random, so that no two are equal."""
+    """Draw all parameters and norm statistics at random."""
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             is_norm = "norm" in name.lower() or "bn" in name

@@ -1,4 +1,4 @@
-"""tools/compare.py: equal terms, kinds of errors, and a comparison from its runs to its page."""
+"""tools/compare.py: equal terms, kinds of errors, runs and page."""
 
 import json
 import sys
@@ -54,7 +54,7 @@ def test_terms_are_those_of_the_first(tmp_path):
     assert not solver.CLIP_GRADIENTS.ENABLED and solver.WEIGHT_DECAY_NORM == 0
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == 6
     assert terms.start == "shared: random" and terms.rule == "0.02 x 4/16"
-    # What the first one's weights were trained with goes along with them.
+    # Settings that the weights of the first configuration require.
     assert cfg.MODEL.RESNETS.NORM == "BN" and cfg.MODEL.PIXEL_STD == first.MODEL.PIXEL_STD
     assert cfg.MODEL.BACKBONE.FREEZE_AT == 0 and cfg.INPUT.FORMAT == "RGB"
     again, _ = compose(PRETRAIN, first, keys)
@@ -67,13 +67,13 @@ def test_another_backbone_keeps_its_own_start(tmp_path):
     assert terms.start == "own: R-50.pkl"
 
 
-def test_multiple_for_pretrained_weights_is_not_for_random_ones(tmp_path):
+def test_backbone_multiplier_is_one_for_random_weights(tmp_path):
     config = str(PROJECT / "configs" / "DETR" / "detr_R_50.yaml")
     pretrained = tmp_path / "R-50.pth"
     torch.save({"model": {"res2.0.conv1.weight": torch.ones(1)}}, pretrained)
     for weights, multiple in (("", 1.0), (str(pretrained), 0.1)):
         first = read_first(config, ["MODEL.WEIGHTS", weights], 10, 1, tmp_path)
-        assert weights == first.MODEL.WEIGHTS  # of a backbone as they are
+        assert weights == first.MODEL.WEIGHTS  # weights of a backbone are not copied
         assert multiple == compose(config, first, [])[0].SOLVER.BACKBONE_MULTIPLIER
 
 
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_random_backbone(config, tmp_path):
 
 
 def box(category: int, x: float, score: float | None = None, **more) -> dict:
-    """100 x 100 pixels, x to the right."""
+    """Return a box of 100 x 100 pixels at x, a detection if it has a score."""
     bbox = {"image_id": 1, "category_id": category, "bbox": [x, 0, 100, 100], "area": 10_000}
     return {**bbox, **({"iscrowd": 0} if score is None else {"score": score}), **more}
 
@@ -154,10 +154,10 @@ def test_the_better_score_is_matched_first():
         ([box(2, 0, 0.9)], "class"),
         ([box(1, 50, 0.9)], "location"),
         ([box(1, 300, 0.9), box(1, 0, 0.8)], "background"),
-        ([box(1, 0, 0.9), box(1, 300, 0.8)], None),  # behind all objects it costs nothing
+        ([box(1, 0, 0.9), box(1, 300, 0.8)], None),  # after all objects are found, it costs nothing
     ],
 )
-def test_mending_an_error_gains_what_it_costs(found, kind):
+def test_correcting_an_error_gains_its_cost(found, kind):
     table = error_table(truth(box(1, 0)), found, 0.5)
     gains = {name: table[name]["ap50"] for name in KINDS}
     if kind is None:
@@ -167,17 +167,17 @@ def test_mending_an_error_gains_what_it_costs(found, kind):
         assert table[kind]["count"] == 1
 
 
-def test_mending_duplicates_and_missed_objects():
+def test_correcting_duplicates_and_missed_objects():
     objects = truth(box(1, 0), box(1, 400), box(1, 700))
     found = [box(1, 0, 0.9), box(1, 5, 0.8), box(1, 400, 0.7)]
     table = error_table(objects, found, 0.5)
     assert table["duplicate"]["count"] == table["missed"]["count"] == 1
     assert 0 < table["duplicate"]["ap50"] < table["missed"]["ap50"]
-    # Above the threshold one object more is missed.
+    # With the higher threshold, one more object is missed.
     assert error_table(objects, found, 0.75)["missed"]["count"] == 2
 
 
-def test_an_object_is_given_to_one_mended_detection_only():
+def test_an_object_is_given_to_one_corrected_detection_only():
     found = [box(1, 50, 0.9), box(1, -50, 0.8)]
     table = error_table(truth(box(1, 0)), found, 0.5)
     assert table["location"] == {"ap50": pytest.approx(100), "count": 2}
@@ -187,7 +187,7 @@ def test_an_object_is_given_to_one_mended_detection_only():
 
 
 class Page(HTMLParser):
-    """Headings, classes and what a page refers to."""
+    """Headings, classes and links of a page."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Data, two detectors and one that cannot be built; the flags of the data."""
+    """Write data and configurations of two detectors and an invalid one; return the data flags."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(PROJECT))
     write_config(tmp_path)
@@ -243,7 +243,7 @@ def fails(argv: list[str]) -> None:
 
 
 def test_comparison_from_runs_to_page(tiny, capsys, monkeypatch):
-    """A budget of nothing, then two detectors, then one more, which fails and takes no other."""
+    """Use no time; then train two detectors; then add one that fails without harm to the others."""
     monkeypatch.setattr(results, "measure_speed", partial(results.measure_speed, rounds=1))
     monkeypatch.setattr(runs, "POLL_SECONDS", 0.1)
     first = ["--config-file", "tiny.yaml", "--config-file", "retina.yaml", *tiny]
@@ -307,7 +307,7 @@ def test_wrong_commands_are_refused(argv, reason, tiny, capsys):
 def test_a_comparison_keeps_its_terms(tiny, capsys):
     fails(["--config-file", "tiny.yaml", *tiny, "--output", "out", "--budget-minutes", "0"])
     fails(["--output", "out", "--iterations", "9"])
-    assert "holds a comparison with iterations 6, not 9" in capsys.readouterr().err
+    assert "has iterations 6, not 9" in capsys.readouterr().err
 
 
 def test_spread_is_that_of_the_seeds():

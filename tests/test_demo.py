@@ -1,4 +1,4 @@
-"""The demo on pictures, folders, videos and bad input, with a tiny detector."""
+"""The demo with a tiny detector, on pictures, folders, videos and invalid input."""
 
 import json
 import os
@@ -37,7 +37,7 @@ def tiny_config(folder: Path):
 
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory) -> list[str]:
-    """Arguments for a tiny Dynamic DETR with saved weights and class names, on the CPU."""
+    """Return arguments for a tiny Dynamic DETR with saved weights and class names, on the CPU."""
     folder = tmp_path_factory.mktemp("detector")
     torch.manual_seed(0)
     cfg = tiny_config(folder)
@@ -50,7 +50,7 @@ def detector(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """A folder of small pictures of several kinds."""
+    """Return a folder of small pictures of several kinds."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     noise = Image.effect_noise((60, 40), 80)
@@ -113,7 +113,7 @@ def test_broken_pictures_are_named_and_skipped(detector, pictures, tmp_path, cap
     assert ["broken.jpg" in lines[0], "empty.png" in lines[1], len(lines)] == [True, True, 2]
 
 
-def test_a_loop_of_links_leaves_the_other_pictures_alone(detector, pictures, tmp_path, capsys):
+def test_broken_links_are_named_and_skipped(detector, pictures, tmp_path, capsys):
     (pictures / "loop.png").symlink_to(pictures / "loop.png")
     (pictures / "nothing.png").symlink_to(pictures / "absent.png")
     out = tmp_path / "out"

@@ -1,6 +1,6 @@
-"""The set-up: Detectron2's wheel (``packaging/detectron2``), ``setup.py``, the Makefile.
+"""Build of Detectron2's wheel in ``packaging/detectron2``.
 
-Nothing here needs a network but the tests of the real archive, which are skipped without one.
+Only the tests of the real archive need a network; they are skipped without one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import http.server
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +26,6 @@ from detectron2_build.errors import PackagingError
 from detectron2_build.patches import PATCHES, Patch, apply_patches
 from detectron2_build.wheel import WHEEL_NAME, write_wheel
 
-ROOT = Path(__file__).resolve().parents[1]
 FILENAME = source.FILENAME
 
 
@@ -52,7 +50,7 @@ def test_patch_replaces_every_expected_occurrence():
 
 
 @pytest.mark.parametrize("text", ["nothing of the kind", "old\nold\n"])
-def test_patch_without_its_target_is_one_clear_line(text):
+def test_patch_without_its_target_raises_one_line(text):
     with pytest.raises(PackagingError) as failure:
         apply_patches({"a.py": text}, (Patch("a.py", "it was renamed", "old\n", "new\n"),))
     message = str(failure.value)
@@ -180,7 +178,7 @@ def test_unreadable_certificates_are_named(tmp_path):
 
 @pytest.fixture
 def served(monkeypatch):
-    """A package index on this machine: `pages` by path, the requests seen, its address."""
+    """Serve a package index; yield its pages by path, the requests it got, and its address."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -227,7 +225,7 @@ def test_download_tries_again_and_goes_on_to_the_next_index(served, monkeypatch)
     ]
 
 
-def test_nowhere_to_be_found_is_one_line_without_passwords(served, monkeypatch):
+def test_missing_file_raises_one_line_without_passwords(served, monkeypatch):
     pages, _, host = served
     pages["/b/detectron2-cdo/"] = [(200, b"<html></html>")]
     indexes = (f"http://user:secret@{host}/a", f"http://{host}/b")
@@ -255,7 +253,7 @@ def test_an_index_in_a_folder(tmp_path, monkeypatch):
 
 
 def check_record(path: Path) -> None:
-    """Every file of the wheel is in RECORD, once, with its hash and size."""
+    """Check that RECORD has every file of the wheel once, with its hash and size."""
     with zipfile.ZipFile(path) as wheel:
         assert wheel.testzip() is None
         names = wheel.namelist()
@@ -298,7 +296,7 @@ def test_wheel_is_valid_and_the_same_every_time(tmp_path):
     assert "black" not in " ".join(requires) and "yacs>=0.1.8" in requires
 
 
-def test_metadata_is_had_without_the_archive(tmp_path, monkeypatch):
+def test_metadata_does_not_need_the_archive(tmp_path, monkeypatch):
     monkeypatch.setenv(source.SDIST_VARIABLE, "/none")
     folder = tmp_path / detectron2_build.prepare_metadata_for_build_wheel(tmp_path)
     assert {path.name for path in folder.iterdir()} >= {"METADATA", "WHEEL"}
@@ -311,7 +309,7 @@ def test_sdist_holds_the_backend(tmp_path):
     assert {"pyproject.toml", "detectron2_build/__init__.py"} <= paths
 
 
-def test_stand_in_says_what_is_missing():
+def test_stand_in_names_the_missing_operator():
     assert not hasattr(stand_in, "COCOevalEvaluateImages")
     with pytest.raises(AttributeError, match="_C.nms_rotated is a compiled operator"):
         _ = stand_in.nms_rotated
@@ -331,7 +329,7 @@ def real_wheel(tmp_path_factory) -> Path:
         return folder / detectron2_build.build_wheel(folder)
 
 
-def test_real_wheel_holds_no_trace_of_what_is_repaired(real_wheel):
+def test_real_wheel_has_no_removed_names(real_wheel):
     check_record(real_wheel)
     removed = re.compile(r"pkg_resources|\bnp\.(bool|int|float|str|object)\b|Image\.LINEAR")
     with zipfile.ZipFile(real_wheel) as wheel:
@@ -361,71 +359,3 @@ def test_real_wheel_imports_and_has_the_model_zoo(real_wheel, tmp_path):
     config, evaluator = result.stdout.splitlines()
     assert Path(config).is_file() and Path(config).is_relative_to(tmp_path)
     assert evaluator == f"False {tmp_path / 'detectron2' / '_C.py'}"
-
-
-# --- the project --------------------------------------------------------------------------------
-
-
-def test_import_without_detectron2_says_what_to_do_in_one_line():
-    code = "import sys; sys.modules['detectron2'] = None\nimport dynamic_detr"
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: dynamic_detr needs Detectron2")
-    assert "pip install ./packaging/detectron2" in last
-
-
-def test_setup_requires_no_detectron2(monkeypatch):
-    setuptools = pytest.importorskip("setuptools")
-    arguments = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **kwargs: arguments.update(kwargs))
-    exec(
-        compile((ROOT / "setup.py").read_text(), str(ROOT / "setup.py"), "exec"),
-        {"__file__": str(ROOT / "setup.py"), "__name__": "__main__"},
-    )
-    requirements = arguments["install_requires"] + sum(arguments["extras_require"].values(), [])
-    assert "torch>=2.11" in requirements
-    assert not [text for text in requirements if "detectron2" in text]
-    assert arguments["packages"] and arguments["python_requires"] == ">=3.10"
-
-
-@pytest.fixture
-def checkout(tmp_path) -> Path:
-    """What of the project the Makefile's set-up depends on."""
-    if shutil.which("make") is None:
-        pytest.skip("there is no `make` on this machine")
-    for name in ("Makefile", "setup.py", "pyproject.toml"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "packaging", tmp_path / "packaging")
-    return tmp_path
-
-
-def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["make", *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
-
-
-def test_make_refuses_an_old_python_in_one_line(checkout):
-    old = checkout / "old-python"
-    old.write_text("#!/bin/sh\nexit 1\n")
-    old.chmod(0o755)
-    result = make(checkout, "--no-print-directory", "venv", f"PYTHON={old}")
-    assert result.returncode != 0
-    assert result.stderr.startswith(f"error: {old} is not Python 3.10 or newer")
-    assert not (checkout / ".venv").exists()
-
-
-def test_make_sets_up_once(checkout):
-    assert make(checkout, "--question", "venv").returncode == 1
-    ready = checkout / ".venv" / ".ready"
-    ready.parent.mkdir()
-    ready.touch()
-    assert make(checkout, "--question", "venv").returncode == 0
-
-
-def test_make_without_a_command_lists_them(checkout):
-    listing = make(checkout).stdout
-    for command in ("quickstart", "test", "pretrain", "clean"):
-        assert re.search(rf"^{command}\s+\w", listing, re.MULTILINE)

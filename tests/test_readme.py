@@ -1,4 +1,4 @@
-"""Every command of the READMEs: parsed, and run where neither GPUs nor a network are needed."""
+"""Commands of the READMEs: all are parsed; those without GPUs and network are run."""
 
 import os
 import re
@@ -19,14 +19,14 @@ from dynamic_detr.files.config_file import find_config, read_config
 from dynamic_detr.files.model_file import is_model_file
 
 READMES = ("README.md", "demo/README.md")
-# In order: what the first makes, the others take. COCO, or weights from a network, are what other
-# configurations start from.
+# Commands that are run in order, as they need each other's output. The others need COCO or weights
+# from a network.
 RUN = re.compile(r"configs/quickstart/own_data|output/cells|--model quickstart")
 WINDOW = "--webcam"
 
 
 def blocks(language: str) -> list[str]:
-    """The code blocks of a language in all READMEs."""
+    """Return the code blocks of a language in all READMEs."""
     text = "\n".join((ROOT / name).read_text() for name in READMES)
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
@@ -75,8 +75,11 @@ def _here(name: str) -> Path | str:
 
 
 def workplace(folder: Path) -> dict[str, str]:
-    """A folder like a user's clone, with data of the names that the READMEs have; the
-    environment for commands in it."""
+    """Make a folder like a clone with the data of the READMEs' commands.
+
+    Returns:
+        Environment variables for commands in the folder.
+    """
     for name in ("train_net.py", "configs", "demo", "tools"):
         (folder / name).symlink_to(ROOT / name)
     for split in ("train", "val"):
@@ -95,7 +98,7 @@ def workplace(folder: Path) -> dict[str, str]:
 
 @pytest.mark.long
 def test_commands_and_code_run(tmp_path):
-    """In the READMEs' order, with two iterations of training; then the Python code."""
+    """Run the commands in order, with two training iterations, and then the Python code."""
     from test_demo import write_video
 
     environment = workplace(tmp_path)

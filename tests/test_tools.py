@@ -1,4 +1,4 @@
-"""The commands under tools/: what they print, write and refuse."""
+"""Commands in tools/: output, written files and errors."""
 
 import json
 import os
@@ -24,16 +24,16 @@ import export_weights  # noqa: E402
 import fill_config_table  # noqa: E402
 import plot_metrics  # noqa: E402
 import quickstart  # noqa: E402
+from benchmarks.baselines import baseline_operators  # noqa: E402
 from benchmarks.costs import (  # noqa: E402
     config_costs,
     config_products,
     count_gmac,
     count_parameters,
 )
-from benchmarks.models import BOUND  # noqa: E402
+from benchmarks.models import BASELINE, BOUND  # noqa: E402
 from benchmarks.page import put_section  # noqa: E402
 from benchmarks.products import PlainProducts, dtypes_of, record_products  # noqa: E402
-from benchmarks.usual import usual_operators  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
 DETR = PROJECT / "configs" / "DETR" / "detr_R_50.yaml"
@@ -43,7 +43,7 @@ PEERS = ["faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x"]
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint of the quickstart's detector, untrained."""
+    """Write a checkpoint of the quickstart's detector with random weights."""
     cfg = read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])
     path = tmp_path / "model_final.pth"
     names = ["disc", "square", "triangle", "star", "ring", "cross"]
@@ -73,7 +73,7 @@ def test_export_halves_the_weights_and_describes_them(checkpoint, tmp_path, caps
     assert read_model(str(again))[0] == info
 
 
-def test_export_refuses_what_is_no_checkpoint_or_does_not_fit(checkpoint, tmp_path, capsys):
+def test_export_rejects_invalid_checkpoints_and_arguments(checkpoint, tmp_path, capsys):
     broken, huge = tmp_path / "broken.pth", tmp_path / "huge.pth"
     broken.write_text("no checkpoint")
     content = torch.load(checkpoint)
@@ -116,7 +116,7 @@ def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
         assert (output / f"{name}.png").is_file() and (output / f"{name}_stages.png").is_file()
 
 
-def test_quickstart_says_where_it_cannot_write(tmp_path, capsys, monkeypatch):
+def test_quickstart_names_the_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "file"))
     with pytest.raises(SystemExit) as stop:
@@ -125,7 +125,7 @@ def test_quickstart_says_where_it_cannot_write(tmp_path, capsys, monkeypatch):
     assert "DETECTRON2_DATASETS" in capsys.readouterr().err
 
 
-def test_quickstart_says_what_to_do_without_weights(tmp_path, capsys):
+def test_quickstart_names_missing_weights(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         quickstart.main(["--weights", str(tmp_path / "none.pth")])
     assert stop.value.code == 2
@@ -141,7 +141,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
     benchmark.main([*configs, *options, "--json", str(target)])
     result = json.loads(target.read_text())
     models = {row["model"]: row for row in result["models"]}
-    assert list(models) == ["pretrain", "finetune", BOUND, "usual operators", *PEERS]
+    assert list(models) == ["pretrain", "finetune", BOUND, BASELINE, *PEERS]
     peer, ours, bound = models[PEERS[0]], models["pretrain"], models[BOUND]
     for time in ("latency", "train_step"):
         assert bound[f"{time}_to_bound"] == 1
@@ -149,7 +149,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
     assert peer["latency_to_peer"] == peer["train_step_to_peer"] == 1
     assert ours["latency_to_first"] == ours["train_step_to_first"] == 1
     assert all(ours[key] > 0 for key in ("latency_s", "images_per_s", "train_step_s"))
-    assert ours["parameters_m"] == models["usual operators"]["parameters_m"]
+    assert ours["parameters_m"] == models[BASELINE]["parameters_m"]
     parts = sum(ours["gmac"][part] for part in ("backbone", "encoder", "decoder"))
     assert parts == pytest.approx(ours["gmac"]["all"], rel=1e-3)
     assert len(result["operators"]) == 13
@@ -166,15 +166,15 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--repeats", "0"], "--repeats: '0' is not a whole number, 1 or more"),
+        (["--repeats", "0"], "--repeats: '0' is not a positive integer"),
         (["--size", "800"], "--size: '800' is not HEIGHTxWIDTH"),
         (["--size", "32x800"], "--size: '32x800' is too small"),
-        (["--machine", "two\nlines"], "is not a name, one line of text"),
+        (["--machine", "two\nlines"], "is not a name on one line"),
         (["--json", "nowhere/times.json"], "--json: the folder nowhere does not exist"),
         (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
     ],
 )
-def test_benchmark_refuses_before_it_measures(options, reason, capsys):
+def test_benchmark_rejects_wrong_arguments_first(options, reason, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(options)
     assert stop.value.code == 2
@@ -182,7 +182,7 @@ def test_benchmark_refuses_before_it_measures(options, reason, capsys):
 
 
 def test_the_bound_has_the_products_of_the_network_without_its_backbone():
-    """Recorded without arithmetic; the plain ones are of the same sizes, forward and backward."""
+    """The products are recorded on fake tensors; the plain ones have the same sizes."""
     for config in (PRETRAIN, DETR):
         products = config_products(str(config), (64, 96), 2)
         flop = sum(product.flop for product in products)
@@ -217,7 +217,7 @@ def test_a_machine_has_one_section_of_a_page():
 
 
 def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
-    """Convolutions 3×3: 9·C² for each pixel that one of them makes."""
+    """A 3×3 convolution has 9·C² multiply-adds per output pixel."""
     model = build_model(read_config(str(PRETRAIN), ["MODEL.DEVICE", "cpu"])).eval()
     encoder, channels = model.encoder, model.encoder.blocks[0].offset.in_channels
     sizes = [128 // stride for stride in model.strides]
@@ -229,13 +229,13 @@ def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         encoder(pyramid)
     pixels = [n * n for n in sizes]
-    convolved = sum(pixels) + 2 * sum(pixels[1:])  # same; finer and coarser neighbours
+    convolved = sum(pixels) + 2 * sum(pixels[1:])  # the level itself; its two neighbours
     wanted = 9 * channels * (channels * convolved + 27 * sum(pixels)) * len(encoder.blocks)
     assert counter.get_total_flops() / 2 == pytest.approx(wanted, rel=0.01)
 
 
-def test_table_of_configurations_is_filled_with_what_runs_count(capsys):
-    """Traced without arithmetic, as counted of a detector that runs."""
+def test_table_of_configurations_has_the_counts_of_a_run(capsys):
+    """Counts on fake tensors equal those of a detector that runs."""
     row = "| shapes | [pretrain](pretrain.yaml) | 71.8 |"
     heading = f"| row | config | AP {fill_config_table.COSTS}\n| --- | --- | --- | --- | --- |\n"
     other = "| [pretrain](pretrain.yaml) | what it is | |\n"
@@ -270,7 +270,7 @@ def test_benchmark_composition_is_the_same_model():
     model = build_model(cfg).eval()
     inputs = [{"image": torch.rand(3, 128, 128) * 255}]  # without padding, where both agree
     _, ours = model.predict(inputs)
-    with usual_operators():
+    with baseline_operators():
         _, naive = model.predict(inputs)
     for a, b in zip(ours, naive, strict=True):
         torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=1e-3, atol=1e-3)
@@ -294,7 +294,7 @@ def test_plot_draws_the_later_of_two_values(tmp_path, capsys):
 
 
 def test_plot_shows_runs_of_one_point(tmp_path, capsys):
-    """With a marker, as a line of one point is invisible; and says what a run has not."""
+    """One point has a marker, as its line is invisible; a missing metric is reported."""
     for name, line in (("a", {"total_loss": 9.0}), ("b", {"total_loss": 8.0, "bbox/AP": 1.0})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "metrics.json").write_text(json.dumps({"iteration": 9, **line}))

@@ -1,4 +1,4 @@
-"""A training run that takes seconds: a few small pictures and a small detector."""
+"""A training run of seconds: a few small images and a small detector."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from dynamic_detr.data.coco_json import register_json
 from dynamic_detr.engine.trainer import Trainer
 
 NAMES = ["dark", "light"]
-# The same with two levels and an encoder; the backbone is registered by this module.
+# Options for two levels and an encoder; the backbone is registered in this module.
 TWO_LEVELS = [
     *("MODEL.BACKBONE.NAME", "build_two_level_backbone", "MODEL.RESNETS.OUT_FEATURES"),
     *(["res2", "res3"], "MODEL.FPN.IN_FEATURES", ["res2", "res3"], "MODEL.FPN.OUT_CHANNELS", 64),
@@ -61,7 +61,11 @@ def build_two_level_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
 
 
 def write_data(folder: Path, images: int = 6) -> tuple[Path, Path]:
-    """Write images of 64×64 with one or two rectangles; return the paths of JSON and images."""
+    """Write images of 64×64 pixels with one or two rectangles each.
+
+    Returns:
+        Path of the JSON file, and folder of the images.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(0)
     records, annotations = [], []
@@ -98,7 +102,7 @@ def write_config(folder: Path) -> Path:
 
 
 def make_config(folder: Path, *options) -> CfgNode:
-    """Return the tiny configuration with data and output under ``folder``."""
+    """Return the tiny configuration with data and output in ``folder``."""
     register_json("tiny_train", *write_data(folder / "data"), NAMES)
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
@@ -108,7 +112,7 @@ def make_config(folder: Path, *options) -> CfgNode:
 
 
 def losses_of(trainer: Trainer) -> dict[int, float]:
-    """Return the total loss by iteration since a trainer was started or resumed."""
+    """Return the total loss by iteration since the trainer started or resumed."""
     losses = trainer.storage.history("total_loss").values()
     return {i: value for value, i in losses if i >= trainer.start_iter}
 
@@ -121,7 +125,7 @@ def train(cfg: CfgNode, resume: bool = False) -> Trainer:
 
 
 def train_and_report(cfg: CfgNode, folder: Path) -> None:
-    """Train in a new process, and save losses and weights to a file in ``folder``."""
+    """Train in a separate process, and write losses and weights to a file in ``folder``."""
     import torch
 
     register_json("tiny_train", folder / "data" / "boxes.json", folder / "data", NAMES)

@@ -1,19 +1,21 @@
 #!/usr/bin/env python
-"""How fast it is: every operator beside the usual one and beside what bounds it, and the whole
-detector beside the same model on the usual operators and beside Detectron2's own, in one run.
+"""Measure the speed of operators and detectors, and of their baselines and lower bounds.
 
 python tools/benchmark.py                            # on the GPU if there is one, else on the CPU
 python tools/benchmark.py --dtype bfloat16 --size 800x1344
-python tools/benchmark.py models --no-naive          # or operators, or profile
+python tools/benchmark.py models --no-naive          # without the baseline operators
 python tools/benchmark.py models --config-file A.yaml --config-file B.yaml
 python tools/benchmark.py transformers               # DETR, Deformable DETR and Hugging Face's
 python tools/benchmark.py peers                      # operators of deformops and other packages
 python tools/benchmark.py --machine "A name"         # also into docs/benchmarks.md
 
-Every table is printed in Markdown. Times are medians, each with half its interquartile range, taken
-in turns; what to quote are the ratios. The bound of a detector is its backbone, and its other
-products as plain convolutions and matrix products of the same sizes. A call longer than the budget
-is measured once, unwarmed. On a CPU the usual operators are timed on one image only.
+Operators are compared with operators of torchvision, Detectron2, PyTorch and SciPy (the baseline),
+and detectors with the same model on these operators and with Detectron2's detectors. The lower
+bound of a detector is the time of its backbone, and of plain convolutions and matrix products of
+the sizes of its other products. Tables are printed in Markdown. Times are medians ± half the
+interquartile range of calls in turns; ratios are more reliable than times. A call that exceeds
+the budget is measured once, without warm-up. On a CPU, a model with the baseline operators is timed
+for one image only.
 """
 
 import argparse
@@ -24,6 +26,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 import detectron2
 import torch
 import torchvision
@@ -47,7 +52,7 @@ PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinane
 
 MEASURED = ("operators", "models", "profile", "transformers", "peers")
 VERSIONS = ("torch", "torchvision", "detectron2", "Python")
-SMALLEST = 64  # pixels, a pixel of the coarsest level
+SMALLEST = 64  # pixels: one cell of the coarsest level
 
 
 def size(text: str) -> tuple[int, int]:
@@ -55,25 +60,24 @@ def size(text: str) -> tuple[int, int]:
     if not (height.isdecimal() and width.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 800x1216")
     if min(int(height), int(width)) < SMALLEST:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is too small; each side wants {SMALLEST} pixels"
-        )
+        raise argparse.ArgumentTypeError(f"{text!r} is too small; use {SMALLEST} pixels or more")
     return int(height), int(width)
 
 
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
 def machine_name(text: str) -> str:
     if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name, one line of text")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name on one line")
     return text.strip()
 
 
 def machine(device: str) -> dict[str, str]:
+    """Return the machine's name, with the threads on a CPU, its load, and versions of packages."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if device == "cuda":
@@ -99,10 +103,10 @@ def ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def with_dtype(row: dict, baseline: str) -> str:
-    """The name of a baseline, and what it computed in where that was measured."""
-    dtypes = row["ran_in"].get(baseline)
-    return f"{row[baseline]} ({dtypes})" if dtypes else row[baseline] or ""
+def with_dtype(row: dict, key: str) -> str:
+    """Return the name of the row's "bound" or "baseline", with its dtypes if they are known."""
+    dtypes = row["ran_in"].get(key)
+    return f"{row[key]} ({dtypes})" if dtypes else row[key] or ""
 
 
 def operator_table(rows: list[dict]) -> str:
@@ -113,12 +117,12 @@ def operator_table(rows: list[dict]) -> str:
             with_dtype(row, "bound"),
             f"{100 * row['share_of_bound']:.0f} %",
             ratio(row["times_bound"]),
-            with_dtype(row, "usual"),
-            ratio(row["faster_than_usual"]),
+            with_dtype(row, "baseline"),
+            ratio(row["speedup"]),
         ]
         for row in rows
     ]
-    headers = ["operator", "ms", "bound", "share", "× its time", "usual", "times faster"]
+    headers = ["operator", "ms", "bound", "share", "× its time", "baseline", "speed-up"]
     return tabulate(table, headers, "pipe", disable_numparse=True)
 
 
@@ -193,25 +197,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config-file",
         action="append",
-        help=f"of a detector; may be repeated, ratios are to the first (default: {OURS.stem})",
+        help="configuration of a detector; repeatable, the first one is the reference of ratios "
+        f"(default: {OURS.stem})",
     )
     parser.add_argument(
         "--peer",
         action="append",
-        help="of a detector beside them, likewise (default: Detectron2's Faster R-CNN, RetinaNet)",
+        help="configuration to compare with; repeatable (default: Detectron2's Faster R-CNN, "
+        "RetinaNet)",
     )
     parser.add_argument("--size", type=size, default=(800, 1216), metavar="HEIGHTxWIDTH")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--batch", type=count, default=8, help="images at once, for the throughput")
-    parser.add_argument("--train-batch", type=count, default=2, help="images of a training step")
-    parser.add_argument("--repeats", type=count, default=7, help="measured calls of each")
-    parser.add_argument("--budget", type=float, default=60, help="seconds for the calls of each")
-    parser.add_argument("--no-naive", action="store_true", help="leave the usual operators out")
+    parser.add_argument("--batch", type=count, default=8, help="images per batch of throughput")
+    parser.add_argument("--train-batch", type=count, default=2, help="images per training step")
+    parser.add_argument("--repeats", type=count, default=7, help="measured calls of each function")
+    parser.add_argument("--budget", type=float, default=60, help="seconds for each function")
+    parser.add_argument("--no-naive", action="store_true", help="skip the baseline operators")
     parser.add_argument(
         "--machine",
         type=machine_name,
         metavar="NAME",
-        help=f"also write the tables to docs/{PAGE.name}, in place of those of this name and dtype",
+        help=f"name of the machine; also write the tables to docs/{PAGE.name}, replacing those of "
+        "this name and dtype",
     )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(argv)
@@ -228,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     with report_user_errors("benchmark.py"):
         if args.dtype == "float16" and device == "cpu":
-            raise UserError("--dtype float16 wants a GPU, and there is none; bfloat16 works here")
+            raise UserError("--dtype float16 requires a GPU; use bfloat16 on the CPU")
         if args.json and not args.json.parent.is_dir():
             raise UserError(f"--json: the folder {args.json.parent} does not exist")
         for config in (*args.config_file, *args.peer):
@@ -254,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
             result["profile"] = profile_model(args, device)
             for name, rows in result["profile"].items():
                 show(profile_table(name, rows))
-        if args.what == "transformers":  # not part of "all": it wants another package
+        if args.what == "transformers":  # not part of "all": it requires another package
             result["transformers"] = measure_hugging_face(args, device)
             show(transformers_table(result["transformers"]))
         if args.what == "peers":

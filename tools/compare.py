@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Trains any set of detectors on equal terms, Detectron2's own too, and writes one page about them.
+"""Train detectors on equal terms, also Detectron2's own, and write one page of results.
 
 python tools/compare.py --config-file A.yaml --config-file B.yaml --iterations 1000 --output DIR
-python tools/compare.py --output DIR --config-file C.yaml   # adds one; only that is trained
-python tools/compare.py --output DIR --seeds 3              # adds seeds
-python tools/compare.py --output DIR --page-only            # trains nothing, draws the page again
+python tools/compare.py --output DIR --config-file C.yaml   # add a detector and train it
+python tools/compare.py --output DIR --seeds 3              # add seeds and train them
+python tools/compare.py --output DIR --page-only            # write the page again, train nothing
 
-The first configuration's data, input, batch, schedule, average and starting weights hold for all;
-each keeps its optimiser, with the rate scaled to the batch (tools/comparison/terms.py). A command
-that was stopped goes on when it is given again.
+All detectors use the data, input, batch, schedule, weight average and initial weights of the first
+configuration. Each keeps its optimiser, with the learning rate scaled to the batch size
+(tools/comparison/terms.py). To continue an interrupted comparison, repeat the command.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark import machine
+from benchmark import count, machine
 from comparison.page import write_page
 from comparison.pictures import truth_boxes, wrong_or_right
 from comparison.plan import DATA, Plan
@@ -36,7 +36,7 @@ from dynamic_detr import compat
 from dynamic_detr.cli.exits import EXIT_USER_ERROR, report_user_errors
 
 PROGRAM = "compare.py"
-COSTS = {  # columns of the table: key of a detector's results, digits
+COSTS = {  # columns of the table: key in a detector's results, digits
     "ms an image": ("inference_ms", 1),
     "s a step": ("step_s", 3),
     "peak MB": ("peak_mb", 0),
@@ -46,12 +46,6 @@ COSTS = {  # columns of the table: key of a detector's results, digits
 _EPILOG = "exit codes: 0 all runs are finished; 2 wrong arguments, or a run failed or was stopped"
 
 
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,21 +53,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--config-file",
         action="append",
-        help="of a detector: a path, or a name of Detectron2's model zoo; may be repeated",
+        help="configuration of a detector: a path, or a name in Detectron2's model zoo; repeatable",
     )
     for name in DATA:
         kind = "FILE" if name.endswith("json") else "DIR"
         parser.add_argument(f"--{name.replace('_', '-')}", metavar=kind, help="as for train_net.py")
-    parser.add_argument("--iterations", type=count, help="of each run (default: the first's)")
-    parser.add_argument("--evaluations", type=count, help="of each run (default: 5)")
-    parser.add_argument("--seeds", type=count, help="runs of each detector (default: 1)")
-    parser.add_argument("--num-gpus", type=int, help="of each run, as for train_net.py")
-    parser.add_argument("--num-processes", type=int, help="of each run, as for train_net.py")
+    parser.add_argument(
+        "--iterations", type=count, help="per run (default: those of the first configuration)"
+    )
+    parser.add_argument("--evaluations", type=count, help="per run (default: 5)")
+    parser.add_argument("--seeds", type=count, help="number of runs per detector (default: 1)")
+    parser.add_argument("--num-gpus", type=int, help="per run, as for train_net.py")
+    parser.add_argument("--num-processes", type=int, help="per run, as for train_net.py")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
-    parser.add_argument("--budget-minutes", type=float, help="for training; the rest is left")
-    parser.add_argument("--note", metavar="TEXT", help="for the page, such as what else ran")
-    parser.add_argument("--page-only", action="store_true", help="draw the page of what is there")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="configuration keys, for all")
+    parser.add_argument("--budget-minutes", type=float, help="stop training after this time")
+    parser.add_argument("--note", metavar="TEXT", help="text for the page")
+    parser.add_argument("--page-only", action="store_true", help="write the page, train nothing")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="keys of all configurations")
     return parser
 
 
@@ -86,15 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def terms_table(plan: Plan) -> str:
     rows = [
-        [
-            name,
-            terms.optimizer,
-            f"{terms.rate:.3g} = {terms.rule}",
-            terms.clip,
-            terms.start,
-        ]
-        for name in plan.configs
-        for terms in [plan.terms_of(name)]
+        [name, own["optimizer"], f"{own['rate']:.3g} = {own['rule']}", own["clip"], own["start"]]
+        for name, own in plan.terms.items()
     ]
     headers = ["detector", "optimiser", "rate", "clipping", "backbone"]
     return tabulate(rows, headers, "pipe", disable_numparse=True)
@@ -117,7 +106,11 @@ def result_table(results: dict) -> str:
 
 
 def boxes_of(plan: Plan, annotations: dict) -> dict[str, Callable[[dict], list[dict]]]:
-    """The rows of the page's pictures: for each, the boxes that are drawn in a picture."""
+    """Return the rows of pictures on the page.
+
+    Returns:
+        For "annotated" and each trained detector, a function from an image record to its boxes.
+    """
     rows = {"annotated": partial(truth_boxes, annotations)}
     for run in plan.runs():
         if run.name not in rows and run.final():
@@ -129,7 +122,7 @@ def boxes_of(plan: Plan, annotations: dict) -> dict[str, Callable[[dict], list[d
 
 
 def stored(folder: Path) -> tuple[dict[str, dict], str]:
-    """Speed and costs that an earlier command has measured, and its machine."""
+    """Return the measurements of an earlier command by detector, and its machine."""
     path = folder / "results.json"
     if not path.is_file():
         return {}, ""

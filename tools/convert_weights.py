@@ -19,6 +19,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 import torch
 from conversions import COCO_ROWS, CONFIGS, SYSTEMS, rename, select_coco_classes
 from conversions.huggingface import system_of

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Fills in parameters and GMAC of every configuration in the tables of configs/README.md.
+"""Fill in the parameters and GMAC of the configurations in the tables of configs/README.md.
 
 python tools/fill_config_table.py
 """
@@ -9,6 +9,9 @@ import re
 import sys
 from pathlib import Path
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 from benchmarks.costs import config_costs
 from tqdm import tqdm
 
@@ -18,19 +21,22 @@ from dynamic_detr.cli.exits import report_user_errors
 README = Path(__file__).resolve().parents[1] / "configs" / "README.md"
 SIZE = (800, 1333)
 ROW = re.compile(r"^(\|.*\]\((?P<config>.*\.yaml)\).*)\| [^|]* \| [^|]* \|$")
-COSTS = "| parameters, M | GMAC |"  # end of the heading of a table whose rows are filled
+COSTS = "| parameters, M | GMAC |"  # end of the header of the tables to fill
 
 
 def fill(text: str, folder: Path, size: tuple[int, int]) -> str:
-    """The text of the tables with their last two columns filled.
+    """Fill in the last two columns of the tables.
 
     Args:
-        text: Markdown, whose rows link to configurations.
-        folder: that links start from.
-        size: (height, width) of the image that GMAC are counted for.
+        text: Markdown with tables whose rows link to configurations.
+        folder: folder that the links are relative to.
+        size: (height, width) in pixels of the image that GMAC are counted for.
+
+    Returns:
+        The text with filled tables.
 
     Raises:
-        UserError: a configuration does not exist or cannot work.
+        UserError: a configuration does not exist or is invalid.
     """
     filled, has_costs = [], False
     for line in tqdm(text.splitlines(), leave=False):

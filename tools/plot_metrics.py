@@ -17,26 +17,47 @@ METRICS = ("bbox/AP", "total_loss")
 Curve = tuple[list[int], list[float]]
 
 
-def read(run: Path) -> dict[str, Curve]:
-    """Read the iterations and values of "bbox/AP" and "total_loss" from a run's metrics.json.
+def read_curves(path: Path) -> dict[str, Curve]:
+    """Read the iterations, from 1, and values of "bbox/AP" and "total_loss" from a metrics.json.
 
-    A resumed run may have repeated some iterations; the later line is used.
+    A resumed run may have repeated some iterations; the later line is used. Incomplete lines of
+    killed runs are skipped.
+
+    Args:
+        path: the file, which may be absent.
+    """
+    values: dict[str, dict[int, float]] = {metric: {} for metric in METRICS}
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        for metric in METRICS:
+            if isinstance(record, dict) and metric in record:
+                values[metric][record["iteration"] + 1] = record[metric]
+    return {
+        metric: tuple(map(list, zip(*sorted(found.items()), strict=True)))
+        for metric, found in values.items()
+        if found
+    }
+
+
+def read(run: Path) -> dict[str, Curve]:
+    """Read the curves of a run.
+
+    Args:
+        run: `OUTPUT_DIR` of the run, or its metrics.json.
 
     Raises:
         UserError: there is no metrics.json, or it has neither metric.
     """
     path = run / "metrics.json" if run.is_dir() else run
     try:
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not the metrics.json of a run: {error}") from error
-    curves = {}
-    for metric in METRICS:
-        values = {line["iteration"] + 1: line[metric] for line in lines if metric in line}
-        if values:
-            curves[metric] = tuple(map(list, zip(*sorted(values.items()), strict=True)))
+        curves = read_curves(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not curves:
-        raise UserError(f"{path} holds neither bbox/AP nor total_loss")
+        raise UserError(f"{path} does not exist or holds neither bbox/AP nor total_loss")
     return curves
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""From the shipped detector to one for other classes, in minutes: scenes, evaluation, fine-tuning,
-pictures. `make quickstart` runs it; it does what a user of the project does, with small data.
+"""Fine-tune the shipped detector on new classes of synthetic scenes, evaluate it, draw pictures.
 
-A run that was stopped goes on where it was; one that has ended only evaluates and draws again.
+`make quickstart` runs it. An interrupted run continues where it stopped; after a finished run, only
+the evaluation and the pictures are made again.
 """
 
 import argparse
@@ -16,6 +16,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
+import dynamic_detr  # noqa: F401  (first: silences a warning of Detectron2's import)
+
+# isort: split
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -48,8 +51,8 @@ from dynamic_detr.visualization import (
 
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs" / "quickstart"
-METRICS = ("AP", "AP50", "AP75", "APs", "APm")  # no scene has room for a large object
-SHOWN = 6  # scenes of each family in the pictures
+METRICS = ("AP", "AP50", "AP75", "APs", "APm")  # scenes are too small for large objects
+SHOWN = 6  # number of scenes of each family in the pictures
 
 
 def step(text: str) -> None:
@@ -66,9 +69,9 @@ def make_scenes(images: int | None) -> None:
         except OSError as error:
             raise UserError(
                 f"cannot write scenes to {root} ({error.strerror}); set DETECTRON2_DATASETS to a "
-                "folder that can be written to"
+                "writable folder"
             ) from error
-        print(f"{root / family}, {split}: {'drawn' if written else 'there already'}")
+        print(f"{root / family}, {split}: {'made' if written else 'already there'}")
 
 
 def config(name: str, weights: str, output: Path) -> CfgNode:
@@ -79,7 +82,7 @@ def config(name: str, weights: str, output: Path) -> CfgNode:
 
 
 def evaluate(cfg: CfgNode) -> dict[str, float]:
-    """Box AP of the weights on the validation scenes; class layers that do not fit start anew."""
+    """Evaluate on the validation scenes; class layers of other shapes stay random."""
     torch.manual_seed(0)
     model = Trainer.build_model(cfg)
     SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
@@ -87,22 +90,22 @@ def evaluate(cfg: CfgNode) -> dict[str, float]:
 
 
 def finetune(weights: str, output: Path, opts: list[str]) -> None:
-    """Runs train_net.py as a user would, and shows the command."""
-    places = ["--num-gpus", "1"] if torch.cuda.is_available() else ["--num-processes", "2"]
-    if not torch.cuda.is_available() and (os.cpu_count() or 1) < 2:
-        places = ["--num-processes", "1"]
+    """Print and run the command of train_net.py."""
+    devices = ["--num-processes", str(min(os.cpu_count() or 1, 2))]
+    if torch.cuda.is_available():
+        devices = ["--num-gpus", "1"]
     command = [
-        *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *places, "--resume"),
+        *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *devices, "--resume"),
         *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), *opts),
     ]
     print("python", shlex.join(command), flush=True)
     status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
     if status:
-        raise UserError(f"fine-tuning stopped with exit code {status}; its last lines say why")
+        raise UserError(f"fine-tuning stopped with exit code {status}; see its last lines")
 
 
 def truth(record: dict) -> Instances:
-    """The annotated objects of a record, as detections of score 1."""
+    """Return the annotated objects of a record as detections of score 1."""
     objects = record["annotations"]
     boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
     return Instances(
@@ -114,7 +117,11 @@ def truth(record: dict) -> Instances:
 
 
 def draw(cfg: CfgNode, folder: Path) -> list[Path]:
-    """Annotations above detections for some scenes, and what each stage says of one."""
+    """Draw annotations above detections for some scenes, and the boxes of each stage for one.
+
+    Returns:
+        Paths of the two pictures.
+    """
     detector = Detector.from_config(cfg)
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
@@ -134,8 +141,8 @@ def draw(cfg: CfgNode, folder: Path) -> list[Path]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
-    parser.add_argument("--weights", default="quickstart", help="a model file, or a name")
-    parser.add_argument("--scenes", type=int, help="in each split; fewer for a quick look")
+    parser.add_argument("--weights", default="quickstart", help="a model file or its name")
+    parser.add_argument("--scenes", type=int, help="number of scenes per split")
     parser.add_argument("--fresh", action="store_true", help="fine-tune again from the start")
     parser.add_argument("opts", nargs="*", help="keys for the fine-tuning: SOLVER.MAX_ITER 100 ...")
     args = parser.parse_args(argv)
@@ -156,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         step("2/5  the shipped detector on held-out scenes of its own classes")
         shipped = config("pretrain.yaml", weights, output / "shipped")
         table = {"shipped, its own classes": evaluate(shipped)}
-        step("3/5  the shipped detector on new classes, its class layers started anew")
+        step("3/5  the shipped detector on new classes, with random class layers")
         new = config("finetune.yaml", weights, output / "before")
         table["new classes, before fine-tuning"] = evaluate(new)
         step("4/5  fine-tuning on the new classes")
@@ -170,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n" + tabulate(rows, ["box AP on held-out scenes", *METRICS], "pipe", floatfmt=".1f"))
     print("\nPictures:", *pictures, sep="\n  ")
     names = scenes_name("symbols", "val")
-    print(f"\nThe new detector is one file, {model}, evaluated on {names}. To use it:\n")
+    print(f"\nThe new detector, evaluated on {names}, is the file {model}. To use it:\n")
     print("    import dynamic_detr", f'    detector = dynamic_detr.load("{model}")', sep="\n")
     print('    detector("photo.jpg").show()')
 

@@ -1,4 +1,4 @@
-"""What a detector costs before anything is timed: parameters, and arithmetic by part."""
+"""Parameters and arithmetic of a detector, counted without running it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,35 +17,42 @@ from dynamic_detr.files.config_file import find_config, read_config
 
 from .products import Product, no_fast_attention, record_products
 
-__all__ = ["config_costs", "config_products", "count_gmac", "count_parameters"]
+__all__ = ["config_costs", "config_products", "count_gmac", "count_parameters", "padded_shape"]
 
 PARTS = ("backbone", "encoder", "decoder")
 
 
 def config_costs(config_file: str, size: tuple[int, int]) -> tuple[float, dict[str, float]]:
-    """`count_parameters` and `count_gmac` of a configuration's model, for one image.
+    """Return `count_parameters` and `count_gmac` of a configuration's model, for one image.
 
-    The network is traced, without memory or arithmetic; what is counted of Faster R-CNN's second
-    stage is its head on as many boxes as the first one proposes at most.
+    The network is traced on fake tensors. The second stage of Faster R-CNN is counted for the
+    largest number of proposals.
 
     Args:
-        config_file: a path, or a name of Detectron2's model zoo.
-        size: (height, width) of the image, which is padded as the backbone asks.
+        config_file: path, or name in Detectron2's model zoo.
+        size: (height, width) of the image in pixels, before padding.
 
     Raises:
-        UserError: the configuration does not exist or cannot work, or is of another detector.
+        UserError: the configuration does not exist or is invalid, or its meta-architecture is not
+            one of `RUNS`.
     """
     return _costs(_read(config_file).MODEL.dump(), size)
 
 
 def config_products(config_file: str, size: tuple[int, int], batch: int) -> list[Product]:
-    """Those of a configuration's model for a batch of images, except for its backbone's.
+    """Return the products of a configuration's model, except those of its backbone.
 
-    The arguments and errors are those of `config_costs`.
+    Args:
+        config_file: path, or name in Detectron2's model zoo.
+        size: (height, width) of the images in pixels, before padding.
+        batch: number of images.
+
+    Raises:
+        UserError: as `config_costs`.
     """
     cfg = _read(config_file)
     with _traced(cfg) as model:
-        image = _image(model, size, batch)
+        image = torch.empty(padded_shape(model, size, batch), device="cuda")
         return record_products(
             lambda: RUNS[cfg.MODEL.META_ARCHITECTURE](model, image, cfg), model.backbone
         )
@@ -59,22 +66,22 @@ def _read(config_file: str) -> CfgNode:
     return cfg
 
 
-@cache  # configurations that differ in their recipe share a model
+@cache  # configurations that differ only in the recipe have the same model
 def _costs(model_node: str, size: tuple[int, int]) -> tuple[float, dict[str, float]]:
     cfg = get_cfg()
     cfg.MODEL = CfgNode.load_cfg(model_node)
     with _traced(cfg) as model:
-        image = _image(model, size, 1)
+        image = torch.empty(padded_shape(model, size, 1), device="cuda")
         gmac = count_gmac(model, lambda: RUNS[cfg.MODEL.META_ARCHITECTURE](model, image, cfg))
     return count_parameters(model), gmac
 
 
 @contextmanager
 def _traced(cfg: CfgNode) -> Iterator[nn.Module]:
-    """The model on fake tensors, within this context."""
+    """Build the model on fake tensors; yield it within their mode."""
     with torch.device("meta"):
         model = build_model(cfg).eval()
-    with FakeTensorMode():  # as on a GPU, where the network looks at no value
+    with FakeTensorMode():  # on a GPU the network does not read any value
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, tensor in tensors.items():
@@ -84,11 +91,10 @@ def _traced(cfg: CfgNode) -> Iterator[nn.Module]:
         yield model
 
 
-def _image(model: nn.Module, size: tuple[int, int], batch: int) -> Tensor:
-    """A batch of images, padded as the backbone asks."""
+def padded_shape(model: nn.Module, size: tuple[int, int], batch: int) -> tuple[int, ...]:
+    """Return (B, 3, H, W) of images that are padded to the size divisibility of the backbone."""
     multiple = max(model.backbone.size_divisibility, 1)
-    height, width = (-(-side // multiple) * multiple for side in size)
-    return torch.empty(batch, 3, height, width, device="cuda")
+    return (batch, 3, *(-(-side // multiple) * multiple for side in size))
 
 
 def _run_set_detector(model: SetDetector, image: Tensor, cfg: CfgNode) -> None:
@@ -118,20 +124,20 @@ RUNS = {
 
 
 def count_parameters(model: nn.Module) -> float:
-    """In millions."""
+    """Return the number of parameters in millions."""
     return sum(parameter.numel() for parameter in model.parameters()) / 1e6
 
 
 def count_gmac(model: nn.Module, infer: Callable[[], object]) -> dict[str, float]:
-    """Multiplications and additions in thousands of millions, by part, and of "all".
+    """Count multiply-adds in units of 10⁹, by part and in total ("all").
 
-    Counted are products of matrices and convolutions, deformable ones too.
+    Matrix products and convolutions are counted, also deformable ones.
 
     Args:
-        model: which can train no more afterwards.
-        infer: runs it, in whole or from backbone to decoder.
+        model: the detector; its parameters stay without gradients afterwards.
+        infer: runs the detector, in whole or from backbone to decoder.
     """
-    model.requires_grad_(False)  # the counter would follow gradients, if there were any
+    model.requires_grad_(False)  # else the counter follows gradients too
     with no_fast_attention(), FlopCounterMode(display=False) as counter, torch.no_grad():
         infer()
     counts = {name: sum(ops.values()) / 2e9 for name, ops in counter.get_flop_counts().items()}

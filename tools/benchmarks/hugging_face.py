@@ -1,18 +1,19 @@
-"""DETR and Deformable DETR beside Hugging Face's classes: one image through the whole network, and
-through its transformer alone."""
+"""Inference times of DETR and Deformable DETR and of Hugging Face's classes, for the whole network
+and for its transformer."""
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from dynamic_detr.errors import UserError
 from dynamic_detr.files.config_file import find_config, read_config
 
+from .models import build_detector
 from .timing import time_in_turns
 
 __all__ = ["measure_hugging_face"]
@@ -21,7 +22,15 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def measure_hugging_face(args: argparse.Namespace, device: str) -> list[dict]:
-    """A row for each system and part of it; both sides have random weights and float32.
+    """Time both implementations of each system in float32, with random weights.
+
+    Args:
+        args: command line of benchmark.py.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Rows with "system"; "part", "whole" or "transformer"; "ours_s" and "theirs_s", seconds of
+        one image.
 
     Raises:
         UserError: the package transformers is not installed.
@@ -46,16 +55,10 @@ def measure_hugging_face(args: argparse.Namespace, device: str) -> list[dict]:
     image = torch.randn(1, 3, *args.size, device=device)
     rows = []
     for name, config in configs.items():
-        ours = _ours(config, device)
+        ours = build_detector(str(CONFIGS / config), device).eval()
         peer = theirs[name](transformers.ResNetConfig(out_features=stages[name]))
         rows += _rows(name, ours, peer.eval().to(device), image, args, device)
     return rows
-
-
-def _ours(config: str, device: str) -> nn.Module:
-    cfg = read_config(find_config(str(CONFIGS / config)), [])
-    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
-    return build_model(cfg).eval()
 
 
 def _rows(
@@ -87,11 +90,11 @@ def _rows(
 
 
 class _Stopwatch:
-    """Adds up the time that modules take in one call.
+    """Adds up the time of some modules during a call.
 
     Args:
-        modules: that run one after the other.
-        device: "cuda" or "cpu"; on "cuda" each module is waited for.
+        modules: modules that run one after the other.
+        device: "cuda" or "cpu"; on "cuda" it synchronises before and after each module.
     """
 
     def __init__(self, modules: tuple[nn.Module, ...], device: str) -> None:
@@ -113,5 +116,5 @@ class _Stopwatch:
         return call
 
     def median(self) -> float:
-        """Seconds, of all calls but the first one."""
-        return sorted(self.totals[1:] or self.totals)[len(self.totals[1:]) // 2]
+        """Return the median in seconds of all calls but the first one."""
+        return statistics.median(self.totals[1:] or self.totals)

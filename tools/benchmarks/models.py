@@ -1,5 +1,5 @@
-"""Whole detectors in one run: those of any configurations, what bounds the first one, the same put
-together from the usual operators, and Detectron2's own detectors."""
+"""Times of whole detectors in one run: of any configurations and of Detectron2's detectors; of the
+first detector also with the baseline operators, and its lower bound."""
 
 import argparse
 from collections.abc import Callable, Iterator
@@ -14,26 +14,37 @@ from torch import Tensor, nn
 
 from dynamic_detr.files.config_file import find_config, read_config
 
-from .costs import config_products, count_gmac, count_parameters
+from .baselines import baseline_operators
+from .costs import config_products, count_gmac, count_parameters, padded_shape
 from .products import PlainProducts, dtypes_of
 from .timing import Timing, time_in_turns
-from .usual import usual_operators
 
-__all__ = ["measure_models", "profile_model"]
+__all__ = ["BASELINE", "BOUND", "build_detector", "measure_models", "profile_model"]
 
+BASELINE = "baseline operators"
 BOUND = "bound: backbone, plain products"
 OBJECTS = 8  # in each training image
-SMALL = (128, 160)  # pixels: dtypes do not depend on the size
+SMALL = (128, 160)  # (height, width) in pixels of the image that `dtypes` runs on
 SHOWN = 12  # operations in a profile
 
 
 def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
-    """A row for each detector; ratios are to the first one, to its bound and to the first peer."""
+    """Return a row for each detector, of one image, of a batch and of a training step.
+
+    Args:
+        args: command line of benchmark.py.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Rows with times in seconds and their ratios to the first detector ("..._to_first"), to its
+        bound and to the first of `args.peer`, peak memory in GB, parameters in millions, GMAC by
+        part and dtypes. A value is None where it was not measured.
+    """
     runs = {Path(config).stem: _Run(config, args, device) for config in args.config_file}
     first = next(iter(runs))
     runs[BOUND] = _Bound(runs[first], args)
     if not args.no_naive:
-        runs["usual operators"] = _Run(runs[first], args, device)
+        runs[BASELINE] = _Run(runs[first], args, device)
     runs |= {Path(config).stem: _Run(config, args, device) for config in args.peer}
     peer = Path(args.peer[0]).stem
 
@@ -44,8 +55,8 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
         return time_in_turns(calls, device, args.repeats, args.budget, title)
 
     latency = timings("one image", lambda run: lambda: run.infer(1))
-    # one image alone takes the usual operators more than a minute on a CPU
-    slow = ("usual operators",) if device == "cpu" else ()
+    # The baseline takes more than a minute for one image on a CPU.
+    slow = (BASELINE,) if device == "cpu" else ()
     several = (*slow, BOUND)
     throughput = timings(f"{args.batch} images", lambda run: lambda: run.infer(args.batch), several)
     training = timings("training step", lambda run: lambda: run.train(args.train_batch), slow)
@@ -75,8 +86,16 @@ def measure_models(args: argparse.Namespace, device: str) -> list[dict]:
 
 
 def profile_model(args: argparse.Namespace, device: str) -> dict[str, list[dict]]:
-    """Which operations the first detector's time goes to, at inference and in a training step:
-    their share of all time that is spent in operations, and how often they are called."""
+    """Profile inference and a training step of the first detector.
+
+    Args:
+        args: command line of benchmark.py.
+        device: "cuda" or "cpu".
+
+    Returns:
+        The most expensive operations, with their share of the time of all operations in [0, 1] and
+        their number of calls.
+    """
     run = _Run(args.config_file[0], args, device)
     cuda = device == "cuda"
     activity = torch.profiler.ProfilerActivity.CUDA if cuda else torch.profiler.ProfilerActivity.CPU
@@ -99,13 +118,18 @@ def profile_model(args: argparse.Namespace, device: str) -> dict[str, list[dict]
 
 
 class _Run:
-    """A detector with random weights (they change no shape), as it is or, if another run is
-    given, that one's on the usual operators."""
+    """A detector with random weights, which do not change any shape.
+
+    Args:
+        source: configuration file; or another run, whose detector gets the baseline operators.
+        args: command line of benchmark.py.
+        device: "cuda" or "cpu".
+    """
 
     def __init__(self, source: "str | _Run", args: argparse.Namespace, device: str) -> None:
-        self.operators = usual_operators if isinstance(source, _Run) else nullcontext
+        self.operators = baseline_operators if isinstance(source, _Run) else nullcontext
         self.size, self.device, self.dtype = args.size, device, getattr(torch, args.dtype)
-        self.model = source.model if isinstance(source, _Run) else _build(source, device)
+        self.model = source.model if isinstance(source, _Run) else build_detector(source, device)
         self.image = torch.randint(0, 256, (3, *args.size), dtype=torch.uint8)
         corners = torch.rand(OBJECTS, 2, 2).sort(dim=1).values.flatten(1)
         self.instances = Instances(
@@ -129,27 +153,27 @@ class _Run:
             return self.model.eval()([{"image": image, "height": height, "width": width}] * batch)
 
     def train(self, batch: int) -> None:
-        """Forward and backward; what the optimiser adds is the same for all."""
-        with EventStorage(), self._settings():  # Detectron2's detectors write into it
+        """Run forward and backward, without the optimiser."""
+        with EventStorage(), self._settings():  # Detectron2's detectors need the storage
             inputs = [{"image": self.image, "instances": self.instances}] * batch
             loss = sum(self.model.train()(inputs).values())
         loss.backward()
         self.model.zero_grad()
 
     def gmac(self) -> dict[str, float] | None:
-        """Of one image; None on operators that PyTorch cannot count."""
-        if self.operators is usual_operators:
+        """Return the GMAC of one image by part; None for operators that PyTorch cannot count."""
+        if self.operators is baseline_operators:
             return None
         return count_gmac(self.model, lambda: self.infer(1))
 
     def dtypes(self) -> str:
-        """In which dtypes it infers, as `dtypes_of` says it."""
+        """Return the dtypes of inference, as `dtypes_of` does; they do not depend on the size."""
         image = self.image[:, : SMALL[0], : SMALL[1]]
         return dtypes_of(lambda: self._infer(image, 1))
 
 
 class _Bound(_Run):
-    """The backbone of another run, and its other products as plain ones of the same sizes."""
+    """Lower bound of a detector: its backbone, and plain products of the sizes of its others."""
 
     def __init__(self, run: _Run, args: argparse.Namespace) -> None:
         self.__dict__.update(vars(run))
@@ -173,20 +197,19 @@ class _Bound(_Run):
         self.products[batch].forward_and_backward()
 
     def _features(self, batch: int) -> list[Tensor]:
-        multiple = max(self.model.backbone.size_divisibility, 1)
-        padded = (-(-side // multiple) * multiple for side in self.size)
-        images = torch.randn(batch, 3, *padded, device=self.device)
+        images = torch.randn(padded_shape(self.model, self.size, batch), device=self.device)
         with self._settings():
             return list(self.model.backbone(images).values())
 
     def gmac(self) -> None:
-        """Those of the detector that it bounds."""
+        """Return None: the numbers are those of the detector."""
 
     def dtypes(self) -> str:
         return dtypes_of(lambda: self.infer(1))
 
 
-def _build(config: str, device: str) -> nn.Module:
-    cfg = read_config(find_config(str(config)), [])
+def build_detector(config_file: str, device: str) -> nn.Module:
+    """Build the detector of a configuration, with random weights."""
+    cfg = read_config(find_config(config_file), [])
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
     return build_model(cfg)

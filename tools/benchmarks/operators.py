@@ -1,5 +1,5 @@
-"""Each operator beside the usual one, and beside what bounds it: the plain convolution or matrix
-product with as much arithmetic, or a copy of as many bytes."""
+"""Times of each operator, of a baseline made of public operators, and of a lower bound: the plain
+convolution or matrix product with the same arithmetic, or a copy of the same number of bytes."""
 
 import argparse
 from collections.abc import Callable
@@ -22,15 +22,15 @@ from dynamic_detr.ops import (
     pyramid_roi_align,
 )
 
+from .baselines import (
+    baseline_deform_conv2d,
+    baseline_fusion,
+    baseline_matching,
+    baseline_ms_deform_attn,
+    pool_levels,
+)
 from .products import dtypes_of
 from .timing import time_in_turns
-from .usual import (
-    pool_levels,
-    usual_deform_conv2d,
-    usual_fusion,
-    usual_matching,
-    usual_ms_deform_attn,
-)
 
 __all__ = [
     "attention_case",
@@ -54,27 +54,37 @@ Function = Callable[..., Tensor | list[Tensor]]
 
 @dataclass
 class Case:
-    """An operator with its arguments.
+    """An operator, its arguments, and what it is compared with.
 
     Args:
-        name: what it is.
-        tensors: arguments that get gradients in the backward pass.
-        ours: the operator, of these tensors.
-        bound: name of what bounds it, function, and the function's tensors.
-        usual: name of what it is compared to, and function.
-        differentiable: whether there is a backward pass to measure.
+        name: name in the table.
+        tensors: arguments of the operator; the backward pass computes their gradients.
+        ours: the operator.
+        bound: name and function of the lower bound, and the arguments of this function.
+        baseline: name and function of the baseline, called with `tensors`; None without one.
+        differentiable: whether to time the backward pass too.
     """
 
     name: str
     tensors: tuple[Tensor, ...]
     ours: Function
     bound: tuple[str, Function, tuple[Tensor, ...]]
-    usual: tuple[str, Function] | None = None
+    baseline: tuple[str, Function] | None = None
     differentiable: bool = True
 
 
 def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
-    """A row for each operator and pass."""
+    """Return a row for each operator, forward and forward + backward.
+
+    Args:
+        args: command line of benchmark.py.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Rows with "operator", "milliseconds" and "spread"; "bound" and "baseline", the names, or
+        None; "share_of_bound" and "times_bound", the bound's time over the operator's and its
+        inverse; "speedup" over the baseline, or None; "ran_in", the dtypes of all three.
+    """
     dtype = getattr(torch, args.dtype)
     rows = []
     for build in (
@@ -95,14 +105,14 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
 def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> dict:
     calls = {"ours": timed_call(case.ours, case.tensors, backward)}
     calls["bound"] = timed_call(*case.bound[1:], backward)
-    if case.usual:
-        calls["usual"] = timed_call(case.usual[1], case.tensors, backward)
+    if case.baseline:
+        calls["baseline"] = timed_call(case.baseline[1], case.tensors, backward)
     name = f"{case.name}, " + ("forward + backward" if backward else "forward")
     timings = time_in_turns(calls, device, args.repeats, args.budget, name)
     ours, bound = timings["ours"], timings["bound"]
-    usual = timings.get("usual")
+    baseline = timings.get("baseline")
     ran_in = {}
-    if args.dtype != "float32":  # some have no other dtype, or sum in it
+    if args.dtype != "float32":  # some operators support float32 only, or accumulate in it
         ran_in = {kind: dtypes_of(call) for kind, call in calls.items()}
     return {
         "operator": name,
@@ -111,8 +121,8 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
         "bound": case.bound[0],
         "share_of_bound": bound.median / ours.median,
         "times_bound": ours.median / bound.median,
-        "usual": case.usual[0] if case.usual else None,
-        "faster_than_usual": usual.median / ours.median if usual else None,
+        "baseline": case.baseline[0] if case.baseline else None,
+        "speedup": baseline.median / ours.median if baseline else None,
         "ran_in": ran_in,
     }
 
@@ -120,7 +130,13 @@ def _row(case: Case, backward: bool, args: argparse.Namespace, device: str) -> d
 def timed_call(
     function: Function, tensors: tuple[Tensor, ...], backward: bool
 ) -> Callable[[], object]:
-    """A function without arguments: forward, or with `backward` all gradients as well."""
+    """Return a function without arguments that computes the result, or also all gradients.
+
+    Args:
+        function: function of the tensors; returns one tensor or a list.
+        tensors: its arguments.
+        backward: whether to compute their gradients.
+    """
     if not backward:
 
         def forward() -> Tensor | list[Tensor]:
@@ -146,13 +162,21 @@ def _map(height: int, width: int, dtype: torch.dtype, device: str) -> Tensor:
 
 
 def _copy(elements: int, dtype: torch.dtype, device: str) -> tuple[Function, tuple[Tensor]]:
-    """A read and a write of as many numbers, and once more in the backward pass."""
+    """Return a function that reads and writes each element once, also in its backward pass."""
     return lambda numbers: numbers * 2, (torch.ones(elements, dtype=dtype, device=device),)
 
 
 def deform_conv_case(
     size: tuple[int, int], dtype: torch.dtype, device: str, groups: int = 1
 ) -> Case:
+    """Return the modulated 3×3 convolution of the finest level, with random offsets.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        dtype: dtype of the map and the weight.
+        device: "cuda" or "cpu".
+        groups: number of channel groups.
+    """
     height, width = size[0] // STRIDES[0], size[1] // STRIDES[0]
     weight = 0.02 * torch.randn(CHANNELS, CHANNELS // groups, 3, 3, dtype=dtype, device=device)
     tensors = (
@@ -166,8 +190,8 @@ def deform_conv_case(
     def ours(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
         return deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, groups)
 
-    def usual(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-        return usual_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1)
+    def baseline(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
+        return baseline_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1)
 
     return Case(
         f"deformable 3×3, {CHANNELS} → {CHANNELS}{grouped}, {height} × {width}",
@@ -178,17 +202,17 @@ def deform_conv_case(
             lambda x, weight: F.conv2d(x, weight, padding=1, groups=groups),
             (tensors[0], weight),
         ),
-        ("torchvision", usual),
+        ("torchvision", baseline),
     )
 
 
 def _grouped_deform_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    """As res3 of a ResNeXt-101 32x8d, at half of the resolution."""
+    """Return the convolution of res3 in a ResNeXt-101 32x8d, at half the resolution."""
     return deform_conv_case((size[0] // 2, size[1] // 2), dtype, device, groups=32)
 
 
 def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    """What the encoder does with the maps of its two finest levels after the convolutions."""
+    """Return what the encoder computes after the convolutions, for its two finest levels."""
     height, width = size[0] // STRIDES[0], size[1] // STRIDES[0]
     half = (height + 1) // 2, (width + 1) // 2
     same = [_map(height, width, dtype, device), _map(*half, dtype, device)]
@@ -204,17 +228,17 @@ def _fuse_levels(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case
     def ours(first: Tensor, second: Tensor, finer: Tensor, coarser: Tensor) -> list[Tensor]:
         return fuse_levels([first, second], [finer], [coarser], sizes, weights, GROUPS)
 
-    def usual(first: Tensor, second: Tensor, finer: Tensor, coarser: Tensor) -> list[Tensor]:
-        return [usual_fusion(first, coarser), usual_fusion(second, finer)]
+    def baseline(first: Tensor, second: Tensor, finer: Tensor, coarser: Tensor) -> list[Tensor]:
+        return [baseline_fusion(first, coarser), baseline_fusion(second, finer)]
 
-    # two trips through memory for each copied number: 1 ¾ maps read twice, 1 ¼ written
+    # A copy reads and writes each number; the operator reads 1 ¾ maps twice and writes 1 ¼.
     copied = int(2.375 * same[0].numel())
     return Case(
         f"norms, upsampling, mean and DyReLU of two levels, {height} × {width}",
         tensors,
         ours,
-        ("copy of as many bytes", *_copy(copied, dtype, device)),
-        ("PyTorch, one by one", usual),
+        ("copy of same bytes", *_copy(copied, dtype, device)),
+        ("PyTorch operators", baseline),
     )
 
 
@@ -232,7 +256,7 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         table, shapes = pyramid.table(), pyramid.shapes
         return pyramid_roi_align(table, shapes, STRIDES, sizes, boxes, *POOLING)
 
-    def usual(*maps: Tensor) -> Tensor:
+    def baseline(*maps: Tensor) -> Tensor:
         levels = [m.to(pooled) for m in maps]
         return pool_levels(levels, STRIDES, boxes, *POOLING).to(maps[0].dtype)
 
@@ -241,7 +265,7 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         maps,
         ours,
         ("copy of the result", *_copy(QUERIES * bins * CHANNELS, dtype, device)),
-        ("Detectron2's ROIPooler", usual),
+        ("Detectron2's ROIPooler", baseline),
     )
 
 
@@ -258,10 +282,18 @@ def _dynamic_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Cas
 
 
 def attention_shapes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Return (height, width) of the levels in `attention_case`."""
     return [(size[0] // stride, size[1] // stride) for stride in STRIDES[1:]]
 
 
 def attention_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    """Return multi-scale deformable attention as in an encoder: every position is a query.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        dtype: dtype of the values.
+        device: "cuda" or "cpu".
+    """
     shapes = attention_shapes(size)
     rows = sum(height * width for height, width in shapes)
     value = torch.randn(1, rows, HEADS, CHANNELS // HEADS, dtype=dtype, device=device)
@@ -272,8 +304,8 @@ def attention_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Ca
     def ours(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return ms_deform_attn(value, shapes, locations, weights)
 
-    def usual(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return usual_ms_deform_attn(value, shapes, locations, weights)
+    def baseline(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return baseline_ms_deform_attn(value, shapes, locations, weights)
 
     elements = value.numel() + (locations.numel() + weights.numel()) * 4 // dtype.itemsize
     return Case(
@@ -281,7 +313,7 @@ def attention_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Ca
         (value, locations, weights),
         ours,
         ("copy of the arguments", *_copy(elements, dtype, device)),
-        ("grid_sample of each level", usual),
+        ("grid_sample per level", baseline),
     )
 
 
@@ -299,8 +331,8 @@ def _matching(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     def ours(logits: Tensor, boxes: Tensor) -> Tensor:
         return matcher(logits, boxes, labels, objects, counts).wait()[0]
 
-    def usual(logits: Tensor, boxes: Tensor) -> Tensor:
-        return usual_matching(matcher, logits, boxes, labels, objects, counts)
+    def baseline(logits: Tensor, boxes: Tensor) -> Tensor:
+        return baseline_matching(matcher, logits, boxes, labels, objects, counts)
 
     def solved(costs: Tensor) -> Tensor:
         for image in costs.split(counts):
@@ -312,7 +344,7 @@ def _matching(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         f"matching, {STAGES} stages, {IMAGES} images, {QUERIES} queries, {OBJECTS} objects",
         (logits, boxes),
         ours,
-        ("SciPy, costs at hand", solved, (costs,)),
-        ("each stage and image on its own", usual),
+        ("SciPy, given costs", solved, (costs,)),
+        ("one stage and image at a time", baseline),
         differentiable=False,
     )

@@ -1,4 +1,4 @@
-"""A page of tables, with a section for each machine."""
+"""A Markdown page with one section for each machine."""
 
 import re
 
@@ -6,12 +6,12 @@ __all__ = ["put_section"]
 
 
 def put_section(page: str, title: str, body: str) -> str:
-    """The page with a section of this title: in the place of the one that has it, else at the end.
+    """Return the page with a section: it replaces the one with its title, or is appended.
 
     Args:
-        page: Markdown, whose sections begin with ``## ``.
-        title: one line.
-        body: without headings of that level.
+        page: Markdown; sections begin with ``## ``.
+        title: title of the section, one line.
+        body: text of the section, without ``## ``.
     """
     section = f"## {title}\n\n{body.strip()}\n"
     old = re.compile(rf"^## {re.escape(title)}\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)

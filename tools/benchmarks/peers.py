@@ -1,6 +1,8 @@
-"""The operators beside those of other packages, on the same tensors: deformops and torchvision for
-deformable convolution, deformops and Hugging Face's transformers for deformable attention. A
-package that is not installed is left out."""
+"""Times of the operators of this project and of other packages on the same tensors.
+
+Deformable convolution is compared with deformops and torchvision, deformable attention with
+deformops and Hugging Face's transformers. Packages that are not installed are skipped.
+"""
 
 import argparse
 from dataclasses import replace
@@ -15,7 +17,6 @@ from dynamic_detr.errors import one_line
 from .operators import Case, attention_case, attention_shapes, deform_conv_case, timed_call
 from .products import dtypes_of
 from .timing import time_in_turns
-from .usual import usual_deform_conv2d
 
 __all__ = ["measure_peers"]
 
@@ -23,27 +24,32 @@ Shapes = list[tuple[int, int]]
 
 
 def measure_peers(args: argparse.Namespace, device: str) -> list[dict]:
-    """A row for each operator, pass and package, with ours first.
+    """Return a row for each operator, pass and package ("ours" first).
+
+    Args:
+        args: command line of benchmark.py.
+        device: "cuda" or "cpu".
 
     Returns:
-        name, package, milliseconds and spread; peak_bytes on a GPU; ours_to_theirs, a ratio of
-        times; difference, the largest of the results over the largest result; ran_in, dtypes. Of a
-        package that fails, name, package and error.
+        Rows with "name", "package", "milliseconds" and "spread"; "peak_bytes", None on a CPU;
+        "ours_to_theirs", the ratio of times; "difference", the largest difference of the results
+        over the largest result, or None; "ran_in", dtypes. A package that fails has a row with
+        "name", "package" and "error".
     """
     dtype = getattr(torch, args.dtype)
     rows = []
-    shapes = attention_shapes(args.size)
-    for build, peers in (
-        (_conv_case, {"deformops": _deformops_conv, "torchvision": _torchvision_conv}),
+    conv = _conv_case(args.size, dtype, device)
+    attention, shapes = attention_case(args.size, dtype, device), attention_shapes(args.size)
+    for case, peers in (
+        (conv, {"deformops": _deformops_conv, "torchvision": conv.baseline[1]}),
         (
-            attention_case,
+            attention,
             {
                 "deformops": partial(_deformops_attention, shapes),
                 "transformers": partial(_transformers_attention, shapes),
             },
         ),
     ):
-        case = build(args.size, dtype, device)
         with torch.no_grad():
             wanted = case.ours(*case.tensors)
         for backward in (False, True):
@@ -57,7 +63,7 @@ def measure_peers(args: argparse.Namespace, device: str) -> list[dict]:
                         found = function(*case.tensors)
                     calls[package] = timed_call(function, case.tensors, backward)
                     calls[package]()
-                except Exception as error:  # whatever another package may raise
+                except Exception as error:  # packages raise different errors
                     reason = f"{type(error).__name__}: {one_line(error)[:200]}"
                     rows.append({"name": name, "package": package, "error": reason})
                     calls.pop(package, None)
@@ -82,7 +88,7 @@ def measure_peers(args: argparse.Namespace, device: str) -> list[dict]:
 
 
 def _conv_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    """With all maps channels-last, the layout that deformops asks for."""
+    """Return `deform_conv_case` with channels-last maps, the layout that deformops requires."""
     case = deform_conv_case(size, dtype, device)
     *maps, weight = case.tensors
     maps = [tensor.contiguous(memory_format=torch.channels_last) for tensor in maps]
@@ -90,7 +96,7 @@ def _conv_case(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
 
 
 def _deformops_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    """Its tensors are (B, H, W, C), and those of sampling (B, H, W, 1, taps, ...)."""
+    """Call deformops, whose maps are (B, H, W, C) and offsets (B, H, W, 1, taps, 2)."""
     from deformops.registry import conv
 
     x, offset, mask = (tensor.permute(0, 2, 3, 1) for tensor in (x, offset, mask))
@@ -99,12 +105,8 @@ def _deformops_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> 
     return conv(x, offset, weight, None, mask.to(x.dtype), 1, 1).permute(0, 3, 1, 2)
 
 
-def _torchvision_conv(x: Tensor, offset: Tensor, mask: Tensor, weight: Tensor) -> Tensor:
-    return usual_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1)
-
-
 def _levels(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Heights and widths, and the row at which each level starts."""
+    """Return heights and widths (L, 2), and the first row of each level (L,)."""
     sizes = torch.tensor(shapes, device=device)
     areas = sizes.prod(dim=1)
     return sizes, areas.cumsum(0) - areas

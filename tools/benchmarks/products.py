@@ -1,5 +1,8 @@
-"""The products of a network: its convolutions, plain and deformable, and its matrix products. They
-are recorded while it runs, and called again as plain ones of the same sizes, to bound its time."""
+"""Products of a network: convolutions, deformable convolutions and matrix products.
+
+They are recorded while the network runs. The time of plain products of the same sizes is a lower
+bound of the network's time.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,18 +18,18 @@ from torch.utils.flop_counter import flop_registry
 
 __all__ = ["PlainProducts", "Product", "dtypes_of", "no_fast_attention", "record_products"]
 
-CASTS = ("_to_copy", "copy_", "clone", "empty", "zeros", "detach")  # that compute nothing
+COPIES = ("_to_copy", "copy_", "clone", "empty", "zeros", "detach")  # operators without arithmetic
 
 
 @dataclass(frozen=True)
 class Product:
-    """One call.
+    """One call of a product.
 
     Args:
-        name: of its operator, such as "convolution" or "bmm".
-        arguments: shapes in the place of tensors.
-        dtype: of its first tensor, after any cast.
-        flop: multiplications and additions.
+        name: name of the operator, such as "convolution" or "bmm".
+        arguments: its arguments, with shapes in place of tensors.
+        dtype: dtype of its first tensor.
+        flop: number of multiplications and additions.
     """
 
     name: str
@@ -36,7 +39,7 @@ class Product:
 
 
 class _Recorder(TorchDispatchMode):
-    """Collects products, and the elements that all operators write, by dtype."""
+    """Collects products, and counts the elements that all operators write, by dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,13 +48,13 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.rpartition("::")[2]
-        computed = isinstance(out, Tensor) and not func.is_view and not name.startswith(CASTS)
+        computed = isinstance(out, Tensor) and not func.is_view and not name.startswith(COPIES)
         if computed and out.is_floating_point():
             self.written[out.dtype] += out.numel()
         formula = flop_registry.get(func.overloadpacket)
         if formula:
             flop = formula(*args, **(kwargs or {}), out_val=out)
-        elif name == "deform_conv2d":  # torchvision's: input, weight, ...
+        elif name == "deform_conv2d":  # of torchvision: input, weight, ...
             flop = 2 * out.numel() * args[1][0].numel()
         else:
             return out
@@ -63,7 +66,7 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def no_fast_attention() -> Iterator[None]:
-    """Attention as operators that are known, instead of one that nobody can count."""
+    """Disable PyTorch's fused attention, which the counters do not know, within this context."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -73,7 +76,12 @@ def no_fast_attention() -> Iterator[None]:
 
 
 def record_products(run: Callable[[], object], without: nn.Module | None = None) -> list[Product]:
-    """Every product of a function, except for those of a module that it calls."""
+    """Record the products of a function.
+
+    Args:
+        run: the function.
+        without: module that it calls, whose products are left out.
+    """
     recorder = _Recorder()
 
     def switch(active: bool) -> None:
@@ -93,8 +101,11 @@ def record_products(run: Callable[[], object], without: nn.Module | None = None)
 
 
 def dtypes_of(run: Callable[[], object]) -> str:
-    """In which dtypes a function computes, such as "bfloat16 98 %, float32 2 %": by the arithmetic
-    of its products, or if it has none, by the numbers that its operators write."""
+    """Return the dtypes of a function's arithmetic, such as "bfloat16 98 %, float32 2 %".
+
+    The shares are those of the products' operations, or without products, of the elements that the
+    operators write.
+    """
     recorder = _Recorder()
     with no_fast_attention(), recorder:
         run()
@@ -110,15 +121,17 @@ def dtypes_of(run: Callable[[], object]) -> str:
 
 
 class PlainProducts:
-    """Products of the same sizes on random numbers, each on its own.
+    """Independent plain products of the same sizes, on random tensors.
+
+    A deformable convolution becomes a convolution, and attention two matrix products.
 
     Args:
-        products: deformable convolutions become plain ones, attention two matrix products.
-        dtype: of all of them.
-        device: of all of them.
+        products: recorded products.
+        dtype: dtype of all tensors.
+        device: device of all tensors.
 
     Raises:
-        ValueError: for a product that has no plain counterpart here.
+        ValueError: a product has no plain counterpart.
     """
 
     def __init__(self, products: list[Product], dtype: torch.dtype, device: str) -> None:
@@ -137,7 +150,7 @@ class PlainProducts:
             torch.autograd.grad(out, tensors, self._tensor(out.shape).detach())
 
     def _tensor(self, shape: tuple[int, ...]) -> Tensor:
-        """One for each shape, as outputs are not kept; maps are channels-last."""
+        """Return the tensor of a shape, made once; maps are channels-last."""
         shape = tuple(shape)
         if shape not in self.tensors:
             tensor = torch.randn(shape, **self.options)
@@ -166,4 +179,4 @@ class PlainProducts:
             yield lambda q, k: q @ k.transpose(-1, -2), (query, key)
             yield torch.matmul, (weights, value)
         else:
-            raise ValueError(f"no plain product is known for {product.name}")
+            raise ValueError(f"{product.name} has no plain counterpart")

@@ -1,5 +1,7 @@
-"""Times of several functions, taken in turns so that whatever else the machine does falls on all
-of them alike."""
+"""Times of several functions that are called in turns, so that other load slows all alike.
+
+`torch.utils.benchmark` measures one function after the other.
+"""
 
 import statistics
 import time
@@ -14,12 +16,12 @@ __all__ = ["Timing", "time_in_turns"]
 
 @dataclass
 class Timing:
-    """What was measured of one function.
+    """Measurements of one function.
 
     Args:
-        seconds: of each call, without the first one, which warms up.
-        peak_bytes: the most memory of the GPU that a call held, all that was there before
-            included; None on a CPU.
+        seconds: duration of each call, without the warm-up call.
+        peak_bytes: peak of allocated GPU memory during the last call, including what was allocated
+            before it; None on a CPU.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -31,7 +33,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half the range between the quartiles, as a share of the median."""
+        """Half the interquartile range over the median."""
         if len(self.seconds) < 2:
             return 0.0
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
@@ -41,17 +43,18 @@ class Timing:
 def time_in_turns(
     functions: dict[str, Callable[[], object]], device: str, rounds: int, budget: float, title: str
 ) -> dict[str, Timing]:
-    """Calls every function once a round.
+    """Call every function once per round, after one round of warm-up.
 
     Args:
-        functions: by name.
-        device: "cuda" or "cpu"; on "cuda" each call is waited for.
-        rounds: measured calls of each function.
-        budget: seconds after which a function is called no more; it has been measured once then.
-        title: beside the progress bar.
+        functions: functions by name.
+        device: "cuda" or "cpu"; on "cuda" it synchronises around each call.
+        rounds: number of measured rounds.
+        budget: seconds per function; a function that has used them is not called again. A first
+            call that takes longer counts as its measurement.
+        title: title of the progress bar.
 
     Returns:
-        A timing for each name, with at least one measurement.
+        Timings by name, each with at least one measurement.
     """
     timings = {name: Timing() for name in functions}
     spent = dict.fromkeys(functions, 0.0)
@@ -62,7 +65,7 @@ def time_in_turns(
             continue
         seconds, peak = _call(functions[name], device)
         spent[name] += seconds
-        if number == 0 and seconds <= budget:  # a call that takes so long needs no warming up
+        if number == 0 and seconds <= budget:  # warm-up; a slow call is measured unwarmed
             continue
         timing.seconds.append(seconds)
         timing.peak_bytes = peak

@@ -1,4 +1,4 @@
-"""The charts of a page, as SVG that stands in HTML."""
+"""Charts of the page, as inline SVG."""
 
 import io
 import statistics
@@ -10,28 +10,31 @@ from .errors import KINDS
 
 __all__ = ["ERROR_COLOURS", "ap_chart", "colour", "error_chart"]
 
-_COLOURS = (  # of Okabe and Ito, which colour-blind people can tell apart
+_COLOURS = (  # of Okabe and Ito, suitable for colour-blind readers
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31"),
 )
-_DASHES = ("-", "--", ":")  # for more detectors than colours
+_DASHES = ("-", "--", ":")  # the next one after all colours are used
 ERROR_COLOURS = dict(
     zip(KINDS, ("#d55e00", "#e69f00", "#8c6d31", "#cc79a7", "#999999", "#56b4e9"), strict=True)
 )
 
 
 def colour(index: int) -> str:
-    """Of the detector in this place."""
+    """Return the colour of the detector with this index."""
     return _COLOURS[index % len(_COLOURS)]
 
 
 def ap_chart(detectors: dict[str, dict]) -> str:
-    """AP over images seen, and over the time of training, as SVG.
+    """Plot AP over the number of images and over the training time.
 
-    Lines are means over the seeds, bands from the lowest to the highest. Times are the images seen
-    by the measured time of a step; a detector without one has a line in the first chart only.
+    Lines are means over the seeds; bands are the range. The time is computed from the measured time
+    of a step; detectors without it are in the first chart only.
 
     Args:
-        detectors: of `results.json`.
+        detectors: "detectors" of `results.json`.
+
+    Returns:
+        SVG.
     """
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     axes = figure.subplots(1, 2)
@@ -68,10 +71,13 @@ def ap_chart(detectors: dict[str, dict]) -> str:
 
 
 def error_chart(detectors: dict[str, dict]) -> str:
-    """The AP50 that each kind of error costs each detector, as stacked bars in SVG.
+    """Plot the AP50 that each detector loses by each kind of error, as stacked bars.
 
     Args:
-        detectors: of `results.json`, those with "errors".
+        detectors: "detectors" of `results.json` that have "errors".
+
+    Returns:
+        SVG.
     """
     figure = Figure(figsize=(10, 0.9 + 0.42 * len(detectors)), layout="constrained")
     axis = figure.subplots()
@@ -81,18 +87,18 @@ def error_chart(detectors: dict[str, dict]) -> str:
         widths = [max(detectors[name]["errors"][kind]["ap50"], 0) for name in names]
         axis.barh(names, widths, left=left, color=fill, label=kind, height=0.66)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axis.set(xlabel="AP50 gained where all errors of the kind are mended")
+    axis.set(xlabel="gain in AP50 if all errors of the kind are corrected")
     figure.legend(loc="outside upper center", ncols=len(KINDS), frameon=False)
     return _svg(figure, "errors")
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """Text stays text; `name` keeps the ids of two charts on one page apart."""
+    """Return the SVG of a figure; `name` makes its ids unique on the page."""
     for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-    # The same numbers are the same picture.
+    # The hash salt and the missing date make the output reproducible; "none" keeps text as text.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})

@@ -1,19 +1,19 @@
-"""Kinds of errors among detections, in the categories of TIDE (Bolya et al., ECCV 2020).
+"""Kinds of errors of detections, in the categories of TIDE (Bolya et al., ECCV 2020).
 
-A detection is matched with an object of its class, best scores first, as COCO does it at an IoU of
-0.5. One that stays without an object is an error; the first line that fits names its kind:
+Detections are matched with objects of their class in the order of scores, as in COCO's evaluation
+at an IoU of 0.5. A detection without a match is an error. Its kind is the first row that applies:
 
 | kind | |
 | --- | --- |
 | location | IoU of 0.1 to 0.5 with an object of its class |
 | class | IoU of 0.5 or more with an object of another class |
-| duplicate | IoU of 0.5 or more with an object of its class that a better one is matched with |
+| duplicate | IoU of 0.5 or more with an object of its class that has a match of higher score |
 | background | IoU below 0.1 with every object |
-| both | the rest: an object of another class, at an IoU of 0.1 to 0.5 |
-| missed | an object that is neither matched nor meant by an error of class or location |
+| both | the rest: IoU of 0.1 to 0.5 with an object of another class |
+| missed | an object that is neither matched nor the target of an error of class or location |
 
-A kind costs the AP50 that is gained where all errors of that kind, and of no other, are mended:
-class and box are corrected (the detection is removed where that makes it a duplicate); duplicate,
+The cost of a kind is the gain in AP50 if only its errors are corrected: the class or the box gets
+the target's value, or the detection is removed if it would become a duplicate; duplicates,
 background and both are removed; missed objects are removed from the annotations.
 """
 
@@ -32,18 +32,18 @@ __all__ = ["KINDS", "Found", "ap50", "classify", "error_table"]
 
 KINDS = ("class", "location", "both", "duplicate", "background", "missed")
 FOREGROUND, BACKGROUND = 0.5, 0.1  # IoU
-MAX_DETECTIONS = 100  # of an image, as COCO counts them
+MAX_DETECTIONS = 100  # per image, as in COCO's evaluation
 
 
 @dataclass(frozen=True)
 class Found:
-    """The kind of each detection, and the objects that were found and missed.
+    """Kinds of the detections, and ids of the matched and missed annotations.
 
     Args:
-        kinds: of each detection: "correct", "ignored" (on a crowd region), or one of `KINDS`.
-        targets: for an error of class or location, the annotation that is meant; else None.
-        matched: annotations that a detection is matched with.
-        missed: annotations that nothing is meant for.
+        kinds: for each detection "correct", "ignored" (matches a crowd region) or one of `KINDS`.
+        targets: for each error of class or location, the annotation it overlaps most; else None.
+        matched: ids of matched annotations.
+        missed: ids of annotations that are neither matched nor a target.
     """
 
     kinds: list[str]
@@ -53,11 +53,11 @@ class Found:
 
 
 def classify(truth: dict, results: list[dict]) -> Found:
-    """Gives every detection its kind.
+    """Classify every detection.
 
     Args:
-        truth: annotations in COCO's format.
-        results: COCO results; more than `MAX_DETECTIONS` of an image are left out by the caller.
+        truth: annotations in COCO format.
+        results: COCO results, at most `MAX_DETECTIONS` per image.
     """
     objects, detections = defaultdict(list), defaultdict(list)
     for annotation in truth["annotations"]:
@@ -70,17 +70,14 @@ def classify(truth: dict, results: list[dict]) -> Found:
     for image, indices in detections.items():
         indices.sort(key=lambda k: -results[k]["score"])
         _classify_image(objects[image], results, indices, kinds, targets, matched)
-    meant = {target["id"] for target in targets if target}
-    missed = {
-        a["id"]
-        for a in truth["annotations"]
-        if not a.get("iscrowd") and a["id"] not in matched | meant
-    }
+    taken = matched | {target["id"] for target in targets if target}
+    objects_only = (a["id"] for a in truth["annotations"] if not a.get("iscrowd"))
+    missed = set(objects_only) - taken
     return Found(kinds, targets, matched, missed)
 
 
 def _classify_image(objects, results, indices, kinds, targets, matched) -> None:
-    """Fills in the detections `indices` of one image, which come best first."""
+    """Fill in the kinds and targets of one image's detections, `indices` in order of scores."""
     crowds = [a for a in objects if a.get("iscrowd")]
     objects = [a for a in objects if not a.get("iscrowd")]
     boxes = np.array([results[k]["bbox"] for k in indices], dtype=np.float64).reshape(-1, 4)
@@ -119,7 +116,10 @@ def _classify_image(objects, results, indices, kinds, targets, matched) -> None:
 
 
 def _iou(boxes: np.ndarray, annotations: list[dict]) -> np.ndarray:
-    """(D, N) overlaps of boxes (left, top, width, height); for a crowd, by the detection's area."""
+    """Return the IoU (D, N) of boxes (left, top, width, height) and annotations.
+
+    For a crowd region, it is the intersection over the area of the box.
+    """
     if not len(boxes) or not annotations:
         return np.zeros((len(boxes), len(annotations)))
     others = np.array([a["bbox"] for a in annotations], dtype=np.float64)
@@ -127,54 +127,56 @@ def _iou(boxes: np.ndarray, annotations: list[dict]) -> np.ndarray:
 
 
 def error_table(truth: dict, results: list[dict], threshold: float) -> dict[str, dict[str, float]]:
-    """For each kind of error "ap50", the gain of mending it, and "count", the number of errors.
+    """Return the gain in AP50 ("ap50", in percent) and the number of errors ("count") by kind.
 
     Args:
-        truth: annotations in COCO's format.
-        results: COCO results, all scores.
-        threshold: lowest score of the detections that are counted.
+        truth: annotations in COCO format.
+        results: COCO results of all scores.
+        threshold: lowest score of the detections that "count" includes.
     """
     results = _best_of_each_image(results)
     found = classify(truth, results)
     before = ap50(truth, results)
     confident = [result for result in results if result["score"] >= threshold]
-    drawn = classify(truth, confident)
-    counts = Counter(drawn.kinds) | Counter({"missed": len(drawn.missed)})
-    gains = {kind: ap50(*_mended(kind, truth, results, found)) - before for kind in KINDS}
+    shown = classify(truth, confident)
+    counts = Counter(shown.kinds) | Counter({"missed": len(shown.missed)})
+    gains = {kind: ap50(*_corrected(kind, truth, results, found)) - before for kind in KINDS}
     return {kind: {"ap50": gains[kind], "count": counts[kind]} for kind in KINDS}
 
 
 def _best_of_each_image(results: list[dict]) -> list[dict]:
-    left: Counter = Counter()
+    seen: Counter = Counter()
     kept = []
     for result in sorted(results, key=lambda r: -r["score"]):
-        left[result["image_id"]] += 1
-        if left[result["image_id"]] <= MAX_DETECTIONS:
+        seen[result["image_id"]] += 1
+        if seen[result["image_id"]] <= MAX_DETECTIONS:
             kept.append(result)
     return kept
 
 
-def _mended(kind: str, truth: dict, results: list[dict], found: Found) -> tuple[dict, list[dict]]:
-    """Annotations and results without the errors of a kind."""
+def _corrected(
+    kind: str, truth: dict, results: list[dict], found: Found
+) -> tuple[dict, list[dict]]:
+    """Return annotations and results without the errors of a kind."""
     if kind == "missed":
         kept = [a for a in truth["annotations"] if a["id"] not in found.missed]
         return {**truth, "annotations": kept}, results
     taken = set(found.matched)
-    mended = []
+    corrected = []
     order = sorted(range(len(results)), key=lambda k: -results[k]["score"])
     for k in order:
         result, target = results[k], found.targets[k]
         if found.kinds[k] != kind:
-            mended.append(result)
+            corrected.append(result)
         elif target and target["id"] not in taken:
             taken.add(target["id"])
             part = "category_id" if kind == "class" else "bbox"
-            mended.append({**result, part: target[part]})
-    return truth, mended
+            corrected.append({**result, part: target[part]})
+    return truth, corrected
 
 
 def ap50(truth: dict, results: list[dict]) -> float:
-    """COCO's AP at an IoU of 0.5, in percent; 0 without any detection."""
+    """Compute COCO's AP at an IoU of 0.5, in percent; 0 without detections."""
     if not results:
         return 0.0
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that needs no other."""
+"""The page of a comparison: one self-contained HTML file."""
 
 from collections.abc import Callable, Sequence
 from html import escape
@@ -44,22 +44,21 @@ dt { font-weight: 600; } dd { margin: 0 0 0.3em 1.5em; }
 _DEFINITIONS = {
     "class": "an IoU of 0.5 or more with an object of another class",
     "location": "an IoU of 0.1 to 0.5 with an object of its class",
-    "both": "an IoU of 0.1 to 0.5 with an object of another class alone",
-    "duplicate": "an IoU of 0.5 or more with an object that a better detection is matched with",
+    "both": "an IoU of 0.1 to 0.5 with an object of another class only",
+    "duplicate": "an IoU of 0.5 or more with an object that has a match of higher score",
     "background": "an IoU below 0.1 with every object",
-    "missed": "an object that no detection is matched with, and that no error of class or location "
-    "means",
+    "missed": "an object that is neither matched nor the target of an error of class or location",
 }
 
 
 def write_page(results: dict, truth: dict, folder: Path, boxes: dict[str, Callable]) -> str:
-    """The page as text.
+    """Return the page as HTML.
 
     Args:
-        results: as `results.json` holds them.
-        truth: annotations in COCO's format.
-        folder: of their pictures.
-        boxes: rows of the pictures by name; of a record, the boxes that are drawn.
+        results: content of `results.json`.
+        truth: annotations in COCO format.
+        folder: folder of the images.
+        boxes: for each row of pictures, a function from an image record to the boxes to draw.
     """
     detectors = results["detectors"]
     with_errors = {name: d for name, d in detectors.items() if d["errors"]}
@@ -72,17 +71,16 @@ def write_page(results: dict, truth: dict, folder: Path, boxes: dict[str, Callab
         _final_table(detectors),
         "<h2>AP over images and over time</h2>",
         ap_chart(detectors),
-        '<p class="note">Minutes are images seen by the time of a training step below, without '
+        '<p class="note">Minutes are computed from the time of a training step below; they exclude '
         "loading and evaluation.</p>",
         _curve_table(detectors),
         "<h2>Speed and size</h2>",
         _cost_table(detectors),
-        '<p class="note">Times are medians, measured in turns in one process after all training; '
-        "the small number is half the interquartile range. A step is forward, backward and "
-        "optimiser on one batch. Memory is the largest of a training process: what the GPU held, "
-        "or without one the whole process with its libraries. GMAC are 10<sup>9</sup> "
-        "multiply-adds of one image; in Faster R-CNN they are those of as many boxes as are "
-        "proposed at most.</p>",
+        '<p class="note">Times are medians ± half the interquartile range, measured in turns in '
+        "one process after the training. A step is forward, backward and optimiser on one batch. "
+        "Memory is the peak of a training process: of the GPU, or without one, of the process. "
+        "GMAC are 10<sup>9</sup> multiply-adds for one image; Faster R-CNN is counted for its "
+        "largest number of proposals.</p>",
     ]
     if with_errors:
         parts += [
@@ -91,16 +89,17 @@ def write_page(results: dict, truth: dict, folder: Path, boxes: dict[str, Callab
             _error_table(with_errors),
             "<dl>" + "".join(f"<dt>{k}</dt><dd>{_DEFINITIONS[k]}</dd>" for k in KINDS) + "</dl>",
             '<p class="note">The categories are those of TIDE (Bolya et al., ECCV 2020). '
-            "Detections are matched with objects of their class at an IoU of 0.5, best scores "
-            "first; a detection that stays alone is an error of the first kind that fits, in the "
-            "order location, class, duplicate, background, both. Each is weighed by the AP50 that "
-            "is gained where errors of that kind alone are mended; small numbers count them above "
-            "the score threshold of the detector's best F1.</p>",
-            "<h2>The same pictures</h2>",
+            "Detections are matched with objects of their class at an IoU of 0.5 in the order of "
+            "scores. A detection without a match is an error of the first kind that applies, in "
+            "the order location, class, duplicate, background, both. The cost of a kind is the "
+            "gain in AP50 if only its errors are corrected; the small number counts the errors "
+            "that score at least the threshold of the detector's best F1.</p>",
+            "<h2>Detections</h2>",
             f"<p>{class_legend(truth)}</p>",
             _pictures(truth, folder, boxes),
-            '<p class="note">Boxes score at least the threshold of the detector\'s best F1 (its '
-            "first seed). Dashed ones are wrong; the pointer shows class, score and error.</p>",
+            '<p class="note">Boxes that score at least the threshold of the detector\'s best F1, '
+            "first seed. Dashed boxes are wrong; hover over a box for its class, score and error."
+            "</p>",
         ]
     parts += [
         "<h2>Terms</h2>",
@@ -132,7 +131,7 @@ def _name(detectors: dict, name: str) -> str:
 
 
 def _column(values: Sequence[float | None], digits: int, high: bool = True) -> list[str]:
-    """Cells of numbers, the best one in bold unless it ties; empty where there is none."""
+    """Return cells of numbers, empty for None, with the best one in bold unless there is a tie."""
     texts = ["" if value is None else f"{value:.{digits}f}" for value in values]
     known = [float(text) for text in texts if text]
     best = (max if high else min)(known, default=None)
@@ -181,9 +180,9 @@ def _final_table(detectors: dict) -> str:
     table = _table(["detector", *shown, "runs"], _rows(detectors, *columns, runs))
     several = any(count not in "01" for count in runs)
     return table + (
-        '<p class="note">Means over the seeds, with their standard deviation.</p>'
+        '<p class="note">Means over the seeds ± standard deviation.</p>'
         if several
-        else '<p class="note">One seed: nothing is said here of the spread between runs.</p>'
+        else '<p class="note">One seed: the spread between runs is unknown.</p>'
     )
 
 
@@ -246,10 +245,6 @@ def _pictures(truth: dict, folder: Path, boxes: dict[str, Callable]) -> str:
     return embedded(records, folder) + grid
 
 
-def _shared_table(shared: dict[str, str]) -> str:
-    return _table(["shared by all", ""], [[k, escape(v)] for k, v in shared.items()], "text")
-
-
 def _terms_table(detectors: dict) -> str:
     rows = []
     for name, detector in detectors.items():
@@ -259,5 +254,5 @@ def _terms_table(detectors: dict) -> str:
         cells = [terms["optimizer"], recipe, rate, terms["clip"]]
         config = f"<code>{escape(detector['config'])}</code>"
         rows.append([_name(detectors, name), *map(escape, [*cells, terms["start"]]), config])
-    headers = ["each one's own", "optimiser", "rate of the recipe", "rate here", "clipping"]
-    return _table([*headers, "backbone's start", "configuration"], rows, "text")
+    headers = ["own", "optimiser", "rate of the recipe", "rate here", "clipping"]
+    return _table([*headers, "initial backbone", "configuration"], rows, "text")

@@ -1,6 +1,6 @@
-"""The same pictures with the boxes of every detector, as SVG that stands in HTML.
+"""Pictures with the boxes of every detector, as inline SVG.
 
-Each picture is embedded once; boxes are drawn over it, those that are wrong with a dashed line.
+Each picture is embedded once and drawn under the boxes of each detector. Wrong boxes are dashed.
 """
 
 import base64
@@ -20,13 +20,13 @@ from .errors import classify
 __all__ = ["choose", "class_legend", "embedded", "panel", "truth_boxes", "wrong_or_right"]
 
 SHOWN = 6
-LONGEST = 400  # pixels of an embedded picture
+LONGEST = 400  # longest side of an embedded picture in pixels
 QUALITY = 80
-_OBJECTS = 3  # at least, where there are enough such pictures
+_OBJECTS = 3  # least number of objects in a picture, if there are enough such pictures
 
 
 def choose(truth: dict) -> list[dict]:
-    """The records of the pictures that are shown: the first ones with several objects."""
+    """Return the image records to show: the first ones with several objects."""
     counts: dict[int, int] = {}
     for annotation in truth["annotations"]:
         counts[annotation["image_id"]] = counts.get(annotation["image_id"], 0) + 1
@@ -35,7 +35,7 @@ def choose(truth: dict) -> list[dict]:
 
 
 def embedded(records: Sequence[dict], folder: Path) -> str:
-    """Definitions of the pictures, by which `panel` refers to them."""
+    """Return the SVG definitions of the pictures, which `panel` refers to."""
     definitions = []
     for record in records:
         image = Image.fromarray(read_image(folder / record["file_name"]))
@@ -52,7 +52,7 @@ def embedded(records: Sequence[dict], folder: Path) -> str:
 
 
 def truth_boxes(truth: dict, record: dict) -> list[dict]:
-    """The annotated boxes of a picture, for `panel`."""
+    """Return the annotated boxes of an image record, for `panel`."""
     names = {c["id"]: c["name"] for c in truth["categories"]}
     return [
         {**a, "title": names[a["category_id"]], "wrong": False}
@@ -62,7 +62,7 @@ def truth_boxes(truth: dict, record: dict) -> list[dict]:
 
 
 def wrong_or_right(truth: dict, results: list[dict], threshold: float) -> list[dict]:
-    """The detections above a threshold, for `panel`, each with its kind of error."""
+    """Return the detections that score at least a threshold, for `panel`, with kinds of errors."""
     names = {c["id"]: c["name"] for c in truth["categories"]}
     kept = [result for result in results if result["score"] >= threshold]
     boxes = []
@@ -75,7 +75,13 @@ def wrong_or_right(truth: dict, results: list[dict], threshold: float) -> list[d
 
 
 def panel(truth: dict, record: dict, boxes: Sequence[dict]) -> str:
-    """One picture with boxes of its own."""
+    """Return the SVG of one picture with boxes.
+
+    Args:
+        truth: annotations in COCO format.
+        record: image record of the picture.
+        boxes: dicts with "bbox", "category_id", "title" and "wrong".
+    """
     colours = _colours(truth)
     shapes = []
     for box in boxes:
@@ -93,7 +99,7 @@ def panel(truth: dict, record: dict, boxes: Sequence[dict]) -> str:
 
 
 def class_legend(truth: dict) -> str:
-    """The colour of each class."""
+    """Return the legend of class colours as HTML."""
     colours = _colours(truth)
     return " ".join(
         f'<span class="key"><i style="background:{colours[c["id"]]}"></i>{escape(c["name"])}</span>'

@@ -1,8 +1,10 @@
-"""The plan of a comparison, kept in its folder, so that the next command with the same folder goes
-on, adds a detector or a seed, or draws the page again.
+"""The plan of a comparison.
+
+It is stored in the folder of the comparison, so that a later command can continue, add detectors or
+seeds, or write the page again.
 
     DIR/comparison.json        the plan
-    DIR/NAME/config.yaml       a detector's configuration on equal terms
+    DIR/NAME/config.yaml       configuration of a detector on equal terms
     DIR/NAME/seed_1/           OUTPUT_DIR of its run
     DIR/results.json, DIR/index.html
 """
@@ -22,30 +24,31 @@ from dynamic_detr.errors import UserError
 from dynamic_detr.files.config_file import read_config
 
 from .runs import Run
-from .terms import Terms, compose, read_first
+from .terms import compose, read_first
 
 __all__ = ["DATA", "Plan"]
 
 DATA = ("train_json", "train_images", "val_json", "val_images")
-_FIXED = ("data", "iterations", "evaluations", "keys", "devices")  # once a run has been made
+_FIXED = ("data", "iterations", "evaluations", "keys", "devices")  # cannot be changed later
 
 
 @dataclass
 class Plan:
-    """The detectors of a comparison and everything that their runs depend on.
+    """The detectors of a comparison and all settings of their runs.
 
     Args:
-        folder: of the comparison.
-        configs: configuration files by the detector's name, the first one's terms hold for all.
-        data: the four data flags of `train_net.py`; empty for the first configuration's data sets.
-        iterations: of each run.
-        evaluations: of each run, in equal distances.
-        seeds: runs of each detector, with seeds 1, 2, ...
-        keys: KEY VALUE in turn, for all.
-        devices: flags of `train_net.py` that choose GPUs or processes.
-        note: of whoever made it, for the page.
-        commands: that named its detectors and seeds.
-        terms: of each detector.
+        folder: folder of the comparison.
+        configs: configuration files by name of the detector; the first one sets the shared terms.
+        data: values of `DATA`, the data flags of `train_net.py`; if empty, the datasets are those
+            of the first configuration.
+        iterations: iterations of each run.
+        evaluations: number of evaluations of each run, at equal intervals.
+        seeds: number of runs of each detector, with seeds 1, 2, ...
+        keys: configuration keys and values of all detectors, alternating.
+        devices: flags of `train_net.py` for GPUs or processes.
+        note: text of the user for the page.
+        commands: commands that added detectors or seeds.
+        terms: `Terms` of each detector, as dicts.
     """
 
     folder: Path
@@ -62,10 +65,10 @@ class Plan:
 
     @classmethod
     def read(cls, folder: Path) -> "Plan | None":
-        """The plan that a folder holds; None if it holds none.
+        """Read the plan in a folder; return None if there is none.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the plan cannot be read.
         """
         path = folder / "comparison.json"
         if not path.is_file():
@@ -73,7 +76,7 @@ class Plan:
         try:
             return cls(folder, **json.loads(path.read_text()))
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{path} is no comparison of this version ({error})") from error
+            raise UserError(f"{path} is not a comparison of this version ({error})") from error
 
     def write(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -82,24 +85,25 @@ class Plan:
 
     @classmethod
     def merge(cls, folder: Path, args: argparse.Namespace, command: str) -> "Plan":
-        """The plan of a command line: a new one, or what a folder holds with detectors and seeds
-        added.
+        """Make a new plan, or add detectors and seeds to the plan in a folder.
+
+        Args:
+            folder: folder of the comparison.
+            args: command line of compare.py.
+            command: the same as text.
 
         Raises:
-            UserError: the command line lacks something, or differs from what the folder holds.
+            UserError: the command line is incomplete, or contradicts the plan in the folder.
         """
         configs: dict[str, str] = {}
         for config_file in args.config_file or []:
             name = Path(config_file).stem
             if configs.setdefault(name, config_file) != config_file:
-                raise UserError(
-                    f"{configs[name]} and {config_file} have the same name, by which a comparison "
-                    "keeps them apart; rename one"
-                )
+                raise UserError(f"{configs[name]} and {config_file} have the same name; rename one")
         data = {name: getattr(args, name) for name in DATA if getattr(args, name)}
         if data and len(data) < len(DATA):
             missing = next(name for name in DATA if name not in data)
-            raise UserError(f"--{missing.replace('_', '-')} is missing: give all four, or none")
+            raise UserError(f"--{missing.replace('_', '-')} is missing: give all four or none")
         plan = cls.read(folder)
         if plan is None:
             if not configs:
@@ -116,13 +120,14 @@ class Plan:
         for name in _FIXED:
             if asked[name] and asked[name] != getattr(plan, name):
                 raise UserError(
-                    f"{folder} holds a comparison with {name} {getattr(plan, name)}, not "
-                    f"{asked[name]}; leave it out, or name another --output"
+                    f"the comparison in {folder} has {name} {getattr(plan, name)}, not "
+                    f"{asked[name]}; omit it, or choose another --output"
                 )
         for name, config_file in configs.items():
             if plan.configs.setdefault(name, config_file) != config_file:
                 raise UserError(
-                    f"{folder} holds {name} of {plan.configs[name]} already; rename {config_file}"
+                    f"the comparison in {folder} already has {name} ({plan.configs[name]}); rename "
+                    f"{config_file}"
                 )
         plan.seeds = max(plan.seeds, args.seeds or 1)
         plan.note = plan.note if args.note is None else args.note
@@ -131,10 +136,10 @@ class Plan:
         return plan
 
     def compose(self) -> None:
-        """Writes the configuration of every detector, and keeps its terms.
+        """Write the configuration and store the terms of every detector.
 
         Raises:
-            UserError: one cannot work, or is not the one that its runs were made with.
+            UserError: a configuration is invalid, or has changed since its runs.
         """
         first_file = next(iter(self.configs.values()))
         first = read_first(first_file, self.keys, self.iterations, self.evaluations, self.folder)
@@ -146,14 +151,14 @@ class Plan:
         for name, (cfg, terms) in composed.items():
             self.config(name).parent.mkdir(parents=True, exist_ok=True)
             self.config(name).write_text(cfg.dump())
-            self.terms[name] = terms.to_dict()
+            self.terms[name] = asdict(terms)
         self.write()
 
     def _register(self, cfg: CfgNode) -> None:
-        """Makes the data sets known in this process, and sees that they are there.
+        """Register the datasets in this process, and check that they exist.
 
         Args:
-            cfg: gets their names and the number of classes.
+            cfg: gets the names of the datasets and the number of classes.
         """
         if self.data:
             cfg.OUTPUT_DIR = str(self.folder)
@@ -161,7 +166,7 @@ class Plan:
         register_scenes_of(cfg)
         for split in ("TRAIN", "TEST"):
             if not cfg.DATASETS[split]:
-                raise UserError(f"DATASETS.{split} is empty; name a data set, or give JSON files")
+                raise UserError(f"DATASETS.{split} is empty; name a dataset, or give JSON files")
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             if name not in DatasetCatalog.list():
                 raise UserError(
@@ -170,13 +175,16 @@ class Plan:
                 )
 
     def composed(self, register: bool = False) -> dict[str, CfgNode]:
-        """The configurations that `compose` has written, by name, with the device of the runs.
+        """Read the configurations that `compose` wrote, and set the device of the runs.
 
         Args:
-            register: make their data sets known in this process, as `compose` does.
+            register: whether to register the datasets in this process, as `compose` does.
+
+        Returns:
+            Configurations by name of the detector.
 
         Raises:
-            UserError: there are none yet.
+            UserError: a configuration has not been written.
         """
         configs = {}
         for name in self.configs:
@@ -195,14 +203,14 @@ class Plan:
         if started and path.is_file() and path.read_text() != cfg.dump():
             raise UserError(
                 f"{self.configs[name]}, or the first configuration, has changed since {name} was "
-                f"trained in {path.parent}; delete that folder to train it anew"
+                f"trained in {path.parent}; delete this folder to train it again"
             )
 
     def config(self, name: str) -> Path:
         return self.folder / name / "config.yaml"
 
     def runs(self) -> list[Run]:
-        """All runs, every detector's first seed first."""
+        """Return all runs: the first seed of every detector, then the second, and so on."""
         return [
             Run(name, seed, self.folder / name / f"seed_{seed}", self.config(name), self.iterations)
             for seed in range(1, self.seeds + 1)
@@ -210,9 +218,6 @@ class Plan:
         ]
 
     def flags(self) -> list[str]:
-        """Of `train_net.py`."""
+        """Return the flags of `train_net.py` for data and devices."""
         data = [(f"--{name.replace('_', '-')}", value) for name, value in self.data.items()]
         return [word for pair in data for word in pair] + self.devices
-
-    def terms_of(self, name: str) -> Terms:
-        return Terms(**self.terms[name])

@@ -1,4 +1,4 @@
-"""The numbers of a comparison, gathered from the folders of its runs."""
+"""Results of a comparison, collected from the folders of its runs."""
 
 import json
 import math
@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.costs import config_costs
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from plot_metrics import read_curves
 
 from dynamic_detr.errors import UserError, one_line, tell
 
@@ -19,7 +20,7 @@ from .speed import measure_speed
 
 __all__ = ["METRICS", "detections", "gather", "measure", "threshold", "truth"]
 
-MEASURED = (  # once, and not from the runs' folders
+MEASURED = (  # keys that `measure` returns
     *("inference_ms", "inference_spread", "step_s", "step_spread", "size"),
     *("parameters_m", "gmac"),
 )
@@ -27,32 +28,37 @@ METRICS = ("AP", "AP50", "APs", "APm", "APl")
 
 
 def truth(configs: dict[str, CfgNode]) -> dict:
-    """The annotations that the detectors are evaluated on, in COCO's format.
+    """Return the annotations of the evaluation dataset in COCO format.
 
     Args:
-        configs: of the detectors, with their data sets registered.
+        configs: configurations of the detectors, with registered datasets.
 
     Raises:
-        UserError: the data set has no file of them.
+        UserError: the dataset cannot be read, or has no COCO file.
     """
     name = next(iter(configs.values())).DATASETS.TEST[0]
     try:
-        DatasetCatalog.get(name)  # some set their metadata when they are loaded
+        DatasetCatalog.get(name)  # some datasets set their metadata when they are loaded
     except OSError as error:
-        raise UserError(f"the data set {name} cannot be read ({one_line(error)})") from error
+        raise UserError(f"the dataset {name} cannot be read ({one_line(error)})") from error
     path = MetadataCatalog.get(name).get("json_file")
     if not path:
-        raise UserError(f"the data set {name} has no COCO-format file; only such can be compared")
+        raise UserError(f"the dataset {name} has no file in COCO format, which compare.py requires")
     return json.loads(Path(path).read_text())
 
 
 def detections(run: Run) -> list[dict]:
-    """COCO results of a finished run's evaluation at its end."""
+    """Return the COCO results of the last evaluation of a finished run."""
     return json.loads((run.folder / "inference" / "coco_instances_results.json").read_text())
 
 
 def measure(plan: Plan, configs: dict[str, CfgNode]) -> dict[str, dict]:
-    """Speed and costs of every detector that has a finished run."""
+    """Measure times, parameters and GMAC of every detector that has a finished run.
+
+    Returns:
+        The keys of `MEASURED` for each detector; "parameters_m" and "gmac" only if they can be
+        counted.
+    """
     trained = {}
     for run in plan.runs():
         if run.name not in trained and run.final():
@@ -65,21 +71,21 @@ def measure(plan: Plan, configs: dict[str, CfgNode]) -> dict[str, dict]:
         try:
             row["parameters_m"], gmac = config_costs(str(plan.config(name)), row["size"])
             row["gmac"] = gmac["all"]
-        except UserError as error:  # of a kind whose parts are not known
-            tell(f"{name}: multiplications are not counted ({one_line(error)})")
+        except UserError as error:  # an unknown meta-architecture
+            tell(f"{name}: parameters and GMAC are not counted ({one_line(error)})")
     return found
 
 
 def gather(
     plan: Plan, configs: dict[str, CfgNode], annotations: dict, measured: dict[str, dict]
 ) -> dict:
-    """All numbers of a comparison, as `results.json` holds them.
+    """Collect the content of `results.json`.
 
     Args:
-        plan: of the comparison.
-        configs: of the detectors.
-        annotations: from `truth`.
-        measured: from `measure`, now or earlier.
+        plan: plan of the comparison.
+        configs: configurations of the detectors.
+        annotations: result of `truth`.
+        measured: result of `measure`.
     """
     cfg = next(iter(configs.values()))
     detectors = {}
@@ -110,18 +116,22 @@ def gather(
 
 
 def _final(run: Run) -> dict[str, float]:
-    """The numbers at its end."""
+    """Return the metrics of the last evaluation."""
     metrics = run.final().metrics
     return {**metrics, **{name: _or_zero(metrics.get(name)) for name in ("AP", "AP50")}}
 
 
 def _or_zero(ap: float | None) -> float:
-    """Detectron2 gives no number, or NaN, where nothing at all was detected."""
+    """Return the AP; 0 for None and NaN, which Detectron2 reports if nothing was detected."""
     return ap if ap is not None and math.isfinite(ap) else 0.0
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float] | None:
-    """Mean and sample standard deviation; None where nothing could be evaluated."""
+    """Return "mean", sample standard "deviation" and number of "runs"; None without values.
+
+    Args:
+        values: a value per run; None is skipped.
+    """
     values = [value for value in values if value is not None]
     if not values:
         return None
@@ -130,16 +140,16 @@ def spread(values: Sequence[float | None]) -> dict[str, float] | None:
 
 
 def _run(run: Run, batch: int) -> dict:
+    iterations, values = read_curves(run.folder / "metrics.json").get("bbox/AP", ([], []))
     curve = [
-        (min(line["iteration"] + 1, run.iterations) * batch, _or_zero(line["bbox/AP"]))
-        for line in run.metrics()
-        if "bbox/AP" in line
+        (min(iteration, run.iterations) * batch, _or_zero(value))
+        for iteration, value in zip(iterations, values, strict=True)
     ]
     return {"seed": run.seed, "status": run.status(), "curve": curve}
 
 
 def _errors(annotations: dict, finished: Sequence[Run]) -> dict[str, dict[str, float]] | None:
-    """Means over the seeds."""
+    """Return the means of `error_table` over the seeds; None without a finished run."""
     tables = [error_table(annotations, detections(run), threshold(run)) for run in finished]
     if not tables:
         return None
@@ -152,7 +162,7 @@ def _errors(annotations: dict, finished: Sequence[Run]) -> dict[str, dict[str, f
 
 
 def threshold(run: Run) -> float:
-    """Score of the best F1; above all scores where nothing was found."""
+    """Return the score threshold of the best F1; above 1 if nothing was detected."""
     threshold = run.final().threshold
     return 1.01 if threshold is None else threshold
 

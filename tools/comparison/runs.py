@@ -1,5 +1,8 @@
-"""The runs of a comparison: one for each detector and seed, each a `train_net.py --resume` of its
-own, so that a run that was stopped goes on and one that fails takes no other with it."""
+"""Runs of a comparison, one for each detector and seed.
+
+Each is a process of `train_net.py --resume`: a stopped run can continue, and a failed run does not
+affect the others.
+"""
 
 import json
 import os
@@ -22,8 +25,8 @@ __all__ = ["Run", "train_all"]
 
 TRAIN_NET = Path(__file__).resolve().parents[2] / "train_net.py"
 POLL_SECONDS = 1.0
-GRACE_SECONDS = 120  # to save, after a signal
-_TAIL = 10_000  # bytes that hold a line
+GRACE_SECONDS = 120  # time to save after a signal
+_TAIL = 10_000  # bytes at the end of metrics.json that contain a line
 _ITERATION = re.compile(rb'"iteration": (\d+)')
 _MEMORY = re.compile(r"max_mem: (\d+)M")
 
@@ -33,11 +36,11 @@ class Run:
     """One detector, trained with one seed.
 
     Args:
-        name: of the detector.
-        seed: of the run.
-        folder: its `OUTPUT_DIR`.
-        config: the composed configuration.
-        iterations: of a whole run.
+        name: name of the detector.
+        seed: seed of the run.
+        folder: `OUTPUT_DIR` of the run.
+        config: composed configuration.
+        iterations: length of the run.
     """
 
     name: str
@@ -55,7 +58,7 @@ class Run:
         return self.folder / "model_final.safetensors"
 
     def final(self) -> ModelInfo | None:
-        """The header of the finished run's model; None before its end."""
+        """Return the header of the final model; None if the run is not finished."""
         try:
             info = read_header(str(self.model)) if self.model.is_file() else None
         except UserError:
@@ -63,24 +66,12 @@ class Run:
         return info if info and info.iteration >= self.iterations else None
 
     def log(self) -> dict:
-        """How its last process ended: "code", "error", "peak_mb"; empty where there was none."""
+        """Return "code", "error" and "peak_mb" of the last process; empty if there was none."""
         path = self.folder / "comparison.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
-    def metrics(self) -> list[dict]:
-        """The lines of its `metrics.json` by iteration; what a resumed run did again counts."""
-        path = self.folder / "metrics.json"
-        lines: dict[int, dict] = {}
-        for line in path.read_text().splitlines() if path.is_file() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:  # a process was killed while it wrote
-                continue
-            lines[record["iteration"]] = {**lines.get(record["iteration"], {}), **record}
-        return [lines[iteration] for iteration in sorted(lines)]
-
     def iterations_done(self) -> int:
-        """By the last whole line of its `metrics.json`, which may be long."""
+        """Return the iterations that the end of `metrics.json`, which may be long, shows."""
         path = self.folder / "metrics.json"
         if not path.is_file():
             return 0
@@ -90,7 +81,7 @@ class Run:
         return int(found[-1]) + 1 if found else 0
 
     def status(self) -> str:
-        """ "finished", or one line of why not."""
+        """Return "finished", or one line that says why the run is not."""
         if self.final():
             return "finished"
         log, done = self.log(), self.iterations_done()
@@ -100,12 +91,12 @@ class Run:
 
 
 def train_all(runs: Sequence[Run], flags: Sequence[str], budget_minutes: float | None) -> None:
-    """Trains what is not finished, and says how it went and how long the rest takes.
+    """Train the unfinished runs; print the result of each and the remaining time.
 
     Args:
-        runs: in the order in which they are trained.
-        flags: of `train_net.py`, beside configuration and seed.
-        budget_minutes: after which a run is stopped, with its state saved, and none is started.
+        runs: runs in the order of training.
+        flags: flags of `train_net.py`, beside configuration and seed.
+        budget_minutes: time after which the current run is stopped and saved, and no other starts.
     """
     start = time.monotonic()
     deadline = start + 60 * budget_minutes if budget_minutes is not None else None
@@ -113,7 +104,7 @@ def train_all(runs: Sequence[Run], flags: Sequence[str], budget_minutes: float |
     trained = 0
     for number, run in enumerate(todo, start=1):
         if deadline and time.monotonic() > deadline:
-            tell(f"the budget of {budget_minutes:g} minutes is spent: the same command goes on")
+            tell(f"the {budget_minutes:g} minutes are over; repeat the command to continue")
             return
         done = run.iterations_done()
         began = time.monotonic()
@@ -129,7 +120,7 @@ def train_all(runs: Sequence[Run], flags: Sequence[str], budget_minutes: float |
 
 
 def _train(run: Run, flags: Sequence[str], deadline: float | None, title: str) -> None:
-    """Runs `train_net.py` until it ends or the deadline is over, and keeps how it ended."""
+    """Run `train_net.py` until it ends or the deadline has passed; write the log of its end."""
     run.folder.mkdir(parents=True, exist_ok=True)
     command = [
         *(sys.executable, TRAIN_NET, "--config-file", run.config, "--resume", *flags),
@@ -140,7 +131,7 @@ def _train(run: Run, flags: Sequence[str], deadline: float | None, title: str) -
             list(map(str, command)),
             stdout=console,
             stderr=console,
-            start_new_session=True,  # Ctrl-C is for this process, which tells the run once
+            start_new_session=True,  # Ctrl-C reaches this process only, which then stops the run
         )
         with _ended(process), tqdm(total=run.iterations, desc=title, disable=None) as bar:
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
@@ -162,7 +153,7 @@ def _train(run: Run, flags: Sequence[str], deadline: float | None, title: str) -
 
 @contextmanager
 def _ended(process: subprocess.Popen) -> Iterator[None]:
-    """Leaves no process behind, after SIGTERM neither: it is told to save, and waited for."""
+    """End the process on exit, also after SIGTERM: let it save, and wait for it."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -178,7 +169,7 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
 
 
 def _peak_mb(folder: Path, resident_mb: float) -> float:
-    """Of the GPU where Detectron2's log has it; else what the process held at most."""
+    """Return the peak GPU memory in Detectron2's log; without one, the peak resident memory."""
     log = folder / "log.txt"
     found = _MEMORY.findall(log.read_text()) if log.is_file() else []
     return float(max(map(int, found))) if found else resident_mb

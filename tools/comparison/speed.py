@@ -1,5 +1,5 @@
-"""How fast the trained detectors are: all in one process, in turns, so that whatever else the
-machine does falls on all of them alike."""
+"""Times of the trained detectors, measured in turns in one process, so that other load slows all
+alike."""
 
 from collections.abc import Callable
 
@@ -16,24 +16,25 @@ from dynamic_detr.inference.building import build_with_weights
 
 __all__ = ["measure_speed"]
 
-IMAGES = 4  # of the validation set, seen again and again
+IMAGES = 4  # of the validation set, in every call
 BATCHES = 1
 
 
 def measure_speed(
     configs: dict[str, CfgNode], rounds: int = 7, budget: float = 30
 ) -> dict[str, dict[str, float]]:
-    """Times inference on single images and whole training steps (forward, backward, optimiser).
+    """Time inference on single images and training steps (forward, backward, optimiser).
 
     Args:
-        configs: of each detector, with its trained weights and its data sets registered.
-        rounds: of turns.
-        budget: seconds for each detector and each of the two, after which it is left out of turns.
+        configs: configurations by name of the detector, with trained weights and registered
+            datasets.
+        rounds: number of measured rounds.
+        budget: seconds for each detector and each kind of call, as in `time_in_turns`.
 
     Returns:
-        For each detector "inference_ms" of an image, "step_s" of a batch, and the spread of both:
-        half the interquartile range as a share of the median; "size", (height, width) in pixels of
-        the first image.
+        For each detector, "inference_ms" per image and "step_s" per batch; "inference_spread" and
+        "step_spread", half the interquartile range over the median; "size", (height, width) of the
+        first image in pixels.
     """
     runs = {name: _Timed(cfg) for name, cfg in configs.items()}
     device = "cuda" if next(iter(configs.values())).MODEL.DEVICE.startswith("cuda") else "cpu"
@@ -57,13 +58,13 @@ def measure_speed(
 
 
 class _Timed:
-    """A detector with pictures that are read already."""
+    """A detector with images that are already in memory."""
 
     def __init__(self, cfg: CfgNode) -> None:
         self.model: nn.Module = build_with_weights(cfg)[0]
         self.optimizer = build_optimizer(cfg, self.model)
         for group in self.optimizer.param_groups:
-            group["lr"] = 0.0  # boxes, and so the time they take, stay those of the trained one
+            group["lr"] = 0.0  # keeps the trained weights, on whose boxes the time depends
         solver = cfg.SOLVER
         device = next(self.model.parameters()).device
         self.dtype = amp_dtype(solver.AMP.ENABLED, solver.AMP.DTYPE, device.type)

@@ -1,21 +1,22 @@
-"""Equal terms: settings that all detectors of a comparison share, and those that stay their own.
+"""Equal terms: settings that all detectors of a comparison share.
 
-The first configuration, with the command line's keys, gives
+The first configuration, with the keys of the command line, sets
 
 - data, input size, augmentation and the order of images (``DATASETS``, ``INPUT``, ``DATALOADER``);
-- batch, length, warm-up, where the rate decays (in shares of the length), mixed precision and the
-  moving average;
-- evaluation (``TEST``), and the number of classes;
-- the backbone's starting weights, with all that belongs to them, for every detector whose ResNet
-  is of the same size; of a trained detector's weights nothing but the backbone's are taken.
+- batch size, iterations, warm-up, the decay steps of the learning rate as shares of the
+  iterations, mixed precision and the moving average of the weights;
+- evaluation (``TEST``) and the number of classes;
+- the initial weights of the backbone and the settings that they require, for each detector with a
+  ResNet of the same size. If they are the weights of a trained detector, only those of its backbone
+  are used.
 
-Each detector keeps its optimiser, with weight decay, clipping and multiples of the rate. The rate
-is that of its own recipe, scaled from the recipe's batch to the comparison's: in proportion for
-SGD, by the square root for AdamW.
+Each detector keeps its optimiser with weight decay, gradient clipping and multipliers of the
+learning rate. The learning rate of its recipe is scaled from the recipe's batch size to that of the
+comparison: linearly for SGD, by the square root for AdamW.
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,18 +37,18 @@ _SCHEDULE = (
     *("RESCALE_INTERVAL", "CHECKPOINT_PERIOD", "KEEP_CHECKPOINTS", "AMP", "EMA"),
 )
 _RESNET_SIZE = ("DEPTH", "NUM_GROUPS", "WIDTH_PER_GROUP", "STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS")
-_WITH_WEIGHTS = (  # how the weights were trained
+_WITH_WEIGHTS = (  # settings that the weights require
     *("WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "BACKBONE.FREEZE_AT"),
     *("RESNETS.NORM", "RESNETS.STRIDE_IN_1X1"),
 )
-_GIVEN = {  # keys that options of the command set
+_GIVEN = {  # keys that flags of compare.py set
     "SOLVER.MAX_ITER": "--iterations",
     "SOLVER.STEPS": "--iterations",
     "TEST.EVAL_PERIOD": "--evaluations",
     "OUTPUT_DIR": "--output",
     "SEED": "--seeds",
 }
-LONGEST_WARMUP = 0.1  # of a run
+LONGEST_WARMUP = 0.1  # share of the iterations
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,12 @@ class Terms:
 
     Args:
         optimizer: "SGD" or "ADAMW".
-        recipe_rate, recipe_batch: of its own configuration.
-        rate: of the comparison.
-        rule: how the one follows from the other.
-        clip: of its gradients.
-        start: where its backbone's weights come from.
+        recipe_rate: learning rate of its configuration.
+        recipe_batch: batch size of its configuration.
+        rate: learning rate in the comparison.
+        rule: formula of `rate`.
+        clip: gradient clipping.
+        start: source of the initial weights of the backbone.
     """
 
     optimizer: str
@@ -71,12 +73,9 @@ class Terms:
     clip: str
     start: str
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
 
 def scaled_rate(rate: float, recipe_batch: int, batch: int, optimizer: str) -> float:
-    """The learning rate for another batch: in proportion for SGD, by the square root for AdamW."""
+    """Scale a learning rate to a batch size: linearly for SGD, by the square root for AdamW."""
     ratio = batch / recipe_batch
     return rate * (ratio if optimizer == "SGD" else math.sqrt(ratio))
 
@@ -84,22 +83,22 @@ def scaled_rate(rate: float, recipe_batch: int, batch: int, optimizer: str) -> f
 def read_first(
     config_file: str, keys: list[str], iterations: int | None, evaluations: int, folder: Path
 ) -> CfgNode:
-    """The configuration whose terms hold for all.
+    """Read the configuration that sets the shared terms.
 
     Args:
-        config_file: a path, or a name of Detectron2's model zoo.
-        keys: of the command line, KEY VALUE in turn.
-        iterations: of each run; the configuration's own when None.
-        evaluations: in equal distances, the last one at the end.
-        folder: of the comparison; the backbone of a trained detector that all start from is
-            written there.
+        config_file: path, or name in Detectron2's model zoo.
+        keys: keys and values of the command line, alternating.
+        iterations: iterations of each run; None for those of the configuration.
+        evaluations: number of evaluations at equal intervals, the last one at the end.
+        folder: folder of the comparison; the shared backbone of a trained detector is written
+            there.
 
     Raises:
-        UserError: it does not exist or cannot work, or a key is one that an option sets.
+        UserError: the configuration does not exist or is invalid, or a flag sets one of the keys.
     """
     for key in keys[::2]:
         if key in _GIVEN:
-            raise UserError(f"{key} is set by {_GIVEN[key]} in a comparison; leave the key out")
+            raise UserError(f"{key} is set by {_GIVEN[key]} in a comparison; omit the key")
     cfg = read_config(find_config(config_file), keys)
     solver = cfg.SOLVER
     length = solver.MAX_ITER if iterations is None else iterations
@@ -115,10 +114,10 @@ def read_first(
 
 
 def _start(weights: str, folder: Path) -> str:
-    """Weights that all can start from: of a trained detector, a file of its backbone's.
+    """Return initial weights to share; of a trained detector, a file of its backbone.
 
     Raises:
-        UserError: they cannot be read, or are a detector's without such a backbone.
+        UserError: the weights cannot be read, or belong to a detector without a shareable backbone.
     """
     model = SafeCheckpointer(nn.Module()).read(weights)["model"]
     if not any(name.startswith("backbone.") for name in model):
@@ -126,7 +125,7 @@ def _start(weights: str, folder: Path) -> str:
     prefix = "backbone.bottom_up."
     shared = {k.removeprefix(prefix): v for k, v in model.items() if k.startswith(prefix)}
     if not shared:
-        raise UserError(f"{weights} has no {prefix}*: there is no backbone that can be shared")
+        raise UserError(f"{weights} has no {prefix}*: its backbone cannot be shared")
     path = folder / f"backbone_of_{Path(weights).stem}.pth"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"model": shared, "matching_heuristics": True}, path)
@@ -134,19 +133,22 @@ def _start(weights: str, folder: Path) -> str:
 
 
 def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode, Terms]:
-    """A detector's configuration on the terms of the first one.
+    """Put a detector's configuration on the shared terms.
 
     Args:
-        config_file: a path, or a name of Detectron2's model zoo.
-        first: from `read_first`; not changed.
-        keys: KEY VALUE in turn, which hold for every detector.
+        config_file: path, or name in Detectron2's model zoo.
+        first: result of `read_first`; not changed.
+        keys: keys and values for every detector, alternating.
+
+    Returns:
+        The configuration and its terms.
 
     Raises:
-        UserError: the configuration does not exist or cannot work.
+        UserError: the configuration does not exist or is invalid.
     """
     path = find_config(config_file)
     recipe = read_config(path, []).SOLVER
-    # `first` has the weights that this key names, for those that can share them.
+    # `first` already has the weights of this key, for detectors that can share them.
     pairs = zip(keys[::2], keys[1::2], strict=True)
     keys = [word for pair in pairs if pair[0] != "MODEL.WEIGHTS" for word in pair]
     cfg = read_config(path, keys)
@@ -163,7 +165,7 @@ def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode,
         _take_weights(cfg, first)
     else:
         cfg.INPUT.FORMAT = own_format
-    if not cfg.MODEL.WEIGHTS:  # it is a multiple for pretrained weights
+    if not cfg.MODEL.WEIGHTS:  # the multiplier is for pretrained weights
         cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     optimizer = cfg.SOLVER.OPTIMIZER
     batch = cfg.SOLVER.IMS_PER_BATCH
@@ -186,7 +188,7 @@ def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode,
 
 
 def _same_backbone(cfg: CfgNode, first: CfgNode) -> bool:
-    """Whether both are ResNets whose layers have the same shapes."""
+    """Return whether both backbones are ResNets of the same shapes."""
     return all("resnet" in c.MODEL.BACKBONE.NAME for c in (cfg, first)) and all(
         cfg.MODEL.RESNETS[key] == first.MODEL.RESNETS[key] for key in _RESNET_SIZE
     )

@@ -5,47 +5,32 @@ import re
 import torch
 from torch import Tensor
 
-from . import rename
+from . import detr, rename
 from .huggingface import join_projections
-from .resnet import resnet_rules
 
 __all__ = ["convert", "convert_huggingface"]
 
-ENCODER, DECODER, LAYER = (rf"({p}coder\.layers\.\d+\.)" for p in ("en", "de", "(?:en|de)"))
+ENCODER, DECODER = (rf"({part}coder\.layers\.\d+\.)" for part in ("en", "de"))
 
 Rules = list[tuple[str, str | None]]
 
+# Names that differ from those of DETR, whose rules follow these.
 PUBLISHED = [
-    *resnet_rules(r"backbone\.0\.body\."),
     (r"transformer\.level_embed", "encoder.level_embed"),
     (r"query_embed\.weight", "decoder.queries.embed.weight"),
     (rf"transformer\.{ENCODER}self_attn\.(.+)", r"\1attention.\2"),
     (rf"transformer\.{ENCODER}norm1\.(.+)", r"\1attention.norm.\2"),
-    (rf"transformer\.{ENCODER}norm2\.(.+)", r"\1ffn.norm.\2"),
-    (rf"transformer\.{DECODER}self_attn\.(.+)", r"\1self_attention.attention.\2"),
     (rf"transformer\.{DECODER}cross_attn\.(.+)", r"\1cross_attention.\2"),
     (rf"transformer\.{DECODER}norm1\.(.+)", r"\1cross_attention.norm.\2"),
     (rf"transformer\.{DECODER}norm2\.(.+)", r"\1self_attention.norm.\2"),
-    (rf"transformer\.{DECODER}norm3\.(.+)", r"\1ffn.norm.\2"),
-    (rf"transformer\.{LAYER}(linear\d\..+)", r"\1ffn.\2"),
 ]
 
 HUGGING_FACE = [
-    *resnet_rules(r"model\.backbone\.(?:conv_encoder\.)?model\."),
     (r"model\.level_embed", "encoder.level_embed"),
     (r"model\.query_position_embeddings\.weight", "decoder.queries.embed.weight"),
     (rf"model\.{ENCODER}self_attn\.(.+)", r"\1attention.\2"),
     (rf"model\.{ENCODER}self_attn_layer_norm\.(.+)", r"\1attention.norm.\2"),
-    (rf"model\.{DECODER}self_attn\.in_proj\.(.+)", r"\1self_attention.attention.in_proj_\2"),
-    (
-        rf"model\.{DECODER}self_attn\.(?:o|out)_proj\.(.+)",
-        r"\1self_attention.attention.out_proj.\2",
-    ),
-    (rf"model\.{DECODER}self_attn_layer_norm\.(.+)", r"\1self_attention.norm.\2"),
     (rf"model\.{DECODER}encoder_attn\.(.+)", r"\1cross_attention.\2"),
-    (rf"model\.{DECODER}encoder_attn_layer_norm\.(.+)", r"\1cross_attention.norm.\2"),
-    (rf"model\.{LAYER}(?:mlp\.)?fc(\d\..+)", r"\1ffn.linear\2"),
-    (rf"model\.{LAYER}final_layer_norm\.(.+)", r"\1ffn.norm.\2"),
 ]
 
 
@@ -56,6 +41,7 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         *_level_rules(weights, ""),
         *_query_rules(r"transformer\."),
         *_head_rules(weights, r"(?:transformer\.decoder\.)?"),
+        *detr.PUBLISHED,
     ]
     return rename(weights, rules)
 
@@ -67,6 +53,7 @@ def convert_huggingface(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         *_level_rules(weights, "model."),
         *_query_rules(r"model\."),
         *_head_rules(weights, r"(?:model\.decoder\.)?"),
+        *detr.HUGGING_FACE,
     ]
     return rename(join_projections(weights), rules)
 

@@ -1,14 +1,14 @@
 """PEP 517 backend: Detectron2 0.5 as a pure-Python wheel named ``detectron2``.
 
-For machines where Detectron2 cannot be had from its source. The wheel is made from the source
-distribution that the package index holds (``source.py``: pinned hash, never executed, fetched as
-``index.py`` says), with the repairs of ``patches.py`` and a stand-in for the compiled module
-(``stand_in.py``). Whoever has a Detectron2 needs none of this.
+For machines that cannot build Detectron2 from its source. The wheel contains the Python files of
+the source distribution on the package index (``source.py``; its hash is pinned and none of it is
+executed), with the changes in ``patches.py`` and a replacement of the compiled module
+(``stand_in.py``). ``index.py`` downloads the source distribution.
 
     pip install packaging/detectron2
     DETECTRON2_SDIST=/path/of/the.tar.gz pip install packaging/detectron2      # without an index
 
-Needs nothing but the standard library.
+The backend uses the standard library only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) -> str:
-    """PEP 517: write the wheel into ``wheel_directory``; returns its file name."""
+    """PEP 517: write the wheel into ``wheel_directory``; return its file name."""
     try:
         files, licence = read_files(read_archive())
         files = apply_patches(files)
@@ -37,7 +37,7 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None) 
 
 
 def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -> str:
-    """PEP 517: the wheel's metadata alone, without fetching anything; returns the folder's name."""
+    """PEP 517: write the wheel's metadata, without a download; return the folder's name."""
     folder = Path(metadata_directory) / DIST_INFO
     folder.mkdir()
     for name, text in metadata_files(licence="").items():
@@ -47,7 +47,7 @@ def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None) -
 
 
 def build_sdist(sdist_directory, config_settings=None) -> str:
-    """PEP 517: an archive of this folder, which can build the wheel in turn; returns its name."""
+    """PEP 517: write an archive of this folder; return its name."""
     base = f"{NAME}-{VERSION}"
     name = f"{base}.tar.gz"
     with tarfile.open(Path(sdist_directory) / name, "w:gz", format=tarfile.PAX_FORMAT) as archive:

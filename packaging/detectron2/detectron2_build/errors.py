@@ -1,5 +1,5 @@
-"""The one error of this package: whatever stops the build, said in one line."""
+"""Error of the build."""
 
 
 class PackagingError(Exception):
-    """The wheel cannot be built; the message says what was wrong and what to do."""
+    """The wheel cannot be built; the message says on one line what was wrong and what to do."""

@@ -1,8 +1,8 @@
-"""Fetches one file from the package index that pip is configured for (Simple API, PEP 503 / 691).
+"""Download one file from the package index that pip uses (Simple API, PEP 503 and 691).
 
-pip itself cannot do it: newer versions refuse the archive's metadata, and all of them execute the
-archive to read it. pip is asked for its configuration instead (``pip config list``), so that its
-files, ``PIP_*`` variables and virtual environments count here as they do there.
+``pip download`` does not work: it executes the archive to read its metadata, and newer versions
+reject these. ``pip config list`` gives the configuration of pip, from its files, ``PIP_*``
+variables and the virtual environment.
 """
 
 from __future__ import annotations
@@ -36,7 +36,13 @@ TIMEOUT = 60.0  # seconds without an answer
 
 @dataclass(frozen=True)
 class PipSettings:
-    """The part of pip's configuration that a download needs; ``cert`` is a file or a folder."""
+    """The part of pip's configuration that a download needs.
+
+    Args:
+        indexes: addresses of package indexes, in the order of search.
+        cert: file or folder of certificates.
+        proxy: address of the proxy.
+    """
 
     indexes: tuple[str, ...] = (DEFAULT_INDEX,)
     cert: str | None = None
@@ -45,7 +51,7 @@ class PipSettings:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server sent: the body, its content type, and the address it came from."""
+    """Answer of a server: body, content type and address."""
 
     body: bytes
     content_type: str
@@ -53,10 +59,13 @@ class Answer:
 
 
 def download(project: str, filename: str) -> tuple[bytes, str]:
-    """Fetch ``filename`` of ``project`` from the first index that lists it.
+    """Download ``filename`` of ``project`` from the first index that lists it.
 
     Returns:
-        its bytes, not verified yet, and the address they came from.
+        The bytes, not verified, and their address.
+
+    Raises:
+        PackagingError: no index lists the file, or it cannot be downloaded.
     """
     settings = pip_settings()
     opener = build_opener(settings)
@@ -75,15 +84,15 @@ def download(project: str, filename: str) -> tuple[bytes, str]:
 
 
 def pip_settings() -> PipSettings:
-    """What pip is configured for; environment variables and defaults where there is no pip."""
-    # -I: within a build, PYTHONPATH hides the environment's own pip.
+    """Return the settings of pip; without pip, those of the environment variables."""
+    # -I: during a build, PYTHONPATH hides the pip of the environment.
     pip = [sys.executable, "-I", "-m", "pip", "config", "list"]
     result = subprocess.run(pip, capture_output=True, text=True, check=False)
     return parse_settings(result.stdout if result.returncode == 0 else "", os.environ)
 
 
 def parse_settings(listing: str, environ: Mapping[str, str]) -> PipSettings:
-    """Settings from the output of ``pip config list`` and, before it, from the environment."""
+    """Return the settings in the output of ``pip config list``; the environment overrides them."""
     options: dict[str, str] = {}
     for section in ("global.", "download.", "install."):
         for line in listing.splitlines():
@@ -100,7 +109,7 @@ def parse_settings(listing: str, environ: Mapping[str, str]) -> PipSettings:
 
 
 def build_opener(settings: PipSettings) -> urllib.request.OpenerDirector:
-    """An opener that trusts the certificates of pip's settings and goes through its proxy."""
+    """Return an opener with the certificates and the proxy of the settings."""
     context = ssl.create_default_context()
     if settings.cert:
         kind = "capath" if os.path.isdir(settings.cert) else "cafile"
@@ -119,9 +128,9 @@ def build_opener(settings: PipSettings) -> urllib.request.OpenerDirector:
 
 
 def fetch(opener: urllib.request.OpenerDirector, url: str) -> Answer:
-    """Get ``url``; a server's or the network's failure is tried again."""
+    """Get ``url``; try again after failures of the server or the network."""
     if url.startswith("file:") and url.endswith("/"):
-        url += "index.html"  # as pip reads an index that is a folder
+        url += "index.html"  # pip does the same for an index that is a folder
     headers = {"Accept": ACCEPT, "User-Agent": "detectron2-build"}
     user, separator, _ = urllib.parse.urlsplit(url).netloc.rpartition("@")
     if separator:
@@ -143,9 +152,9 @@ def fetch(opener: urllib.request.OpenerDirector, url: str) -> Answer:
 
 
 def find_file(page: Answer, filename: str) -> str | None:
-    """The address of ``filename`` on a project's page of the Simple API, in JSON or in HTML.
+    """Return the address of ``filename`` on a project's page (JSON or HTML); None if it is absent.
 
-    Indexes write the separators of a project's name as they like: ``-`` and ``_`` are one here.
+    Indexes differ in the separator of project names, so ``-`` and ``_`` are treated as equal.
     """
     base = page.url
     if page.content_type.partition(";")[0].strip().lower().endswith("json"):
@@ -162,7 +171,7 @@ def find_file(page: Answer, filename: str) -> str | None:
 
 
 class _Links(HTMLParser):
-    """Collects (text, href) of every anchor, and the page's ``<base href>``."""
+    """Collects (text, href) of all anchors and the page's ``<base href>``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -189,6 +198,6 @@ class _Links(HTMLParser):
 
 
 def _without_login(url: str) -> str:
-    """``url`` without a user name and password."""
+    """Return ``url`` without user name and password."""
     parts = urllib.parse.urlsplit(url)
     return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

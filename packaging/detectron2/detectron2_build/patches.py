@@ -1,7 +1,7 @@
-"""The repairs that make Detectron2 0.5 run, uncompiled, on today's Python stack.
+"""Patches that make Detectron2 0.5 run, uncompiled, with current versions of its dependencies.
 
-Each repair says in which file, why, and which text becomes which. A text that is not found exactly
-as often as expected is an error: the archive is pinned, so it means a mistake in this list.
+The archive is pinned, so a text that is not found exactly as often as expected is an error of this
+list.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .errors import PackagingError
 
 @dataclass(frozen=True)
 class Patch:
-    """One repair: in ``file``, ``old`` (found ``count`` times) becomes ``new``, because ``why``."""
+    """Replacement of ``old``, found ``count`` times in ``file``, by ``new``, with a reason."""
 
     file: str
     why: str
@@ -23,8 +23,8 @@ class Patch:
 
 
 NUMPY_ALIAS = "NumPy 1.24 removed its aliases of the builtin types"
-PKG_RESOURCES = "setuptools 82 dropped pkg_resources; importlib.resources is in Python"
-NO_EVALUATOR = "the fast COCO evaluator is compiled; without it pycocotools' own is used"
+PKG_RESOURCES = "setuptools 82 removed pkg_resources; Python has importlib.resources"
+NO_EVALUATOR = "the fast COCO evaluator is compiled; pycocotools' evaluator replaces it"
 
 PATCHES = (
     Patch("detectron2/data/build.py", NUMPY_ALIAS, "dtype=np.int)", "dtype=int)"),
@@ -87,7 +87,7 @@ PATCHES = (
 
 
 def apply_patches(files: dict[str, str], patches: tuple[Patch, ...] = PATCHES) -> dict[str, str]:
-    """Return a copy of ``files`` (text by path) with every repair applied, in order."""
+    """Return a copy of ``files`` (text by path) with all patches applied in order."""
     files = dict(files)
     for patch in patches:
         if patch.file not in files:

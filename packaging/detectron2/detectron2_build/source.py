@@ -1,8 +1,7 @@
-"""Which archive the wheel is made from: its name, its SHA-256, and how it is opened.
+"""The source archive of the wheel: name, SHA-256 and reading.
 
-The index holds Detectron2 0.5 under the name of a community upload, as a source distribution
-without the C++ sources. Nothing in it is executed and nothing is unpacked to disk: the files that
-belong in the wheel are read from the archive into memory.
+The package index has a community upload of Detectron2 0.5, a source distribution without the C++
+sources. None of it is executed or unpacked to disk: the files of the wheel are read into memory.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ FILENAME = "detectron2_cdo-0.5.tar.gz"
 SHA256 = "53c9e79e9cc943e80419c588ea44b5479507a8628ed14a4e06bd093e29311b18"
 SDIST_VARIABLE = "DETECTRON2_SDIST"
 
-# Folders of the archive and where they belong in the wheel, as its own setup.py places them.
+# Folders of the archive, and their places in the wheel, as in its setup.py.
 FOLDERS = {
     "detectron2/": "detectron2/",
     "projects/PointRend/point_rend/": "detectron2/projects/point_rend/",
@@ -33,7 +32,7 @@ LICENSE = "LICENSE"
 
 
 def read_archive(environ: Mapping[str, str] = os.environ) -> bytes:
-    """The verified source archive: from ``DETECTRON2_SDIST`` where set, else from pip's index."""
+    """Return the verified archive from the path in ``DETECTRON2_SDIST``, else from pip's index."""
     path = environ.get(SDIST_VARIABLE)
     if path:
         try:
@@ -52,7 +51,7 @@ def read_archive(environ: Mapping[str, str] = os.environ) -> bytes:
 
 
 def verify(data: bytes, origin: str, sha256: str = SHA256) -> bytes:
-    """Return ``data`` if it has the pinned hash, else refuse it."""
+    """Return ``data`` if it has the pinned hash, else raise."""
     found = hashlib.sha256(data).hexdigest()
     if found != sha256:
         raise PackagingError(
@@ -62,7 +61,7 @@ def verify(data: bytes, origin: str, sha256: str = SHA256) -> bytes:
 
 
 def read_files(archive: bytes) -> tuple[dict[str, str], str]:
-    """Files of the wheel by path, and the licence's text, from the archive's bytes."""
+    """Return the files of the wheel by path, and the text of the licence."""
     files: dict[str, str] = {}
     licence = ""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:

@@ -1,29 +1,28 @@
-"""Stand-in for Detectron2's compiled module, installed as ``detectron2._C``.
+"""Replacement of Detectron2's compiled module, installed as ``detectron2._C``.
 
-The module imports, so that everything around it does. An operator that it would hold is an
-AttributeError that says so: ``hasattr`` answers False, and whoever calls the operator reads why.
-RoIAlign and NMS do not come from here but from torchvision.
+Modules that import it work. Access to one of its operators raises AttributeError with an
+explanation, and ``hasattr`` returns False. RoIAlign and NMS are those of torchvision.
 """
 
 
 def get_compiler_version() -> str:
-    """For ``detectron2.utils.collect_env``: the compiler of this module."""
+    """Return the compiler of this module, for ``detectron2.utils.collect_env``."""
     return "none (pure-Python build)"
 
 
 def get_cuda_version() -> str:
-    """For ``detectron2.utils.collect_env``: the CUDA compiler of this module."""
+    """Return the CUDA compiler of this module, for ``detectron2.utils.collect_env``."""
     return "none (pure-Python build)"
 
 
 def has_cuda() -> bool:
-    """For ``detectron2.utils.collect_env``: whether CUDA operators were compiled."""
+    """Return whether CUDA operators were compiled, for ``detectron2.utils.collect_env``."""
     return False
 
 
 def __getattr__(name: str):
     raise AttributeError(
         f"detectron2._C.{name} is a compiled operator, and this Detectron2 was built without them; "
-        "install Detectron2 from its source to have rotated boxes, its own deformable convolution "
-        "and the fast COCO evaluator"
+        "install Detectron2 from its source for rotated boxes, its own deformable convolution and "
+        "the fast COCO evaluator"
     )

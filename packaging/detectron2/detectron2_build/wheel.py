@@ -1,6 +1,6 @@
-"""A wheel file (PEP 427) written with the standard library: files, metadata and RECORD.
+"""Writer of a wheel file (PEP 427) with files, metadata and RECORD.
 
-The same input gives the same bytes: entries are sorted and carry one fixed time.
+The output is reproducible: entries are sorted and have a fixed time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ TAG = "py3-none-any"
 WHEEL_NAME = f"{NAME}-{VERSION}-{TAG}.whl"
 DIST_INFO = f"{NAME}-{VERSION}.dist-info"
 
-# What the Python code imports, with the bounds it needs. PyTorch and torchvision are the user's
-# choice of build, OpenCV (for drawing) is the user's choice of package: as in Detectron2 itself.
+# Packages that the Python code imports. As in Detectron2, the user chooses the builds of PyTorch
+# and torchvision and the package of OpenCV (for drawing).
 REQUIRES = (
     "Pillow>=7.1",
     "PyYAML>=5.1",
@@ -41,7 +41,7 @@ ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def metadata_files(licence: str) -> dict[str, str]:
-    """The ``.dist-info`` files but RECORD, by name."""
+    """Return the ``.dist-info`` files except RECORD, as text by name."""
     lines = [
         "Metadata-Version: 2.1",
         f"Name: {NAME}",
@@ -68,7 +68,7 @@ def metadata_files(licence: str) -> dict[str, str]:
 
 
 def write_wheel(directory: str | Path, files: dict[str, str], licence: str) -> str:
-    """Write the wheel of ``files`` (text by path) into ``directory``; returns its file name."""
+    """Write the wheel of ``files`` (text by path) into ``directory``; return its file name."""
     entries = {path: text.encode("utf-8") for path, text in sorted(files.items())}
     for name, text in metadata_files(licence).items():
         entries[f"{DIST_INFO}/{name}"] = text.encode("utf-8")

@@ -1,5 +1,5 @@
-"""The detector put together from the operators that everybody has: torchvision's deformable
-convolution and Detectron2's RoI pooler in place of this project's own."""
+"""Baselines of the project's operators, made of the operators of torchvision, Detectron2, PyTorch
+and SciPy."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,19 +17,19 @@ from dynamic_detr.losses.matcher import HungarianMatcher
 
 __all__ = [
     "pool_levels",
-    "usual_deform_conv2d",
-    "usual_fusion",
-    "usual_matching",
-    "usual_ms_deform_attn",
-    "usual_operators",
-    "usual_roi_align",
+    "baseline_deform_conv2d",
+    "baseline_fusion",
+    "baseline_matching",
+    "baseline_ms_deform_attn",
+    "baseline_operators",
+    "baseline_roi_align",
 ]
 
 
-def usual_deform_conv2d(
+def baseline_deform_conv2d(
     input: Tensor, offset: Tensor, mask: Tensor | None, weight: Tensor, bias=None, *geometry, **kw
 ) -> Tensor:
-    """torchvision's operator, which wants all arguments in one dtype and has no bfloat16."""
+    """Call torchvision's operator, which needs one dtype for all arguments; bfloat16 is cast."""
     dtype = torch.float32 if input.dtype == torch.bfloat16 else input.dtype
     input, offset, mask, weight, bias = (
         None if t is None else t.to(dtype) for t in (input, offset, mask, weight, bias)
@@ -47,14 +47,26 @@ def pool_levels(
     sampling_ratio: int,
     canonical_size: float,
 ) -> Tensor:
-    """Detectron2's pooler: a launch for each level, and a wait for each, as their boxes differ."""
+    """Pool boxes by Detectron2's pooler: one RoIAlign and one synchronisation per level.
+
+    Args:
+        levels: maps (B, C, H, W).
+        strides: stride of each level in pixels.
+        boxes: (B, Q, 4), corners in pixels.
+        output_size: bins along each side.
+        sampling_ratio: samples along each side of a bin.
+        canonical_size: side in pixels of a box that is pooled from the level of stride 16.
+
+    Returns:
+        (B, Q, bins, C).
+    """
     scales = [1 / stride for stride in strides]
     pooler = ROIPooler(output_size, scales, sampling_ratio, "ROIAlignV2", int(canonical_size))
     regions = pooler(levels, [Boxes(b) for b in boxes.detach()])
     return regions.flatten(2).transpose(1, 2).unflatten(0, boxes.shape[:2])
 
 
-def usual_roi_align(
+def baseline_roi_align(
     table: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     strides: Sequence[int],
@@ -62,7 +74,7 @@ def usual_roi_align(
     boxes: Tensor,
     *options,
 ) -> Tensor:
-    """`pool_levels` as the decoder calls it, of views of the table."""
+    """Call `pool_levels` with the arguments of `pyramid_roi_align`."""
     parts = table.split([height * width for height, width in spatial_shapes], dim=1)
     levels = [
         part.transpose(1, 2).unflatten(2, tuple(shape))
@@ -71,10 +83,10 @@ def usual_roi_align(
     return pool_levels(levels, strides, boxes, *options)
 
 
-def usual_ms_deform_attn(
+def baseline_ms_deform_attn(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Multi-scale deformable attention as a `grid_sample` for each level."""
+    """Compute multi-scale deformable attention with one `grid_sample` per level."""
     batch, _, heads, channels = value.shape
     queries = locations.shape[1]
     levels = value.split([height * width for height, width in shapes], dim=1)
@@ -89,18 +101,22 @@ def usual_ms_deform_attn(
     return out.view(batch, heads * channels, queries).transpose(1, 2)
 
 
-def usual_fusion(*maps: Tensor) -> Tensor:
-    """A level from its own map and another: norms, upsampling, mean and a maximum of two linear
-    functions, an operation each."""
-    normed = [F.group_norm(m, 16) for m in maps]
-    size = maps[0].shape[-2:]
-    if maps[1].shape[-2:] != size:
-        normed[1] = F.interpolate(normed[1], size, mode="bilinear", align_corners=False)
-    mean = sum(normed) / len(normed)
+def baseline_fusion(level: Tensor, other: Tensor) -> Tensor:
+    """Fuse two levels: norm, resize the other one, mean, and a maximum of two linear functions.
+
+    Args:
+        level: (B, C, H, W).
+        other: (B, C, H', W').
+    """
+    size = level.shape[-2:]
+    level, other = F.group_norm(level, 16), F.group_norm(other, 16)
+    if other.shape[-2:] != size:
+        other = F.interpolate(other, size, mode="bilinear", align_corners=False)
+    mean = (level + other) / 2
     return torch.maximum(mean, mean / 2)
 
 
-def usual_matching(
+def baseline_matching(
     matcher: HungarianMatcher,
     logits: Tensor,
     boxes: Tensor,
@@ -108,7 +124,7 @@ def usual_matching(
     objects: Tensor,
     counts: list[int],
 ) -> Tensor:
-    """Costs, transfer and assignment of each stage and image, one after the other."""
+    """Match one stage and image at a time: costs, transfer to the CPU, assignment."""
     queries = []
     for stage in range(len(logits)):
         parts = zip(labels.split(counts), objects.split(counts), strict=True)
@@ -121,9 +137,9 @@ def usual_matching(
 
 
 @contextmanager
-def usual_operators() -> Iterator[None]:
-    """Within it the detector runs on torchvision's and Detectron2's operators."""
+def baseline_operators() -> Iterator[None]:
+    """Run the detector on torchvision's and Detectron2's operators within this context."""
     encoder = "dynamic_detr.encoders.dynamic_block.deform_conv2d"
     decoder = "dynamic_detr.decoders.dynamic_stage.pyramid_roi_align"
-    with mock.patch(encoder, usual_deform_conv2d), mock.patch(decoder, usual_roi_align):
+    with mock.patch(encoder, baseline_deform_conv2d), mock.patch(decoder, baseline_roi_align):
         yield
