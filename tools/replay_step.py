@@ -19,7 +19,7 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 
-from dynamic_detr.engine.exits import report_user_errors
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.engine.failed_step import FailedStep
 from dynamic_detr.engine.replay import Finding, replay
 from dynamic_detr.engine.step import AMP_DTYPES, seed_step

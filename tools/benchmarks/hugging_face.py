@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from dynamic_detr.errors import UserError
-from dynamic_detr.files.config_file import find_config, read_config
 
 from .models import build_detector
 from .timing import time_in_turns
