@@ -57,7 +57,7 @@ def read(run: Path) -> dict[str, Curve]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     if not curves:
-        raise UserError(f"{path} does not exist or holds neither bbox/AP nor total_loss")
+        raise UserError(f"{path} is not a metrics.json with bbox/AP or total_loss")
     return curves
 
 
