@@ -76,6 +76,7 @@ def test_a_number_that_the_user_chose_stays(machine, monkeypatch):
         "train_net.py",
         "demo/demo.py",
         "tools/benchmark.py",
+        "tools/compare.py",
         "tools/quickstart.py",
         "tools/replay_step.py",
     ],

@@ -14,12 +14,15 @@ configuration. Each keeps its optimiser, with the learning rate scaled to the ba
 import argparse
 import json
 import logging
+import os
 import shlex
 import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
 import torch
 from benchmark import count, machine
