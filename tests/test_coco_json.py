@@ -109,7 +109,7 @@ CASES = {
     ],
     "no images": [_changed(lambda d: d.update(images=[]))],
     "no categories": [_changed(lambda d: d.update(categories=[]))],
-    "record that is no object": [_changed(lambda d: d["images"].append("c.png"))],
+    "record that is not an object": [_changed(lambda d: d["images"].append("c.png"))],
     "category without id or name": [
         _without("categories", 0, "name"),
         _without("categories", 1, "id"),
@@ -128,7 +128,7 @@ CASES = {
     "image of more than 8 bits": [_set("images", 0, file_name="deep.png")],
     "missing image file": _each("images", "file_name", "no.png", "a" * 5000, HALF, "a\0.png"),
     "image of too many pixels": [_set("images", 0, file_name="large.png")],
-    "image file that is no image": [_set("images", 0, file_name="labels.json")],
+    "file that is not an image": [_set("images", 0, file_name="labels.json")],
     "image without width or height": [
         _without("images", 0, "width"),
         *_each("images", "height", 0, HUGE, INFINITY, NAN, -HUGE, "30"),
@@ -151,25 +151,23 @@ CASES = {
         _set("annotations", 1, id=1),
         _without("annotations", 0, "id"),
     ],
-    "id that is no whole number": [
+    "id that is not an integer": [
         *(_renumbered("categories", "category_id", {5: n}) for n in (HUGE, INFINITY, 2**60, 1.5)),
         _renumbered("images", "image_id", {7: "x"}),
     ],
-    "missing or impossible area": _each(
-        "annotations", "area", MISSING, -1, HUGE, INFINITY, NAN, "80"
-    ),
-    "missing or odd iscrowd": [
+    "missing or invalid area": _each("annotations", "area", MISSING, -1, HUGE, INFINITY, NAN, "80"),
+    "missing or invalid iscrowd": [
         _without("annotations", 0, "iscrowd"),
         _set("annotations", 1, iscrowd=True),
     ],
     "ignored box": [_set("annotations", 0, ignore=1)],
-    "outline that is no polygon": _each(
+    "invalid segmentation": _each(
         *("annotations", "segmentation"),
         *([[1, 2, 3, 4]], [[1, 2, 3, 4, 5, "6"]], [[1, 2, 3, 4, 5, HUGE]], [3], "text", 3, {}),
         *({"counts": [1], "size": [30, 40]}, {"counts": [1200], "size": "ab"}),
         {"counts": [-1, 1201], "size": [30, 40]},
     ),
-    "keypoints that are no numbers": _each(
+    "invalid keypoints": _each(
         "annotations", "keypoints", ["1", 2, 2], [1, 2], "text", 3, [HUGE, 1, 2]
     ),
 }

@@ -109,7 +109,7 @@ def test_weights_without_names_are_told(scenes, tmp_path, capsys):
     torch.save({"model": read_model(SHIPPED)[1]}, nameless)
     original = scenes / "annotations" / "instances_val.json"
     configured(original, scenes / "val", tmp_path / "out", "MODEL.WEIGHTS", str(nameless))
-    assert "the weights hold no names of classes" in capsys.readouterr().out
+    assert "the weights contain no class names" in capsys.readouterr().out
 
 
 def test_registered_data_of_other_classes_are_refused(tmp_path):

@@ -69,7 +69,7 @@ def _read(report: Report) -> tuple[list, list, list] | None:
     if content.startswith(codecs.BOM_UTF8):  # pycocotools fails on it
         report.add("byte-order mark", str(report.path))
     if not isinstance(data, dict):
-        report.add("unreadable file", f"it holds a {type(data).__name__}, not an object")
+        report.add("unreadable file", f"it contains a {type(data).__name__}, not an object")
         return None
     lists = []
     for key in ("images", "annotations", "categories"):
@@ -79,7 +79,7 @@ def _read(report: Report) -> tuple[list, list, list] | None:
             continue
         for record in records:
             if not isinstance(record, dict):
-                report.add("record that is no object", f"{record!r:.40} in {key}")
+                report.add("record that is not an object", f"{record!r:.40} in {key}")
         lists.append([dict(record) for record in records if isinstance(record, dict)])
         if not records and key != "annotations":
             report.add(f"no {key}", f"{key} is an empty list")
@@ -164,7 +164,7 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
                 report.add("image of too many pixels", str(file))
                 continue
             except Exception:  # each format of Pillow raises its own errors
-                report.add("image file that is no image", str(file))
+                report.add("file that is not an image", str(file))
                 continue
             if mode == "F" or mode.startswith("I"):
                 report.add("image of more than 8 bits", f"{name}, {mode} in Pillow's terms")
@@ -177,7 +177,7 @@ def _check_images(report: Report, images: list[dict], image_dir: Path) -> dict[A
         sizes[number] = image["width"], image["height"] = int(size[0]), int(size[1])
     if not any(sizes.values()) and not report.error():
         unusable = (
-            *("missing image file", "image file that is no image"),
+            *("missing image file", "file that is not an image"),
             "image of too many pixels",
         )
         example = next(report.examples[kind] for kind in unusable if report.counts[kind])
@@ -259,27 +259,27 @@ def _check_rest(report: Report, annotation: dict, image_size: tuple[int, int], w
     box_area = annotation["bbox"][2] * annotation["bbox"][3]
     area = annotation.get("area")
     if not _is_number(area) or not 0 < area <= LARGEST**2:
-        report.add("missing or impossible area", f"{where}, area {area!r}")
+        report.add("missing or invalid area", f"{where}, area {area!r}")
         annotation["area"] = box_area
     crowd = annotation.get("iscrowd")
     if crowd not in (0, 1) or isinstance(crowd, bool | float):
-        report.add("missing or odd iscrowd", f"{where}, iscrowd {crowd!r}")
+        report.add("missing or invalid iscrowd", f"{where}, iscrowd {crowd!r}")
         annotation["iscrowd"] = int(str(crowd).lower() not in NO)
     if annotation.pop("ignore", 0):
         report.add("ignored box", where)
         annotation["iscrowd"] = 1
-    outline = annotation.get("segmentation")
-    if isinstance(outline, list):
-        polygons = [polygon for polygon in outline if _is_polygon(polygon)]
-        if len(polygons) < len(outline):
-            report.add("outline that is no polygon", where)
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, list):
+        polygons = [polygon for polygon in segmentation if _is_polygon(polygon)]
+        if len(polygons) < len(segmentation):
+            report.add("invalid segmentation", where)
         annotation["segmentation"] = polygons
-    elif outline is not None and not _is_mask(outline, image_size):
-        report.add("outline that is no polygon", where)
+    elif segmentation is not None and not _is_mask(segmentation, image_size):
+        report.add("invalid segmentation", where)
         del annotation["segmentation"]
     keypoints = annotation.get("keypoints")
     if keypoints is not None and not (_are_numbers(keypoints) and len(keypoints) % 3 == 0):
-        report.add("keypoints that are no numbers", where)
+        report.add("invalid keypoints", where)
         del annotation["keypoints"]
 
 
@@ -293,11 +293,11 @@ def _is_polygon(values: Any) -> bool:
     return _are_numbers(values) and len(values) >= 6 and len(values) % 2 == 0
 
 
-def _is_mask(outline: Any, image_size: tuple[int, int]) -> bool:
-    """Return whether an outline is an RLE mask of the image's size, compressed or not."""
-    if not isinstance(outline, dict) or outline.get("size") != list(reversed(image_size)):
+def _is_mask(segmentation: Any, image_size: tuple[int, int]) -> bool:
+    """Return whether a segmentation is an RLE mask of the image's size, compressed or not."""
+    if not isinstance(segmentation, dict) or segmentation.get("size") != list(reversed(image_size)):
         return False
-    counts = outline.get("counts")
+    counts = segmentation.get("counts")
     if isinstance(counts, list):
         whole = all(isinstance(count, int) and count >= 0 for count in counts)
         return whole and sum(counts) == image_size[0] * image_size[1]
@@ -323,7 +323,7 @@ def _integer_ids(report: Report, kind: str, records: list[dict]) -> dict[Any, in
     odd = [number for number in ids if not _is_whole_id(number)]
     if not odd:
         return {number: number for number in ids}
-    report.add("id that is no whole number", f"{kind} {odd[0]!r}")
+    report.add("id that is not an integer", f"{kind} {odd[0]!r}")
     for number, record in enumerate(records, start=1):
         record["id"] = number
     return {old: new for new, old in enumerate(ids, start=1)}

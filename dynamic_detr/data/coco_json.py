@@ -87,8 +87,8 @@ def apply_json_datasets(
         changed["val"] |= _share_categories(reports["train"], reports["val"])
     elif getattr(args, "eval_only", False) and "val" in reports:
         _print(
-            f"the weights hold no names of classes: the categories of {reports['val'].path} are "
-            "taken for the detector's classes in the order of their ids"
+            f"the weights contain no class names: the categories of {reports['val'].path} are "
+            "assumed to be the detector's classes, in the order of their ids"
         )
     for split, report in reports.items():
         name = f"own_{split}"
@@ -185,8 +185,8 @@ def _some(names: list[str], limit: int = 5) -> str:
 def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:
     if cfg.MODEL.KEYPOINT_ON:
         raise UserError(
-            "MODEL.KEYPOINT_ON is set, but --train-json and --val-json take boxes and outlines "
-            "only; register a data set with keypoint_names for that"
+            "MODEL.KEYPOINT_ON is set, but --train-json and --val-json take only boxes and "
+            "segmentations; register a data set with keypoint_names for that"
         )
     if cfg.MODEL.MASK_ON:
         bare = [a["id"] for a in report.data["annotations"] if not a.get("segmentation")]

@@ -30,7 +30,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "missing list": (_E, "the file needs the lists images, annotations and categories"),
     "no images": (_E, "list at least one image"),
     "no categories": (_E, "list at least one category"),
-    "record that is no object": (_E, "every list holds objects with named fields"),
+    "record that is not an object": (_E, "every list must contain JSON objects"),
     # categories
     "category without id or name": (_E, "give every category an id and a name"),
     "category name of broken characters": (_E, "write it in whole Unicode characters"),
@@ -44,7 +44,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "size differs from the file": (_E, "correct width and height (after EXIF rotation)"),
     "image of more than 8 bits": (_E, "convert it: Detectron2 would read nearly all as white"),
     "missing image file": (_R, "left out"),
-    "image file that is no image": (_R, "left out"),
+    "file that is not an image": (_R, "left out"),
     "image of too many pixels": (_R, "left out; Pillow reads no more than 178 million"),
     "image without width or height": (_R, "read from the file"),
     "image listed under several ids": (_N, "used once per id"),
@@ -59,12 +59,12 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "box outside the image": (_R, "left out"),
     "box partly outside the image": (_R, "clipped"),
     "missing or duplicate annotation id": (_R, "renumbered"),
-    "id that is no whole number": (_R, "renumbered"),
-    "missing or impossible area": (_R, "taken from the box"),
-    "missing or odd iscrowd": (_R, "set to 1 if it means true, else 0"),
+    "id that is not an integer": (_R, "renumbered"),
+    "missing or invalid area": (_R, "taken from the box"),
+    "missing or invalid iscrowd": (_R, "set to 1 if it means true, else 0"),
     "ignored box": (_R, "treated as a crowd region"),
-    "outline that is no polygon": (_R, "outline left out, box kept"),
-    "keypoints that are no numbers": (_R, "left out, box kept"),
+    "invalid segmentation": (_R, "invalid parts left out, box kept"),
+    "invalid keypoints": (_R, "left out, box kept"),
 }
 
 
