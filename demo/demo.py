@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--confidence-threshold",
         type=float,
         metavar="SCORE",
-        help="lowest score to draw (default: the model's own, else 0.5)",
+        help="minimum score to draw (default: the model's own, else 0.5)",
     )
     parser.add_argument(
         "--classes", metavar="A,B", help="names of the classes to draw (default: all)"

@@ -161,7 +161,7 @@ class Pyramid:
         return self._features_cache["table"]
 
     def with_table(self, table: Tensor) -> "Pyramid":
-        """Return the pyramid with the features of a table (B, ΣHW, C)."""
+        """Return the pyramid with flattened features (B, ΣHW, C); inverse of `table`."""
         parts = table.split(self.areas, dim=1)
         pyramid = self.with_features(
             [

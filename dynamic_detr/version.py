@@ -1,3 +1,3 @@
-"""The version of the project, for the package and for the models that it writes."""
+"""The version of the package, which model files also record."""
 
 __version__ = "0.1.0"

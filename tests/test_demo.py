@@ -157,7 +157,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         (["--input", "missing.png", "--output", "out"], "missing.png does not exist"),
         (["--input", "*.xyz", "--output", "out"], "matches no file"),
         (["--input", "{picture}", "--output", "{picture}"], "overwrite"),
-        (["--input", "{folder}", "--output", "one.png"], "name a folder"),
+        (["--input", "{folder}", "--output", "one.png"], "pass a folder"),
         (["--input", "{picture}", "--json", "{picture}/x.json"], "cannot be written"),
         (["--input", "{picture}", "--output", "{picture}/out"], "cannot be written"),
         (["--input", "{picture}"], "there is no display"),

@@ -148,8 +148,8 @@ def test_dc5_with_deformable_convolution():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"OUT_FEATURES": ["res4"], "DC5": True}, 'needs "res5" in MODEL.RESNETS.OUT_FEATURES'),
-        ({"depth": 18, "OUT_FEATURES": ["res5"], "DC5": True}, "needs MODEL.RESNETS.DEPTH of 50"),
+        ({"OUT_FEATURES": ["res4"], "DC5": True}, 'requires "res5" in MODEL.RESNETS.OUT_FEATURES'),
+        ({"depth": 18, "OUT_FEATURES": ["res5"], "DC5": True}, "requires MODEL.RESNETS.DEPTH"),
         ({"OUT_FEATURES": ["res5"], "NUM_EXTRA": -1}, "MODEL.LEVELS.NUM_EXTRA is -1"),
     ],
 )

@@ -137,7 +137,7 @@ def small_file(path, **header) -> str:
         ({"note": "mine"}, "damaged, or was changed by hand"),
         ({"checksum": None}, "damaged, or was changed by hand"),
         ({"project": "another"}, "written by another tool"),
-        ({"format": "2", "version": "9.0"}, "layout 2 of version 9.0, and this is version"),
+        ({"format": "2", "version": "9.0"}, "format 2, written by dynamic_detr 9.0; this is"),
         ({"threshold": "7"}, "its threshold is 7"),
         ({"threshold": "[1]"}, "its threshold is"),
         ({"threshold": "Infinity"}, "its threshold is inf"),

@@ -206,10 +206,10 @@ def test_the_lock_of_a_killed_process_is_free_although_its_workers_live(tmp_path
         os.killpg(holder, signal.SIGKILL)
 
 
-def test_the_lock_of_another_host_is_taken_over_without_signs_of_life(
+def test_the_lock_of_another_host_is_taken_over_without_heartbeats(
     tmp_path, monkeypatch, caplog, capsys
 ):
-    monkeypatch.setattr(output_dir, "_PATIENCE_SECONDS", 0.6)
+    monkeypatch.setattr(output_dir, "_TIMEOUT_SECONDS", 0.6)
     path = tmp_path / ".running"
     path.write_text(json.dumps({"pid": 12, "host": "elsewhere", "since": "today"}))
     stop = threading.Event()
@@ -230,12 +230,12 @@ def test_the_lock_of_another_host_is_taken_over_without_signs_of_life(
     time.sleep(0.1)
     with output_locked(str(tmp_path)):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-    assert "No sign of life from elsewhere" in caplog.text
+    assert "No heartbeat from elsewhere" in caplog.text
     assert capsys.readouterr().out.count("process 12 on elsewhere; waiting") == 2
 
 
-def test_signs_of_life_are_given(tmp_path, monkeypatch):
-    monkeypatch.setattr(output_dir, "_SIGN_SECONDS", 0.05)
+def test_heartbeats_are_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_dir, "_HEARTBEAT_SECONDS", 0.05)
     with output_locked(str(tmp_path)):
         path = tmp_path / ".running"
         os.utime(path, (1, 1))
@@ -245,11 +245,11 @@ def test_signs_of_life_are_given(tmp_path, monkeypatch):
             time.sleep(0.02)
 
 
-def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_accepted(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with caplog.at_level(logging.WARNING), output_locked(str(tmp_path)):
         assert (tmp_path / ".running").exists()
-    assert "has no locks (No locks available)" in caplog.text
+    assert "does not support locks (No locks available)" in caplog.text

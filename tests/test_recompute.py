@@ -135,6 +135,6 @@ def test_under_data_parallel(tmp_path):
 
 def test_other_backbones_are_one_line():
     with pytest.raises(
-        ValueError, match=r"ACTIVATION_CHECKPOINT.BACKBONE is True; it needs a ResNet, .* Linear"
+        ValueError, match=r"CHECKPOINT.BACKBONE is True, which requires a ResNet, .* Linear"
     ):
         checkpoint_resnet_stages(nn.Linear(1, 1))

@@ -78,7 +78,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; name the published file of weights") from error
+        raise UserError(f"{path} does not exist; pass a published file of weights") from error
     except Exception as error:  # torch, pickle and zipfile raise different errors
         raise UserError(f"{path} cannot be read as weights: {one_line(error)}") from error
     if isinstance(data, dict):
@@ -90,7 +90,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         }
         if weights:
             return weights
-    raise UserError(f"{path} holds no weights by name, neither alone nor under {MODEL_KEYS}")
+    raise UserError(f"{path} contains no dict of tensors, at the top level or under {MODEL_KEYS}")
 
 
 def _foreign_classes(path: Path) -> set[str]:

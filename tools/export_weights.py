@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("target", type=Path, help=f"the file to write, *{SUFFIX}")
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--config-file", default="", help="default: the source's configuration")
-    parser.add_argument("--threshold", type=float, help="lowest score of a detection")
+    parser.add_argument("--threshold", type=float, help="minimum score of a detection")
     parser.add_argument("--note", help="text that the file keeps")
     args = parser.parse_args(argv)
     with report_user_errors("export_weights.py"):

@@ -67,7 +67,7 @@ def run(folder: Path, device: str | None) -> int:
     step = FailedStep.load(folder)
     batches = step.batches(folder)
     if not batches:
-        raise UserError(f"{folder} holds no batch of iteration {step.iteration}")
+        raise UserError(f"{folder} contains no batch of iteration {step.iteration}")
     if device is None:
         device = step.cfg().MODEL.DEVICE
         if device.startswith("cuda") and not torch.cuda.is_available():

@@ -103,7 +103,7 @@ class DeformBottleneckBlock(CNNBlockBase):
     Args:
         block: the plain bottleneck; its parameters and norms are reused, also if they are frozen.
         deform_modulated: scale every sample by a predicted weight in [0, 1] (v2) or not (v1).
-        deform_num_groups: number of channel groups with their own offsets.
+        deform_num_groups: number of deformable groups of input channels, each with its own offsets.
 
     Raises:
         ValueError: see `DeformConv2d`.

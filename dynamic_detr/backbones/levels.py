@@ -93,12 +93,14 @@ def dilate_res5(resnet: ResNet) -> None:
         ValueError: the network has no res5, or res5 has no bottleneck blocks.
     """
     if "res5" not in resnet.stage_names:
-        raise ValueError('MODEL.LEVELS.DC5 is True; it needs "res5" in MODEL.RESNETS.OUT_FEATURES.')
+        raise ValueError(
+            'MODEL.LEVELS.DC5 is True, which requires "res5" in MODEL.RESNETS.OUT_FEATURES.'
+        )
     stage = resnet.stages[resnet.stage_names.index("res5")]
     for index, block in enumerate(stage):
         if isinstance(block, BasicBlock):
             raise ValueError(
-                "MODEL.LEVELS.DC5 is True; it needs MODEL.RESNETS.DEPTH of 50 or more."
+                "MODEL.LEVELS.DC5 is True, which requires MODEL.RESNETS.DEPTH of 50 or more."
             )
         for convolution in (block.conv1, block.conv2, block.shortcut):
             if convolution is not None:

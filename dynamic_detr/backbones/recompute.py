@@ -65,8 +65,8 @@ def checkpoint_resnet_stages(backbone: nn.Module) -> None:
     resnet = getattr(backbone, "bottom_up", backbone)
     if not isinstance(resnet, ResNet):
         raise ValueError(
-            "MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT.BACKBONE is True; it needs a ResNet, but "
-            f"MODEL.BACKBONE.NAME builds a {type(resnet).__name__}."
+            "MODEL.SET_DETECTOR.ACTIVATION_CHECKPOINT.BACKBONE is True, which requires a ResNet, "
+            f"but MODEL.BACKBONE.NAME builds a {type(resnet).__name__}."
         )
     for index, name in enumerate(resnet.stage_names):
         stage = CheckpointedStage(OrderedDict(resnet.stages[index].named_children()))

@@ -25,11 +25,12 @@ def deform_stages(
     Args:
         resnet: a network of bottleneck blocks.
         stages: "res2" to "res5"; stages that the network does not have are skipped.
-        modulated: whether the convolutions are modulated (v2) or not (v1).
-        num_groups: number of channel groups with their own offsets.
+        modulated: use modulated deformable convolution (Deformable ConvNets v2), else plain (v1).
+        num_groups: number of deformable groups of input channels, each with its own offsets.
 
     Raises:
-        ValueError: a stage has no bottleneck blocks, or the channels cannot be grouped.
+        ValueError: a stage has no bottleneck blocks, or its channels cannot be split
+            into `num_groups`.
     """
     for name in resnet.stage_names:
         if name not in stages:
@@ -38,7 +39,7 @@ def deform_stages(
         for index, block in enumerate(stage):
             if not isinstance(block, BottleneckBlock):
                 raise ValueError(
-                    f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is True for {name}; it needs "
+                    f"MODEL.RESNETS.DEFORM_ON_PER_STAGE is True for {name}, which requires "
                     "MODEL.RESNETS.DEPTH of 50 or more."
                 )
             stage[index] = DeformBottleneckBlock(
@@ -51,7 +52,7 @@ def build_resnet_deform_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
     """Build the network that `MODEL.RESNETS` and `MODEL.BACKBONE.FREEZE_AT` describe.
 
     Raises:
-        ValueError: the keys are out of range or do not fit together.
+        ValueError: the keys are out of range or inconsistent.
     """
     resnets = cfg.MODEL.RESNETS
     for key in ("DEPTH", "RES5_DILATION", "DEFORM_ON_PER_STAGE"):

@@ -127,9 +127,9 @@ def _check_data(cfg: CfgNode, need_train: bool) -> None:
     if need_train:
         sets += [("TRAIN", name) for name in cfg.DATASETS.TRAIN]
         if not cfg.DATASETS.TRAIN:
-            raise UserError("DATASETS.TRAIN is empty; name a data set, or give --train-json")
+            raise UserError("DATASETS.TRAIN is empty; set it to a data set, or pass --train-json")
     elif not cfg.DATASETS.TEST:
-        raise UserError("DATASETS.TEST is empty; name a data set, or give --val-json")
+        raise UserError("DATASETS.TEST is empty; set it to a data set, or pass --val-json")
     known = list(DatasetCatalog.list())
     classes = class_count(cfg)
     for split, name in sets:

@@ -112,7 +112,7 @@ def _address(dist_url: str, num_machines: int) -> tuple[str, int]:
         parts = urlsplit(dist_url)
         if parts.scheme == "tcp" and parts.hostname and parts.port:
             return parts.hostname, parts.port
-    except ValueError:  # the port is no number
+    except ValueError:  # the port is not a number
         pass
     raise UserError(
         f"--dist-url is {dist_url!r}; --num-machines needs tcp://HOST:PORT, the same on every "

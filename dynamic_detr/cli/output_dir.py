@@ -1,10 +1,11 @@
 """OUTPUT_DIR: it must be writable, and one training run at a time writes to it.
 
 Process 0 locks the file ``OUTPUT_DIR/.running``, which holds its pid and host. The kernel releases
-the lock when the process ends, however it ends. Locks of some network file systems are local to
-one machine, so the holder also updates the file's time every ten seconds. A run that gets the lock
-of a file from another host waits for half a minute and continues only if the time did not change.
-On file systems without locks, the run continues without one.
+the lock when the process ends, even if it is killed. On some network file systems, locks are local
+to one host, so the holder also updates the file's modification time every ten seconds, as a
+heartbeat. A run that gets the lock of a file from another host waits for half a minute and
+continues only if there was no heartbeat. On file systems that do not support locks, the run
+continues without one.
 """
 
 import contextlib
@@ -30,8 +31,8 @@ __all__ = ["output_locked", "require_output_dir"]
 logger = logging.getLogger(__name__)
 
 _NAME = ".running"
-_SIGN_SECONDS = 10
-_PATIENCE_SECONDS = 35  # longer than three signs
+_HEARTBEAT_SECONDS = 10
+_TIMEOUT_SECONDS = 35  # longer than three heartbeats
 
 
 def require_output_dir(folder: str) -> None:
@@ -44,25 +45,25 @@ def require_output_dir(folder: str) -> None:
         UserError: it is empty, a file, or not writable.
     """
     if not folder:
-        raise UserError("OUTPUT_DIR is ''; name a folder for checkpoints, logs and metrics")
+        raise UserError("OUTPUT_DIR is ''; set it to a folder for checkpoints, logs and metrics")
     place = Path(folder).absolute()
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
     if not os.path.isdir(place):
         raise UserError(
-            f"OUTPUT_DIR {folder:.200} cannot be a folder: {place} is not a folder; name another "
-            "one"
+            f"OUTPUT_DIR {folder:.200} cannot be created: {place} is not a folder; choose "
+            "another folder"
         )
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(
             f"OUTPUT_DIR {folder:.200} cannot be written to: {place} is read-only for this user; "
-            "name another folder"
+            "choose another folder"
         )
 
 
 @contextlib.contextmanager
 def output_locked(folder: str) -> Iterator[None]:
-    """Hold the lock of a folder within this context; every process enters it.
+    """Hold the lock of a folder within this context, which every process must enter.
 
     Args:
         folder: ``OUTPUT_DIR``; created if it does not exist.
@@ -99,7 +100,7 @@ class _Lock:
                 raise
         # Otherwise data workers would inherit the lock and might hold it longer than this process.
         os.register_at_fork(after_in_child=self._file.close)
-        threading.Thread(target=self._give_signs, daemon=True).start()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
 
     def _open_locked(self):
         """Open the file and lock it."""
@@ -112,8 +113,8 @@ class _Lock:
                     file.close()
                     raise self._refusal() from error
                 logger.warning(
-                    f"The file system of {self.path.parent} has no locks ({error.strerror}): a "
-                    "second run in this folder would not be noticed"
+                    f"The file system of {self.path.parent} does not support locks "
+                    f"({error.strerror}): a second run in this folder would not be detected"
                 )
                 return file
             with contextlib.suppress(FileNotFoundError):
@@ -122,24 +123,24 @@ class _Lock:
             file.close()  # the previous holder has just deleted it
 
     def _await_other_host(self) -> None:
-        """If the file names a holder on another host, wait for a sign of life from it."""
+        """If the file names a holder on another host, wait for a heartbeat from it."""
         holder = self._read()
         if holder.get("host") in (None, socket.gethostname()):
-            return  # on this host it has ended, as this process got the lock
+            return  # a holder on this host has ended, because this process got the lock
         tell(
             f"{self.path} belongs to process {holder.get('pid')} on {holder['host']}; waiting "
-            f"{_PATIENCE_SECONDS} s for a sign of life from there"
+            f"{_TIMEOUT_SECONDS} s for a heartbeat from there"
         )
-        last = self._last_sign()
-        deadline = time.monotonic() + _PATIENCE_SECONDS
+        last = self._last_heartbeat()
+        deadline = time.monotonic() + _TIMEOUT_SECONDS
         while time.monotonic() < deadline:
-            time.sleep(min(1, _PATIENCE_SECONDS / 10))
-            if self._last_sign() != last:
+            time.sleep(min(1, _TIMEOUT_SECONDS / 10))
+            if self._last_heartbeat() != last:
                 raise self._refusal()
-        logger.warning(f"No sign of life from {holder['host']}: this run takes over")
+        logger.warning(f"No heartbeat from {holder['host']}: this run takes over the lock")
 
-    def _last_sign(self) -> int:
-        with open(self.path) as file:  # network file systems ask the server on open
+    def _last_heartbeat(self) -> int:
+        with open(self.path) as file:  # NFS gets the attributes from the server on open
             return os.fstat(file.fileno()).st_mtime_ns
 
     def _read(self) -> dict:
@@ -152,15 +153,15 @@ class _Lock:
     def _refusal(self) -> UserError:
         deadline = time.monotonic() + 1
         while not (holder := self._read()) and time.monotonic() < deadline:
-            time.sleep(0.05)  # the holder is about to write its name
+            time.sleep(0.05)  # the holder has the lock but has not written its pid yet
         return UserError(
             f"OUTPUT_DIR {self.path.parent} is in use by process {holder.get('pid', '?')} on "
-            f"{holder.get('host', '?')} since {holder.get('since', '?')}; wait for its end, or "
-            "name another OUTPUT_DIR"
+            f"{holder.get('host', '?')} since {holder.get('since', '?')}; wait until it ends, or "
+            "choose another OUTPUT_DIR"
         )
 
-    def _give_signs(self) -> None:
-        while not self._released.wait(_SIGN_SECONDS):
+    def _send_heartbeats(self) -> None:
+        while not self._released.wait(_HEARTBEAT_SECONDS):
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 

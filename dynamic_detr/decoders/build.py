@@ -1,4 +1,4 @@
-"""The registry of decoders."""
+"""Registry of decoders."""
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry

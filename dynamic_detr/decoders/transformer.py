@@ -47,7 +47,7 @@ class TransformerDecoderLayer(nn.Module):
             query_positions: (B, Q, C), added to the content for attention.
             keys: (B, ΣHW, C), features of the pyramid plus position embeddings.
             values: (B, ΣHW, C), features of the pyramid.
-            padding: (B, ΣHW) bool, True for rows to ignore; None if there are none.
+            padding: (B, ΣHW) bool, True for positions to ignore; None if there are none.
 
         Returns:
             (B, Q, C).

@@ -44,8 +44,8 @@ class DeformableEncoderLayer(nn.Module):
         """Apply the layer.
 
         Args:
-            table: (B, ΣHW, C) features.
-            positions: (B, ΣHW, C), added to the features for the queries.
+            table: (B, ΣHW, C) features of all levels, flattened and concatenated.
+            positions: (B, ΣHW, C) position embeddings, added to the features for the queries.
             pyramid: pyramid with the sizes of the table; its features are not read.
 
         Returns:

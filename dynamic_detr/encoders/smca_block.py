@@ -26,7 +26,7 @@ class PerLevel(nn.Module):
         self.levels = nn.ModuleList(make() for _ in range(copies))
 
     def forward(self, table: Tensor, areas: list[int]) -> Tensor:
-        """Map a table (B, ΣHW, C) to (B, ΣHW, ...); `areas` are the positions of each level."""
+        """Map flattened features (B, ΣHW, C) to (B, ΣHW, ...); `areas` are H·W of each level."""
         if len(self.levels) == 1:
             return self.levels[0](table)
         parts = zip(self.levels, table.split(areas, dim=1), strict=True)

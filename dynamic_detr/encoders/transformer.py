@@ -23,9 +23,9 @@ class TransformerEncoderLayer(nn.Module):
         """Apply the layer.
 
         Args:
-            table: (B, ΣHW, C) features.
-            positions: (B, ΣHW, C), added to queries and keys.
-            padding: (B, ΣHW) bool, True for rows to ignore; None if there are none.
+            table: (B, ΣHW, C) features of all levels, flattened and concatenated.
+            positions: (B, ΣHW, C) position embeddings, added to queries and keys.
+            padding: (B, ΣHW) bool, True for positions to ignore; None if there are none.
 
         Returns:
             (B, ΣHW, C), undefined in the padding.
@@ -40,10 +40,11 @@ class TransformerEncoder(nn.Module):
     Args:
         channels: C, divisible by 4.
         num_layers: number of layers.
-        num_heads: attention heads.
+        num_heads: number of attention heads.
         ffn_dim: hidden units of the feed-forward networks.
-        dropout: probability, see `Attention` and `FeedForward`.
-        checkpoint_layers: recompute each layer in the backward pass of training.
+        dropout: dropout probability, see `Attention` and `FeedForward`.
+        checkpoint_layers: use activation checkpointing, which recomputes each layer in the backward
+            pass.
 
     Raises:
         ValueError: an argument is out of range, or the heads do not divide the channels.

@@ -97,7 +97,7 @@ class FailedStep:
 
 def _load(path: Path) -> dict[str, Any]:
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; name the folder {FOLDER} of a run that diverged")
+        raise UserError(f"{path} does not exist; pass the folder {FOLDER} of a run that diverged")
     try:
         check_archive(path)
         with torch.serialization.safe_globals(_TYPES):

@@ -37,7 +37,7 @@ __all__ = ["Watch", "current_watch", "leave", "print_line", "watching"]
 
 HANG_SECONDS = 1800.0  # before the configuration is loaded
 _TICK_SECONDS = 0.5
-_PATIENCE_SECONDS = 10  # for a cause to arrive, and for the main thread of process 0
+_TIMEOUT_SECONDS = 10  # for a cause to arrive, and for the main thread of process 0
 _SAVE_SECONDS = 300
 
 
@@ -51,7 +51,7 @@ def leave(code: int) -> None:
 
     A normal exit would wait for threads of Gloo or NCCL, which wait for processes that are gone.
     """
-    timer = threading.Timer(_PATIENCE_SECONDS, os._exit, [code])  # if flushing blocks
+    timer = threading.Timer(_TIMEOUT_SECONDS, os._exit, [code])  # if flushing blocks
     timer.daemon = True
     timer.start()
     for child in multiprocessing.active_children():  # data workers
@@ -189,7 +189,7 @@ class Watch:
             error: error of the main thread.
         """
         if self._store is not None and _lost_connection(error):
-            self._give_way(_PATIENCE_SECONDS)
+            self._give_way(_TIMEOUT_SECONDS)
 
     def _give_way(self, seconds: float | None = None) -> None:
         with self.state_is_whole():
@@ -281,7 +281,7 @@ class Watch:
         save = self._save
         if self.rank or save is None:
             return ""
-        if not self._whole.acquire(timeout=_PATIENCE_SECONDS):
+        if not self._whole.acquire(timeout=_TIMEOUT_SECONDS):
             return "nothing was saved, --resume continues from the last checkpoint"
         return save()  # keeps the lock: the state must not change any more
 

@@ -108,7 +108,7 @@ def read_config(config_file: str, opts: list[str]) -> CfgNode:
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         with _user_errors(cfg, key):
             if isinstance(value_of(cfg, key), CfgNode):
-                raise ValueError(f"{key} is a group of keys; name one of them")
+                raise ValueError(f"{key} is a group of keys; set one of them")
             cfg.merge_from_list([key, value])
     with _user_errors(cfg, ""):
         check_config(cfg)

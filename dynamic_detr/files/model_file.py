@@ -1,16 +1,17 @@
-"""Model files: safetensors with everything that inference needs.
+"""Model files: safetensors files with everything that inference needs.
 
-Besides the weights, a file has a header of strings by name; other types are written as JSON.
+Besides the weights, a file has a header, the metadata of safetensors: a dict of strings, in which
+other types are encoded as JSON.
 
 | name | content |
 | --- | --- |
-| ``project``, ``format``, ``version`` | "dynamic_detr", version of this layout, version of the project |
+| ``project``, ``format``, ``version`` | "dynamic_detr", version of this file format, version of the package |
 | ``config`` | the whole configuration, as YAML |
-| ``class_names``, ``category_ids`` | names and annotation ids of the classes, in the detector's order |
+| ``class_names``, ``category_ids`` | names and COCO category ids of the classes, by class index |
 | ``threshold`` | score threshold with the best F1 in the evaluation |
-| ``metrics``, ``iteration`` | results of the evaluation, number of training iterations before it |
+| ``metrics``, ``iteration`` | results of the evaluation, training iterations before the evaluation |
 | ``note`` | any text |
-| ``checksum`` | SHA-256 of weights and header; it detects damage, not forgery |
+| ``checksum`` | SHA-256 of weights and header; it detects corruption, not tampering |
 
 Nothing in the file is executed.
 """  # noqa: E501
@@ -50,7 +51,7 @@ SUFFIX = ".safetensors"
 PROJECT = "dynamic_detr"
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
-# Keys outside of these nodes do not affect inference; unknown ones are ignored.
+# Keys outside these nodes do not affect inference; unknown ones are ignored.
 _USED_NODES = ("MODEL", "INPUT", "TEST")
 
 
@@ -61,15 +62,15 @@ class ModelInfo:
     Args:
         config: configuration, as YAML.
         class_names: class names by class index; empty if unknown.
-        category_ids: ids in the annotations by class index; empty if unknown.
-        threshold: lowest score of a detection; None if unknown.
+        category_ids: COCO category ids by class index; empty if unknown.
+        threshold: minimum score of a detection; None if unknown.
         metrics: results of the evaluation by name.
         iteration: number of training iterations.
         note: any text.
-        version: version of the project.
+        version: version of the package that wrote the file.
 
     Raises:
-        ValueError: an argument has a wrong type or value.
+        ValueError: an argument has an invalid type or value.
     """
 
     config: str
@@ -135,7 +136,7 @@ def require_model(name: str) -> str:
 
 
 def describe_config(cfg: CfgNode) -> str:
-    """Return a configuration as YAML, with default weights, device and output folder."""
+    """Return a configuration as YAML, with weights, device and output folder reset to defaults."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "", "cuda", "./output"
@@ -149,7 +150,7 @@ def merge_described_config(cfg: CfgNode, path: str) -> None:
 
     Raises:
         UserError: the file cannot be read.
-        KeyError, ValueError: a key that inference needs is unknown or has a wrong value.
+        KeyError, ValueError: a key that inference needs is unknown or has an invalid value.
     """
     described = yaml.safe_load(read_header(path).config)
     if not isinstance(described, dict):
@@ -210,7 +211,7 @@ def read_header(path: str) -> ModelInfo:
 
 
 def read_model(path: str) -> tuple[ModelInfo, dict[str, Tensor]]:
-    """Read header and weights of a model file to the CPU, and compare the checksum.
+    """Read the header and weights of a model file to the CPU, and verify the checksum.
 
     Raises:
         UserError: see :func:`read_header`.
@@ -239,11 +240,11 @@ def _read(path: str, with_weights: bool) -> tuple[ModelInfo, dict[str, Tensor]]:
 def _parse(header: dict[str, str]) -> ModelInfo:
     if header.get("project") != PROJECT:
         raise ValueError("it was written by another tool: its header has no configuration")
-    layout, version = header.get("format", ""), header.get("version", "")
-    if layout != str(FORMAT):
+    format_version, version = header.get("format", ""), header.get("version", "")
+    if format_version != str(FORMAT):
         raise ValueError(
-            f"it has layout {layout:.20} of version {version:.20}, and this is version "
-            f"{__version__}, which reads layout {FORMAT}; update the project"
+            f"it has format {format_version:.20}, written by dynamic_detr {version:.20}; this is "
+            f"dynamic_detr {__version__}, which reads format {FORMAT}; update dynamic_detr"
         )
     names = {part.name: part.type for part in fields(ModelInfo)}
     if missing := [name for name in names if name not in header]:

@@ -1,4 +1,4 @@
-"""Safe reading of weights and checkpoints: checksums, types and values are checked first.
+"""Safe loading of weights and checkpoints, which checks checksums, types and values.
 
 ``torch.save`` writes a zip archive with a CRC-32 of every tensor, which ``torch.load`` ignores: a
 flipped bit can become a weight of 1e30.
@@ -32,7 +32,8 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _CHUNK = 1 << 20
 _RUN_ID = re.compile("[0-9a-f]{8}")
 _RUN_TYPES = {"id": str, "started": float, "processes": int}
-UNNAMED_RUN = {"id": "0" * 8, "started": 0.0, "processes": 0}  # for checkpoints without a run
+# For checkpoints that do not record their run.
+UNNAMED_RUN = {"id": "0" * 8, "started": 0.0, "processes": 0}
 
 
 class BrokenCheckpoint(UserError):
@@ -46,7 +47,7 @@ def broken(path: str | PathLike, error: Exception) -> BrokenCheckpoint:
 
 
 def check_archive(path: str | PathLike) -> None:
-    """Compare every record of a ``torch.save`` archive with its checksum.
+    """Verify the checksum of every record of a ``torch.save`` archive.
 
     Files in PyTorch's older format have no checksums. Neither have records with checksum 0
     (``torch.serialization.set_crc32_options(False)``).
@@ -61,7 +62,7 @@ def check_archive(path: str | PathLike) -> None:
             for record in archive.infolist():
                 if record.CRC == 0:
                     continue
-                with archive.open(record) as data:  # compares the checksum at the end
+                with archive.open(record) as data:  # verifies the checksum at the end
                     while data.read(_CHUNK):
                         pass
 
@@ -71,16 +72,16 @@ def check_weights(weights: Any, what: str = "model") -> None:
 
     Args:
         weights: object from a file.
-        what: its name, for the message.
+        what: name of the object in the error message.
 
     Raises:
         ValueError: they are not.
     """
     if not isinstance(weights, dict):
-        raise ValueError(f"its {what} is a {type(weights).__name__}, not tensors by name")
+        raise ValueError(f"its {what} is a {type(weights).__name__}, not a dict of tensors")
     for name, value in weights.items():
         if not isinstance(name, str):
-            raise ValueError(f"its {what} has {name!r:.40} for a name")
+            raise ValueError(f"its {what} has the key {name!r:.40}, which is not a string")
         is_plain = (
             value.layout is torch.strided and not value.is_meta and not value.is_quantized
             if isinstance(value, Tensor)
@@ -88,7 +89,7 @@ def check_weights(weights: Any, what: str = "model") -> None:
         )
         if not is_plain:
             kind = f"{value.layout}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{name:.80} in its {what} is no dense tensor ({kind})")
+            raise ValueError(f"{name:.80} in its {what} is not a dense tensor ({kind})")
 
 
 def check_class_names(names: Any) -> None:
@@ -106,7 +107,8 @@ def peek_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str
     """Read a checkpoint as :func:`read_checkpoint` does, without the values of its tensors.
 
     Returns:
-        Its content. The tensors are memory maps of the file, which must not change meanwhile.
+        Its content. The tensors are memory-mapped, so the file must not change while they are
+        in use.
     """
     try:
         try:
@@ -144,7 +146,7 @@ def read_checkpoint(path: str | PathLike, parts: Iterable[str] = ()) -> dict[str
 
 def _check_contents(checkpoint: Any, parts: Iterable[str]) -> None:
     if not isinstance(checkpoint, dict):
-        raise ValueError(f"it holds a {type(checkpoint).__name__}")
+        raise ValueError(f"it contains a {type(checkpoint).__name__}")
     if missing := [name for name in ("model", "iteration", *parts) if name not in checkpoint]:
         raise ValueError(f"it has no {' and no '.join(missing)}")
     check_weights(checkpoint["model"])
@@ -171,7 +173,7 @@ def require_finite(model: nn.Module, source: str) -> None:
 
     Args:
         model: the model.
-        source: file of its weights, for the message.
+        source: file of its weights, for the error message.
 
     Raises:
         UserError: a weight is not finite.
@@ -179,6 +181,6 @@ def require_finite(model: nn.Module, source: str) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(
-                f"the weights {source or 'of the model'} hold numbers that are not finite "
-                f"({name}); take an earlier checkpoint"
+                f"the weights {source or 'of the model'} contain non-finite values "
+                f"({name}); use an earlier checkpoint"
             )

@@ -42,7 +42,7 @@ class Detections:
         detector: the detector.
         picture: the image.
         found: all instances, in pixels of the image, on the CPU.
-        threshold: lowest score of a detection.
+        threshold: minimum score of a detection.
         image: pixels (H, W, 3) uint8, RGB; None to read them when needed.
     """
 
@@ -124,7 +124,7 @@ class Detections:
         """Return a copy with another threshold, or with some of the classes.
 
         Args:
-            threshold: lowest score of a detection; None for no change.
+            threshold: minimum score of a detection; None for no change.
             classes: class names; None for all.
 
         Raises:

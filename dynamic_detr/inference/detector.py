@@ -52,7 +52,7 @@ def load(
         source: a model file of a training run (``model_best.safetensors``), or the name of a
             shipped detector, such as "quickstart". For other weights see `Detector.from_config`.
         device: device of the model; by default a GPU if there is one.
-        threshold: lowest score of a detection; by default the one with the best F1 in the
+        threshold: minimum score of a detection; by default the one with the best F1 in the
             detector's evaluation, which the file holds.
 
     Raises:
@@ -97,7 +97,7 @@ class Detector:
         model: the model, which is set to evaluation mode.
         class_names: class names by class index.
         category_ids: ids in the annotations by class index; None for 1, 2, ...
-        threshold: lowest score of a detection.
+        threshold: minimum score of a detection.
         min_size: the shorter side is scaled to this size in pixels; 0 for no scaling.
         max_size: upper bound of the longer side after scaling.
         image_format: channel order that the model expects, "RGB" or "BGR".
@@ -143,7 +143,7 @@ class Detector:
 
         Args:
             cfg: configuration of the detector.
-            threshold: lowest score of a detection; by default the model file's, or 0.5.
+            threshold: minimum score of a detection; by default the model file's, or 0.5.
 
         Raises:
             UserError: see `build_with_weights`.
@@ -182,7 +182,7 @@ class Detector:
 
         Args:
             source: one or several images; see `collect`.
-            threshold: lowest score of a detection; None for the detector's.
+            threshold: minimum score of a detection; None for the detector's.
             channel_order: channel order of arrays and tensors, "RGB" or "BGR".
             batch_size: number of images per forward pass.
 
@@ -268,7 +268,7 @@ class Detector:
 
         Args:
             image: (H, W, 3) uint8, RGB.
-            threshold: lowest score at the last stage.
+            threshold: minimum score at the last stage.
 
         Raises:
             UserError: the detector has no decoder stages.

@@ -34,7 +34,7 @@ class PendingAssignment:
     """Assignment of queries to objects, in progress, for S stages and B images.
 
     Args:
-        costs: (T, S, Q) finite costs of the T objects of all images, image by image.
+        costs: (T, S, Q) finite costs of the T objects of all images, concatenated.
         counts: number of objects T_b of each image; the sum is T.
     """
 

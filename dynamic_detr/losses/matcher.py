@@ -1,4 +1,4 @@
-"""Bipartite matching of predictions and objects (DETR, equation 1), for all stages and images."""
+"""Bipartite matching of predictions and ground truth (DETR, eq. 1), for all stages and images."""
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ BAD_COST = 1e6  # replaces costs that are not finite, so that these pairs are ma
 
 
 class HungarianMatcher(nn.Module):
-    """Bipartite matching with the least total cost.
+    """Bipartite matching of predictions and ground-truth objects with the minimum total cost.
 
-    The cost of a pair is the weighted sum of the class cost, L1 and 1 - GIoU.
+    The cost of a pair is the weighted sum of the class cost, the L1 distance of the boxes and
+    1 - GIoU.
 
     Args:
         costs: terms and weights of the cost.
@@ -31,9 +32,9 @@ class HungarianMatcher(nn.Module):
         """Start the matching of every stage and image.
 
         Args:
-            logits: (S, B, Q, K).
+            logits: (S, B, Q, K) class logits of S stages, B images, Q queries and K classes.
             pred_boxes: (S, B, Q, 4) cx, cy, w, h, normalised.
-            labels: (T,) int64, classes of the objects of all images, image by image.
+            labels: (T,) int64, classes of the T objects of all images, concatenated.
             boxes: (T, 4) cx, cy, w, h of the objects, normalised.
             counts: number of objects T_b of each image.
 
@@ -52,7 +53,7 @@ class HungarianMatcher(nn.Module):
         """
         image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         image = to_device(image, logits.device)
-        # objects are indexed, not padded to the largest count of the batch
+        # gather the predictions for each object, instead of padding objects to the largest count
         pred_boxes = pred_boxes.float().transpose(0, 1)[image]  # (T, S, Q, 4)
         l1, giou_loss = self.costs.box_losses(pred_boxes, boxes.float()[:, None, None])
         cost = (

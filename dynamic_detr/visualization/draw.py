@@ -163,7 +163,7 @@ def draw_detections(
         instances: with pred_boxes (x0, y0, x1, y1 in pixels of the image), scores and
             pred_classes.
         metadata: Detectron2's, for class names.
-        threshold: lowest score that is drawn.
+        threshold: minimum score to draw.
 
     Returns:
         (H', W', 3) uint8, RGB; small images are enlarged, very large ones are scaled down.

@@ -76,7 +76,7 @@ def output_paths(images: Sequence[Path], output: str) -> list[Path]:
     if target.suffix.lower() in _IMAGE_SUFFIXES and not os.path.isdir(target):
         if len(images) > 1:
             raise UserError(
-                f"--output {output} is one file for {len(images)} images; name a folder"
+                f"--output {output} is one file for {len(images)} images; pass a folder"
             )
         if os.path.realpath(target) == os.path.realpath(images[0]):
             raise UserError(f"--output {output} would overwrite the input; choose another name")

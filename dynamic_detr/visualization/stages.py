@@ -33,7 +33,7 @@ def follow_queries(
         predictions: one per stage, for one image (B = 1).
         image_size: (height, width) of the image in pixels.
         class_head: "focal" (K sigmoids) or "softmax" (K classes and "no object").
-        threshold: lowest score at the last stage.
+        threshold: minimum score at the last stage.
         limit: largest number of queries.
 
     Returns:

@@ -132,7 +132,7 @@ def error_table(truth: dict, results: list[dict], threshold: float) -> dict[str,
     Args:
         truth: annotations in COCO format.
         results: COCO results of all scores.
-        threshold: lowest score of the detections that "count" includes.
+        threshold: minimum score of the detections that "count" includes.
     """
     results = _best_of_each_image(results)
     found = classify(truth, results)

@@ -166,7 +166,9 @@ class Plan:
         register_scenes_of(cfg)
         for split in ("TRAIN", "TEST"):
             if not cfg.DATASETS[split]:
-                raise UserError(f"DATASETS.{split} is empty; name a dataset, or give JSON files")
+                raise UserError(
+                    f"DATASETS.{split} is empty; set it to a data set, or pass JSON files"
+                )
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             if name not in DatasetCatalog.list():
                 raise UserError(

@@ -1,4 +1,4 @@
-"""Conversion of published weights to the names of this project, one module for each system.
+"""Conversion of published weights to the names of this project, one module per source.
 
 Each module has a function
 

@@ -1,6 +1,6 @@
 """Weights of Hugging Face's classes for DETR and Deformable DETR.
 
-The module of each system has `convert_huggingface(weights)` beside `convert`.
+The module of each detector has `convert_huggingface(weights)` beside `convert`.
 """
 
 from importlib import import_module

@@ -1,12 +1,12 @@
-"""SMCA: weights of its released code for the single-scale system.
+"""SMCA: weights of the released code of the single-scale model.
 
-The released code extends DETR's and keeps its names. Each decoder layer also has `norm4`, the norm
-of content plus position; `point2`, which predicts the offsets; and `point3`, which predicts the
-scales: x before y for each head. Fixed scales have no `point3`. The first layer has `point1`, the
-MLP of the reference points.
+The released code extends DETR's and keeps its parameter names. Each decoder layer also has `norm4`,
+the LayerNorm of content plus position; `point2`, which predicts the offsets; and `point3`, which
+predicts the scales, in the order x, y for each head. Models with fixed scales have no `point3`. The
+first layer has `point1`, the MLP that predicts the reference points.
 
-The names are those of the released code; they have not been checked on a published file. The
-released multi-scale code differs from the paper and is not supported.
+The parameter names were read from the released code and have not been checked against a published
+checkpoint. The released multi-scale code differs from the paper and is not supported.
 """
 
 from torch import Tensor

@@ -1,9 +1,9 @@
-"""Modulated deformable convolution: samples are computed inside the matrix products, forward and
-backward, so the columns of the convolution are never written to memory.
+"""Modulated deformable convolution as an implicit GEMM: samples are computed inside the matrix
+products, forward and backward, so the im2col matrix is never written to memory.
 
-A program computes a tile of output positions. For each tap it computes the four neighbours of its
-positions once, then loops over channels: gather, weight, multiply on the tensor cores. Groups too
-narrow for the tensor cores are packed into a block-diagonal weight.
+Each forward program computes a tile of output positions. For each kernel tap it computes the four
+neighbours of the sampling positions once, then loops over channels: gather, weight, multiply on the
+tensor cores. Groups too narrow for the tensor cores are packed into a block-diagonal weight.
 """
 
 import torch
@@ -17,13 +17,13 @@ from .sampling import INTERPRETED, add_rows, corners, dot_dtype, load_rows
 
 __all__ = ["backward", "forward"]
 
-PACKED_CHANNELS = 64  # largest number of input or output channels of packed groups
-WEIGHT_SPLITS = 8  # splits of the positions; their weight gradients are summed at the end
+PACKED_CHANNELS = 64  # most input or output channels of several groups packed into one
+WEIGHT_SPLITS = 8  # split-K of the weight gradient: number of partial sums over the positions
 
 
 @triton.jit
 def _position(tile, out_height, out_width, positions, BLOCK_M: tl.constexpr):
-    """Return index, image, row and column of a tile's output positions, and whether they exist."""
+    """Return flat index, image, row and column of a tile's output positions, and their mask."""
     index = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     exists = index < positions
     area = out_height * out_width
@@ -40,7 +40,7 @@ def _tap(
     KERNEL_WIDTH: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     DILATION: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Return the corners that a tap samples, and its modulation."""
+    """Return the four neighbours that a tap samples (see `corners`), and its modulation."""
     at = offset + image * so_image + row * so_row + column * so_column + 2 * tap * so_tap
     y = tl.load(at, mask=exists, other=0.0).to(tl.float32)
     x = tl.load(at + so_tap, mask=exists, other=0.0).to(tl.float32)
@@ -130,7 +130,7 @@ def _sample_grad_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of the input (atomically), the offsets and the modulations."""
+    """Compute the gradients of the input (with atomic adds), the offsets and the modulations."""
     index, image, row, column, exists = _position(
         tl.program_id(0), out_height, out_width, positions, BLOCK_M
     )
@@ -143,7 +143,7 @@ def _sample_grad_kernel(
     upper, lower = (1.0 - fy) * modulation, fy * modulation
     read = image * sx_image + y0.to(tl.int64) * sx_row + x0 * sx_column
     write = ((image * height + y0) * width + x0) * channels
-    # gradient of the column times each neighbour, summed over channels
+    # the gradient of the sample times each neighbour, summed over channels
     at_upper_left = tl.zeros([BLOCK_M], tl.float32)
     at_upper_right = tl.zeros([BLOCK_M], tl.float32)
     at_lower_left = tl.zeros([BLOCK_M], tl.float32)
@@ -249,19 +249,22 @@ def _unpack(packed: Tensor, shape: torch.Size, groups: int) -> Tensor:
     return unpack(weight, shape, groups)
 
 
-def _blocks(group_n: int, group_k: int, most_n: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the output and input channels of a tile, which fits into the registers and the shared
-    memory of any GPU since Ampere; float32 tiles have half as many channels."""
-    wide = 2 if dtype == torch.float32 else 1
-    return _block(group_n, most_n // wide), _block(group_k, 64 // wide)
+def _blocks(group_n: int, group_k: int, max_n: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Return BLOCK_N and BLOCK_K, the output and input channels of a tile.
+
+    Tiles fit into the registers and shared memory of Ampere and later GPUs; float32 tiles have half
+    as many channels.
+    """
+    divisor = 2 if dtype == torch.float32 else 1
+    return _block(group_n, max_n // divisor), _block(group_k, 64 // divisor)
 
 
-def _block(size: int, most: int) -> int:
-    return min(max(triton.next_power_of_2(size), 16), most)
+def _block(size: int, max_size: int) -> int:
+    return min(max(triton.next_power_of_2(size), 16), max_size)
 
 
 def _precision(input: Tensor) -> str:
-    """Return the precision of products: TF32 where PyTorch's own convolutions may use it."""
+    """Return `input_precision` of `tl.dot`: TF32 where cuDNN convolutions are allowed to use it."""
     allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"
     return "tf32" if input.dtype == torch.float32 and allowed else "ieee"
 
@@ -325,7 +328,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return the gradients of input, offset, mask and weight; None for those not needed.
 
-    The gradient of the input is summed with atomics, so its rounding differs between runs.
+    The gradient of the input is accumulated with atomic adds, so it is not deterministic.
     """
     input = input.contiguous(memory_format=torch.channels_last)
     grad_out = grad_out.permute(0, 2, 3, 1).contiguous()
