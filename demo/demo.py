@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from dynamic_detr.cli.exits import report_user_errors
-from dynamic_detr.data.scenes import register_scenes_of
 from dynamic_detr.errors import UserError, one_line, tell
 from dynamic_detr.files.config_file import find_config, model_among, read_config
 from dynamic_detr.files.model_file import locate_model
@@ -130,7 +129,6 @@ def load_detector(args: argparse.Namespace) -> Detector:
         UserError: the detector cannot be built, or does not support the arguments.
     """
     cfg = read_config(find_config(args.config_file or model_among(args.opts)), args.opts)
-    register_scenes_of(cfg)
     if args.stages:
         require_stages(cfg.MODEL.META_ARCHITECTURE)
     if args.confidence_threshold is not None:

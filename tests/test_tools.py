@@ -290,7 +290,7 @@ def test_plot_draws_the_later_of_two_values(tmp_path, capsys):
     assert (tmp_path / "curve.svg").read_text().startswith("<?xml")
     with pytest.raises(SystemExit) as stop:
         plot_metrics.main([str(tmp_path / "none")])
-    assert stop.value.code == 2 and "metrics.json" in capsys.readouterr().err
+    assert stop.value.code == 2 and "none does not exist" in capsys.readouterr().err
 
 
 def test_plot_shows_runs_of_one_point(tmp_path, capsys):

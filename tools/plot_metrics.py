@@ -52,6 +52,8 @@ def read(run: Path) -> dict[str, Curve]:
         UserError: there is no metrics.json, or it has neither metric.
     """
     path = run / "metrics.json" if run.is_dir() else run
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     try:
         curves = read_curves(path)
     except OSError as error:

@@ -13,7 +13,7 @@ from detectron2.engine import default_argument_parser
 
 from ..config import class_count
 from ..data.coco_json import apply_json_datasets
-from ..data.scenes import register_scenes_of
+from ..data.scenes import register_scenes
 from ..engine.class_names import check_test_sets, weights_class_names
 from ..errors import UserError, did_you_mean
 from ..files.config_file import find_config, model_among, read_config
@@ -81,7 +81,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     require_output_dir(cfg.OUTPUT_DIR)  # a repaired copy of the annotations may go there
     _choose_device(cfg, args)
     names = weights_class_names(cfg, args.resume) if args.eval_only else None
-    register_scenes_of(cfg)
+    register_scenes()
     if any((args.train_json, args.train_images, args.val_json, args.val_images)):
         apply_json_datasets(cfg, args, names)
     _check_data(cfg, need_train=not args.eval_only)

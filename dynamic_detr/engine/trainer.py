@@ -15,6 +15,7 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 
 from ..data.loader import TrainLoader, build_test_loader, build_train_loader
+from ..data.scenes import register_scenes_of
 from ..errors import UserError, one_line
 from ..files.writing import as_user_error, reason
 from .build import build_detector, distribute
@@ -54,6 +55,7 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode, scale_to: int | None = None):
         TrainerBase.__init__(self)
+        register_scenes_of(cfg)
         self.cfg = cfg = scale_schedule(cfg, comm.get_world_size(), scale_to)
         self.start_iter, self.max_iter = 0, cfg.SOLVER.MAX_ITER
         self.finished = -1  # the last iteration whose update is in the weights

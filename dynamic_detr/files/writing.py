@@ -46,11 +46,12 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], shared: bo
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with contextlib.suppress(OSError):  # some file systems cannot sync a folder
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

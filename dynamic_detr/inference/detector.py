@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ..config import CLASS_COUNTS, class_count
 from ..data.augmentation import ResizeShortestEdge
+from ..data.scenes import register_scenes_of
 from ..engine.threshold import DEFAULT_THRESHOLD
 from ..errors import UserError, did_you_mean
 from ..files.config_file import read_config
@@ -347,6 +348,7 @@ def _read(pictures, on_error) -> Iterator[tuple[Picture, np.ndarray]]:
 
 def _classes(cfg: CfgNode, saved: list[str] | None) -> tuple[list[str], list[int] | None]:
     """Return the class names, and their category ids if `DATASETS.TEST` defines them."""
+    register_scenes_of(cfg)
     metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
     known = metadata.get("thing_classes")
     names, count = saved or known, class_count(cfg)

@@ -165,7 +165,10 @@ class SetCriterion(nn.Module):
         device = groups[0].logits.device
         if on_host:
             return list(mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
-        totals = [torch.as_tensor(total, device=device).float() for total in totals]
+        totals = [  # filled on the device; a copy of a number would wait for it
+            total.float() if isinstance(total, Tensor) else torch.full((), total, device=device)
+            for total in totals
+        ]
         return list(mean_over_processes(torch.stack(totals)).unbind())
 
 

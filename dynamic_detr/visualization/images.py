@@ -97,9 +97,9 @@ def write_image(path: str | os.PathLike, image: np.ndarray) -> None:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    picture = Image.fromarray(image)
     kind = Image.registered_extensions().get(path.suffix.lower())
     try:
+        picture = Image.fromarray(image)
         if kind is None:
             raise ValueError(f"unknown file extension: {path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
