@@ -250,7 +250,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     next(value for value in state.values() if value.ndim > 1).fill_(torch.nan)
     torch.save({"model": state}, tmp_path / "nan.pth")
     cfg.MODEL.WEIGHTS = str(tmp_path / "nan.pth")
-    with pytest.raises(UserError, match="not finite"):
+    with pytest.raises(UserError, match="non-finite values"):
         Detector.from_config(cfg)
 
 
