@@ -34,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("project")
 
 
+@pytest.fixture(params=["plain", "kernel"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Return the device of the plain path, or that of the kernels by the module's `on_kernel`."""
+    return "cpu" if request.param == "plain" else request.getfixturevalue("on_kernel")
+
+
 @pytest.fixture(autouse=True)
 def seed() -> int:
     """Set the same random state before every test."""

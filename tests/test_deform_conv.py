@@ -84,12 +84,6 @@ def on_kernel(monkeypatch) -> str:
     return use_kernels(monkeypatch, deform_conv_module)
 
 
-@pytest.fixture(params=["plain", "kernel"])
-def device(request) -> str:
-    """Device of the plain path or of the kernels."""
-    return "cpu" if request.param == "plain" else request.getfixturevalue("on_kernel")
-
-
 class TestBothPaths:
     @pytest.mark.parametrize("needed", range(5))
     def test_gradient_of_one_argument_alone(self, device, needed):

@@ -97,12 +97,6 @@ def on_kernel(monkeypatch) -> str:
     return use_kernels(monkeypatch, roi_align_module)
 
 
-@pytest.fixture(params=["plain", "kernel"])
-def device(request) -> str:
-    """Device of the plain path or of the kernels."""
-    return "cpu" if request.param == "plain" else request.getfixturevalue("on_kernel")
-
-
 class TestBothPaths:
     @pytest.mark.parametrize(("batch", "queries"), [(2, 0), (0, 3), (0, 0)])
     def test_nothing_to_pool(self, device, batch, queries):
