@@ -280,6 +280,13 @@ _DYNAMIC_ENCODER_KEYS = (
         "Sample at predicted offsets; if False, the 3x3 convolutions are plain.",
     ),
     Key(_ENCODER + "CHANNEL_ATTENTION", True, FLAG, "DyReLU activation; if False, ReLU."),
+    Key(
+        _ENCODER + "RESIDUAL",
+        False,
+        FLAG,
+        "Add the output of each block, times a learned scale of each channel that starts at 0, to "
+        "its input; not in the paper.",
+    ),
 )
 
 _DECODER = "MODEL.DYNAMIC_DECODER."
@@ -314,18 +321,17 @@ _DYNAMIC_DECODER_KEYS = (
     ),
     Key(_DECODER + "DYNAMIC_DIM", 64, whole(1), "Hidden channels of the bottleneck filters."),
     Key(
-        _DECODER + "QUERIES",
-        "learned",
-        one_of("learned", "dense"),
-        'Initial queries and boxes. "learned": the same for all images, as in the paper. "dense": '
-        "the best distinct predictions of a dense head (MODEL.DENSE_QUERIES), as in DDQ (arXiv "
-        "2303.12776).",
+        _DECODER + "CLASSIFY_TRUE_BOXES",
+        False,
+        FLAG,
+        "In training, each stage also classifies the regions of the true boxes, which does not "
+        "depend on the predicted boxes; not in the paper.",
     ),
     Key(
         _DECODER + "INITIAL_BOXES",
         "image",
         one_of("image", "grid"),
-        'Initial boxes of learned queries. "image": the whole image, as in the paper. "grid": '
+        '"image": the whole image, as in the paper. "grid": '
         "squares on a grid, twice as wide as its cells, which learn faster in short training.",
     ),
     Key(
@@ -333,31 +339,6 @@ _DYNAMIC_DECODER_KEYS = (
         True,
         FLAG,
         "Whether the initial boxes are parameters, as in the paper, or constant.",
-    ),
-)
-
-_DENSE_QUERIES = "MODEL.DENSE_QUERIES."
-_DENSE_QUERIES_KEYS = (
-    Key(
-        _DENSE_QUERIES + "ANCHOR_SCALE",
-        8.0,
-        number(0, open_ends="("),
-        "Side of the square anchors in strides of their level: 32 to 512 pixels for P2 to P6, as "
-        "in Detectron2's Faster R-CNN.",
-    ),
-    Key(
-        _DENSE_QUERIES + "CANDIDATES",
-        1000,
-        whole(1),
-        "Number of positions with the best scores before non-maximum suppression; raised to the "
-        "number of queries if smaller.",
-    ),
-    Key(
-        _DENSE_QUERIES + "NMS_THRESHOLD",
-        0.7,
-        number(0, 1),
-        "IoU above which the better of two candidates of any classes suppresses the other, as in "
-        "DDQ.",
     ),
 )
 
@@ -664,7 +645,6 @@ KEYS: tuple[Key, ...] = (
     *_LEVELS_KEYS,
     *_DYNAMIC_ENCODER_KEYS,
     *_DYNAMIC_DECODER_KEYS,
-    *_DENSE_QUERIES_KEYS,
     *_DEFORMABLE_ENCODER_KEYS,
     *_DEFORMABLE_DECODER_KEYS,
     *_TRANSFORMER_ENCODER_KEYS,

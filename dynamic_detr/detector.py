@@ -166,7 +166,7 @@ class SetDetector(nn.Module):
         """
         if self.training:
             targets = self._targets(batched_inputs)
-            return self.criterion(self._predict(batched_inputs)[1], targets)
+            return self.criterion(self._predict(batched_inputs, targets)[1], targets)
         image_sizes, predictions = self.predict(batched_inputs)
         output_sizes = [
             (inputs.get("height", height), inputs.get("width", width))
@@ -189,18 +189,25 @@ class SetDetector(nn.Module):
         return self._predict(batched_inputs)
 
     def _predict(
-        self, batched_inputs: list[dict]
+        self, batched_inputs: list[dict], targets: list[Target] | None = None
     ) -> tuple[list[tuple[int, int]], list[Prediction]]:
         images = self._images(batched_inputs)
         network = self._network if self.training else self._inference_network()
-        predictions = network(
+        inputs = [
             images.tensor.contiguous(memory_format=torch.channels_last),
             to_device(torch.tensor(images.image_sizes), self.device),
-        )
+        ]
+        if targets is not None and getattr(self.decoder, "needs_true_boxes", False):
+            inputs.append([boxes for _, boxes in targets])
+        predictions = network(*inputs)
         return images.image_sizes, predictions
 
-    def _network(self, images: Tensor, image_sizes: Tensor) -> list[Prediction]:
+    def _network(
+        self, images: Tensor, image_sizes: Tensor, *true_boxes: list[Tensor]
+    ) -> list[Prediction]:
         """Map padded images (B, 3, H, W) and their true sizes (B, 2) to predictions.
+
+        In training, a decoder that needs them also gets the true boxes of each image.
 
         It never synchronises with the GPU, so it can be captured as a CUDA graph.
         """
@@ -213,7 +220,7 @@ class SetDetector(nn.Module):
             self.strides,
             image_sizes,
         )
-        return self.decoder(self.encoder(pyramid))
+        return self.decoder(self.encoder(pyramid), *true_boxes)
 
     def _inference_network(self) -> Callable[[Tensor, Tensor], list[Prediction]]:
         if self._inference is None:

@@ -232,16 +232,16 @@ class Prediction:
         pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, with "no object" last.
         pred_boxes: (B, Q, 4) cx, cy, w, h, normalised by the size of the unpadded image.
         is_proposal: True for the proposals of a two-stage decoder.
-        cells: (B, Q, 4), for a dense head: the pyramid cell of each prediction, in the format of
-            `pred_boxes`. None if each object is matched to one prediction.
         valid_mask: (B, Q) bool, False for predictions of the padding. None if there are none.
+        true_logits: (B, T, K), in training the logits of the true boxes of each image, padded to
+            the largest number T. None if they are not classified.
     """
 
     pred_logits: Tensor
     pred_boxes: Tensor
     is_proposal: bool = False
-    cells: Tensor | None = None
     valid_mask: Tensor | None = None
+    true_logits: Tensor | None = None
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

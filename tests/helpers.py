@@ -77,10 +77,8 @@ def dynamic_encoder(channels: int, **options: object) -> DynamicEncoder:
 
 def dynamic_decoder(channels: int, num_classes: int, **options: object) -> DynamicDecoder:
     """Build a decoder with the default configuration."""
-    options = {"class_head": "focal", "checkpoint_stages": False, "dense_queries": None, **options}
-    node = defaults("MODEL.DYNAMIC_DECODER")
-    del node["queries"]
-    return DynamicDecoder(channels, num_classes, **{**node, **options})
+    options = {"class_head": "focal", "checkpoint_stages": False, **options}
+    return DynamicDecoder(channels, num_classes, **{**defaults("MODEL.DYNAMIC_DECODER"), **options})
 
 
 def set_costs(**options: object) -> SetCosts:

@@ -35,7 +35,7 @@ SHORT = {  # one of each system; the others take minutes together
     "SMCA/smca_R_50.yaml",
     "Sparse-RCNN/sparse_rcnn_R_50.yaml",
     "quickstart/pretrain.yaml",
-    "quickstart/pretrain_dense.yaml",
+    "quickstart/pretrain_residual.yaml",
 }
 
 # The rows of the paper's Tables 1 (own method) and 2, by what they set under MODEL.
@@ -118,7 +118,8 @@ def test_builds_and_trains_one_step(name: str) -> None:
         assert {"loss_class", "loss_l1", "loss_giou"} <= losses.keys()
         if cfg.MODEL.SET_DETECTOR.DECODER == "DynamicDecoder":
             decoder = cfg.MODEL.DYNAMIC_DECODER
-            assert len(losses) == 3 * (decoder.NUM_STAGES + (decoder.QUERIES == "dense"))
+            terms = 3 + decoder.CLASSIFY_TRUE_BOXES
+            assert len(losses) == terms * decoder.NUM_STAGES
     assert all(math.isfinite(loss) for loss in losses.values()), losses
     assert gradients
     assert [parameter for parameter, fine in gradients.items() if not fine] == []
@@ -204,7 +205,7 @@ def test_recipe_is_complete() -> None:
         "Base-DynamicDETR",
         "R_50_1x",
         "R_50_3x",
-        "dense_R_50_1x",
+        "residual_R_50_1x",
         "R_101_3x",
         "X_101_32x8d_3x",
         "X_101_64x4d_DCN_3x",

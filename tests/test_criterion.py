@@ -323,6 +323,35 @@ def test_half_precision_predictions_give_float32_losses():
     assert all(loss.dtype == torch.float32 for loss in losses.values())
 
 
+@pytest.mark.parametrize("class_head", ["focal", "softmax"])
+def test_true_boxes_have_a_class_loss(class_head):
+    """The classes of the true boxes are known without matching; the padding has no influence."""
+    targets = [target([1, 0, 2], [OBJECT] * 3), target(), target([2], [OBJECT])]
+    classes = 3 + (class_head == "softmax")
+    logits = torch.randn(3, 3, classes, requires_grad=True)
+    prediction = Prediction(torch.randn(3, 5, classes), torch.rand(3, 5, 4), true_logits=logits)
+    losses = set_criterion(class_head=class_head)([prediction, prediction], targets)
+    assert list(losses)[3::4] == ["loss_true_class_0", "loss_true_class"]
+    true, labels = logits[[0, 0, 0, 2], [0, 1, 2, 0]], torch.tensor([1, 0, 2, 2])
+    if class_head == "softmax":
+        expected = F.cross_entropy(true, labels, reduction="sum")
+    else:
+        one_hot = F.one_hot(labels, 3).float()
+        expected = sigmoid_focal_loss(true, one_hot, alpha=0.25, gamma=2, reduction="sum")
+    for name in ("loss_true_class_0", "loss_true_class"):
+        torch.testing.assert_close(losses[name], 2 * expected / 4)
+    losses["loss_true_class"].backward()
+    assert not logits.grad[1].any()
+    assert not logits.grad[2, 1:].any()
+
+
+def test_true_boxes_of_a_batch_without_objects():
+    prediction = Prediction(
+        torch.randn(2, 5, 3), torch.rand(2, 5, 4), true_logits=torch.zeros(2, 0, 3)
+    )
+    assert set_criterion()([prediction], [target(), target()])["loss_true_class"] == 0
+
+
 def test_groups_of_stages_are_independent():
     """The target class of proposals is 0; stages may have different numbers of queries."""
 

@@ -61,6 +61,41 @@ def test_stages_equal_the_reference(dynamic_filter, class_head):
         assert not prediction.is_proposal
 
 
+@pytest.mark.parametrize("checkpoint_stages", [False, True])
+def test_true_boxes_are_classified_each_by_itself(checkpoint_stages):
+    """The reference runs the stages on one object at a time, and never moves its box."""
+    model = decoder(checkpoint_stages=checkpoint_stages, dynamic_filter="residual").double()
+    shake(model, 0.1)
+    size = (64, 80)
+    levels = [random_levels(size, CHANNELS) for _ in range(2)]
+    pyramid = batch_pyramid(levels, [size] * 2, (64, 96), garbage=30.0)
+    true_boxes = [torch.rand(3, 4).double() * 0.4 + 0.3, torch.rand(1, 4).double() * 0.4 + 0.3]
+    with torch.no_grad():
+        predictions = model(pyramid, true_boxes)
+        for found, alone in zip(predictions, model(pyramid), strict=True):
+            torch.testing.assert_close(found.pred_logits, alone.pred_logits)
+            torch.testing.assert_close(found.pred_boxes, alone.pred_boxes)
+            assert found.true_logits.shape == (2, 3, 3)
+            assert alone.true_logits is None
+
+    for image, boxes in enumerate(true_boxes):
+        arrays = [level.numpy() for level in levels[image]]
+        for i, box in enumerate(boxes.numpy()):
+            query = model.query_embed.weight.detach().numpy().mean(axis=0, keepdims=True)
+            for stage, prediction in zip(model.stages, predictions, strict=True):
+                weights = {name: value.numpy() for name, value in stage.state_dict().items()}
+                query, logits, _ = decoder_stage(
+                    arrays, STRIDES, size, query, box[None], weights, HEADS, BINS, CANONICAL, True
+                )
+                found = prediction.true_logits[image, i]
+                np.testing.assert_allclose(found, logits[0], rtol=1e-8, atol=1e-8)
+
+
+def test_true_boxes_of_a_batch_without_objects():
+    predictions = decoder()(pyramid_of(dtype=torch.float32), [torch.zeros(0, 4)])
+    assert [p.true_logits.shape for p in predictions] == [(1, 0, 3)] * 2
+
+
 class TestBoxDeltas:
     def test_equal_the_reference(self):
         boxes = torch.rand(20, 4, dtype=torch.float64)

@@ -215,6 +215,28 @@ def test_shapes_and_memory_are_kept():
         assert found.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_residual_blocks_are_added_to_their_input():
+    levels = random_levels((45, 70), CHANNELS, STRIDES[:3])
+    pyramid = batch_pyramid([levels], [(45, 70)], (64, 96), STRIDES[:3], garbage=10.0)
+    model = dynamic_encoder(CHANNELS, num_blocks=2, residual=True).double()
+    shaken = shake(model.blocks)
+    for found, wanted in zip(model(pyramid).features, pyramid.masked().features, strict=True):
+        torch.testing.assert_close(found, wanted)  # the scales are 0 at first
+    expected = pyramid.masked()
+    for scale, block in zip(model.residual_scales, shaken, strict=True):
+        torch.nn.init.uniform_(scale)
+        added = block(expected).features
+        scale = scale[:, None, None]
+        expected = expected.with_features(
+            [x + scale * y for x, y in zip(expected.features, added, strict=True)]
+        )
+    out = model(pyramid)
+    for found, wanted in zip(out.features, expected.features, strict=True):
+        torch.testing.assert_close(found, wanted)
+    sum(feature.sum() for feature in out.features).backward()
+    assert all(scale.grad.any() for scale in model.residual_scales)
+
+
 def test_identity_encoder_only_masks():
     levels = random_levels((40, 50), CHANNELS)
     out = IdentityEncoder()(batch_pyramid([levels], [(40, 50)], (64, 64), garbage=5.0))

@@ -1,17 +1,17 @@
 """Dynamic decoder (equations 8 to 14): every stage refines the previous queries and boxes."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..config import check_arguments
 from ..layers import apply_layer
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
-from .dense_queries import DenseQueries
 from .dynamic_stage import DynamicDecoderStage
 
 __all__ = ["DynamicDecoder"]
@@ -45,8 +45,7 @@ INITIAL_BOXES = {"image": image_boxes, "grid": grid_boxes}
 class DynamicDecoder(nn.Module):
     """Stack of decoder stages with one prediction per stage.
 
-    Each stage refines the detached boxes of the previous stage. With dense queries, which have
-    logits too, each stage also adds its logits to the detached logits of the previous stage.
+    Each stage refines the detached boxes of the previous stage.
 
     Args:
         channels: C.
@@ -54,8 +53,6 @@ class DynamicDecoder(nn.Module):
         num_queries: Q.
         num_stages: S.
         class_head: "focal" or "softmax", see `ClassHead`.
-        dense_queries: module that computes the initial queries and boxes; None for learned ones, as
-            in the paper.
         initial_boxes: initial value of the learned boxes: "image" for the whole image, as in the
             paper, or "grid", see `grid_boxes`.
         learn_initial_boxes: True if the initial boxes are parameters, False if they are constant.
@@ -67,6 +64,8 @@ class DynamicDecoder(nn.Module):
         canonical_size: see `DynamicDecoderStage`.
         dynamic_dim: see `DynamicDecoderStage`.
         dynamic_filter: see `DynamicDecoderStage`.
+        classify_true_boxes: in training, classify also the regions of the true boxes in each stage;
+            see `forward`.
         checkpoint_stages: recompute each stage in the backward pass of training.
 
     Raises:
@@ -82,7 +81,6 @@ class DynamicDecoder(nn.Module):
         num_queries: int,
         num_stages: int,
         class_head: str,
-        dense_queries: DenseQueries | None,
         initial_boxes: str,
         learn_initial_boxes: bool,
         num_heads: int,
@@ -93,6 +91,7 @@ class DynamicDecoder(nn.Module):
         canonical_size: float,
         dynamic_dim: int,
         dynamic_filter: str,
+        classify_true_boxes: bool,
         checkpoint_stages: bool,
     ) -> None:
         super().__init__()
@@ -102,17 +101,16 @@ class DynamicDecoder(nn.Module):
             num_stages=num_stages,
             initial_boxes=initial_boxes,
             learn_initial_boxes=learn_initial_boxes,
+            classify_true_boxes=classify_true_boxes,
         )
-        self.class_head = class_head
+        self.needs_true_boxes = classify_true_boxes
         self.checkpoint_stages = checkpoint_stages
-        self.dense_queries = dense_queries
-        if dense_queries is None:
-            self.query_embed = nn.Embedding(num_queries, channels)
-            boxes = INITIAL_BOXES[initial_boxes](num_queries)
-            if learn_initial_boxes:
-                self.initial_boxes = nn.Parameter(boxes)
-            else:
-                self.register_buffer("initial_boxes", boxes)
+        self.query_embed = nn.Embedding(num_queries, channels)
+        boxes = INITIAL_BOXES[initial_boxes](num_queries)
+        if learn_initial_boxes:
+            self.initial_boxes = nn.Parameter(boxes)
+        else:
+            self.register_buffer("initial_boxes", boxes)
         self.stages = nn.ModuleList(
             DynamicDecoderStage(
                 channels,
@@ -129,47 +127,53 @@ class DynamicDecoder(nn.Module):
             )
             for _ in range(num_stages)
         )
-        if dense_queries is not None:  # at first, stages hardly change the logits of the queries
-            for stage in self.stages:
-                nn.init.normal_(stage.class_logits.weight, std=0.01)
-                nn.init.zeros_(stage.class_logits.bias)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         detector = cfg.MODEL.SET_DETECTOR
-        decoder = {name.lower(): value for name, value in cfg.MODEL.DYNAMIC_DECODER.items()}
-        dense = decoder.pop("queries") == "dense"
         return {
             "channels": detector.HIDDEN_DIM,
             "num_classes": detector.NUM_CLASSES,
             "class_head": detector.CLASS_HEAD,
             "checkpoint_stages": detector.ACTIVATION_CHECKPOINT.DECODER,
-            "dense_queries": DenseQueries(cfg) if dense else None,
-            **decoder,
+            **{name.lower(): value for name, value in cfg.MODEL.DYNAMIC_DECODER.items()},
         }
 
-    def forward(self, pyramid: Pyramid) -> list[Prediction]:
-        """Return the dense prediction, if any, and one prediction per stage, the last one final."""
+    def forward(
+        self, pyramid: Pyramid, true_boxes: Sequence[Tensor] | None = None
+    ) -> list[Prediction]:
+        """Return one prediction per stage, the last one final.
+
+        With true boxes, every stage also classifies their regions. The query of a true box starts
+        as the mean of the learned queries, attends to itself alone, and goes from stage to stage
+        like the others; its box is not refined.
+
+        Args:
+            pyramid: output of the encoder.
+            true_boxes: (T_b, 4) cx, cy, w, h, normalised, for each image. None at inference.
+        """
         batch = pyramid.image_sizes.shape[0]
-        if self.dense_queries is None:
-            queries = self.query_embed.weight.expand(batch, -1, -1)
-            dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
-            boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
-            earlier, predictions = None, []
-        else:
-            start = self.dense_queries(pyramid)
-            queries, boxes, earlier = start.content, start.boxes, start.logits
-            if self.class_head == "softmax":  # "no object" has logit 0, a sigmoid of 1/2
-                earlier = F.pad(earlier, (0, 1))
-            predictions = [start.dense]
+        learned = self.query_embed.weight
+        queries, count = learned.expand(batch, -1, -1), len(learned)
+        dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
+        boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
+        fixed = boxes[:, :0]
+        if true_boxes is not None:
+            fixed = pad_sequence(list(true_boxes), batch_first=True, padding_value=0.5).to(dtype)
+            queries = torch.cat([queries, learned.mean(0).expand(batch, fixed.shape[1], -1)], dim=1)
+        predictions = []
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
             queries, logits, boxes = apply_layer(
-                stage, pyramid, queries, boxes, recompute=recompute
+                stage,
+                pyramid,
+                queries,
+                torch.cat([boxes, fixed], dim=1),
+                fixed.shape[1],
+                recompute=recompute,
             )
-            if earlier is not None:
-                logits = logits + earlier
-                earlier = logits.detach()
-            predictions.append(Prediction(logits, boxes))
+            boxes = boxes[:, :count]
+            true_logits = None if true_boxes is None else logits[:, count:]
+            predictions.append(Prediction(logits[:, :count], boxes, true_logits=true_logits))
             boxes = boxes.detach()
         return predictions

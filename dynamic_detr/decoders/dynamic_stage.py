@@ -120,7 +120,7 @@ class DynamicDecoderStage(nn.Module):
         nn.init.zeros_(self.box_deltas.bias)
 
     def forward(
-        self, pyramid: Pyramid, queries: Tensor, boxes: Tensor
+        self, pyramid: Pyramid, queries: Tensor, boxes: Tensor, apart: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the stage.
 
@@ -128,6 +128,7 @@ class DynamicDecoderStage(nn.Module):
             pyramid: output of the encoder.
             queries: (B, Q, C).
             boxes: (B, Q, 4) cx, cy, w, h, normalised by the unpadded image, float32 or wider.
+            apart: number of queries, the last ones, that attend to themselves alone.
 
         Returns:
             Refined queries (B, Q, C); logits (B, Q, K), or (B, Q, K + 1) with a softmax head, and
@@ -145,14 +146,23 @@ class DynamicDecoderStage(nn.Module):
             self.sampling_ratio,
             self.canonical_size,
         )
-        attended = self.self_attention(queries, queries, queries, need_weights=False)[0]
-        queries = self.norm_attention(queries + self.dropout(attended))
+        queries = self.norm_attention(queries + self.dropout(self._attend(queries, apart)))
         seen = self.interaction(queries, regions)
         queries = self.norm_interaction(queries + self.dropout(seen))
         queries = self.norm_ffn(queries + self.dropout(self.ffn(queries)))
         logits = self.class_logits(self.class_branch(queries)).to(boxes.dtype)
         deltas = self.box_deltas(self.box_branch(queries)).to(boxes.dtype)
         return queries, logits, apply_box_deltas(boxes, deltas)
+
+    def _attend(self, queries: Tensor, apart: int) -> Tensor:
+        """Return the self-attention of queries (B, Q, C), the last `apart` each for itself."""
+        among, alone = queries.split([queries.shape[1] - apart, apart], dim=1)
+        attended = self.self_attention(among, among, among, need_weights=False)[0]
+        if apart == 0:
+            return attended
+        one = alone.flatten(0, 1)[:, None]
+        own = self.self_attention(one, one, one, need_weights=False)[0]
+        return torch.cat([attended, own.view_as(alone)], dim=1)
 
 
 def branch(channels: int, layers: int) -> nn.Sequential:

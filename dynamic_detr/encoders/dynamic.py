@@ -4,6 +4,7 @@ Deformable convolutions between neighbouring levels, with scale, spatial and cha
 approximate self-attention over a pyramid.
 """
 
+import torch
 from detectron2.config import CfgNode, configurable
 from torch import nn
 
@@ -35,6 +36,9 @@ class DynamicEncoder(nn.Module):
         scale_attention: see `DynamicEncoderBlock`.
         spatial_attention: see `DynamicEncoderBlock`.
         channel_attention: see `DynamicEncoderBlock`.
+        residual: add the output of each block to its input, multiplied by a learned scale of each
+            channel. The scales start at 0, so that the encoder starts as the identity. This is not
+            in the paper.
         checkpoint_blocks: recompute each block in the backward pass of training.
 
     Raises:
@@ -53,6 +57,7 @@ class DynamicEncoder(nn.Module):
         scale_attention: bool,
         spatial_attention: bool,
         channel_attention: bool,
+        residual: bool,
         checkpoint_blocks: bool,
     ) -> None:
         super().__init__()
@@ -66,6 +71,7 @@ class DynamicEncoder(nn.Module):
             num_blocks=num_blocks,
             num_groups=num_groups,
             offsets=offsets,
+            residual=residual,
             **attentions,
         )
         if channels % num_groups:
@@ -77,6 +83,9 @@ class DynamicEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             block(channels, num_groups, num_levels, **attentions) for _ in range(num_blocks)
         )
+        self.residual_scales = None
+        if residual:
+            self.residual_scales = nn.ParameterList(torch.zeros(channels) for _ in self.blocks)
         self.masks_padding = offsets != "legacy"
         self.checkpoint_blocks = checkpoint_blocks
 
@@ -95,6 +104,11 @@ class DynamicEncoder(nn.Module):
         if self.masks_padding:
             pyramid = pyramid.masked()
         recompute = self.checkpoint_blocks and self.training
-        for block in self.blocks:
-            pyramid = apply_layer(block, pyramid, recompute=recompute)
+        for i, block in enumerate(self.blocks):
+            output = apply_layer(block, pyramid, recompute=recompute)
+            if self.residual_scales is not None:
+                scale = self.residual_scales[i][:, None, None]
+                pairs = zip(pyramid.features, output.features, strict=True)
+                output = pyramid.with_features([x + scale * y for x, y in pairs])
+            pyramid = output
         return pyramid

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from ..runtime.transfers import to_device
 from ..structures import Prediction
 from .costs import SetCosts
-from .dense import dense_losses
 from .matcher import HungarianMatcher
 from .normalizer import mean_over_processes
 
@@ -73,13 +72,14 @@ class SetCriterion(nn.Module):
 
         Args:
             predictions: one per stage. The target class of all objects is 0 for proposals of a
-                two-stage decoder. Those with cells are trained by `dense_losses`.
+                two-stage decoder.
             targets: one per image.
 
         Returns:
             `loss_class`, `loss_l1` and `loss_giou` of the last stage; the same names with the
-            suffix `_0`, `_1`, … for the earlier stages and `_proposals` for proposals. A prediction
-            that is not finite gives losses that are not finite, and no error.
+            suffix `_0`, `_1`, … for the earlier stages and `_proposals` for proposals. Stages that
+            classify the true boxes have a `loss_true_class` too. A prediction that is not finite
+            gives losses that are not finite, and no error.
         """
         counts = [len(labels) for labels, _ in targets]
         labels = torch.cat([labels for labels, _ in targets])
@@ -89,13 +89,10 @@ class SetCriterion(nn.Module):
         totals = self._normalizers(groups, counts)
         prepared = [self._prepare(group) for group in groups]
         found: dict[str, Tensor] = {}
-        for prediction in predictions:
-            if prediction.cells is not None:
-                losses = dense_losses(prediction, targets, self.costs)
-                found |= {f"loss_{name}_proposals": loss for name, loss in losses.items()}
         for group, search, total, parts in zip(groups, searches, totals[1:], prepared, strict=True):
             rows, matched = search.wait()  # (S, M)
             found |= self._losses(group, parts, rows, boxes[matched], matched, totals[0], total)
+        found |= self._true_box_losses(predictions, labels, counts, totals[0])
         return {name: found[name] for name in _names(predictions)}
 
     def _prepare(self, group: _Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,6 +146,43 @@ class SetCriterion(nn.Module):
             for suffix, loss in zip(group.suffixes, losses.unbind(), strict=True)
         }
 
+    def _true_box_losses(
+        self,
+        predictions: list[Prediction],
+        labels: Tensor,
+        counts: list[int],
+        objects: float | Tensor,
+    ) -> dict[str, Tensor]:
+        """Return the class loss of the true boxes of each stage that classifies them.
+
+        Args:
+            predictions: see `forward`.
+            labels: (T,), classes of the objects of all images.
+            counts: number of objects of each image.
+            objects: divisor of the losses.
+        """
+        stages = {
+            suffix: prediction.true_logits
+            for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True)
+            if prediction.true_logits is not None
+        }
+        if not stages:
+            return {}
+        logits = torch.stack(list(stages.values())).float()  # (S, B, T_max, K)
+        size = logits.shape[2]
+        rows = [image * size + place for image, n in enumerate(counts) for place in range(n)]
+        rows = to_device(torch.tensor(rows, dtype=torch.int64), logits.device)
+        entries = self.costs.class_loss.entries(logits.flatten(1, 2)[:, None, rows])
+        matched = torch.arange(len(stages) * len(rows), device=logits.device)
+        losses = self.costs.class_loss.total(
+            entries,
+            self.costs.class_loss.negatives(entries),
+            matched.view(len(stages), -1),
+            labels.expand(len(stages), -1),
+        )
+        losses = self.costs.class_weight / objects * losses
+        return {f"loss_true_class{s}": x for s, x in zip(stages, losses.unbind(), strict=True)}
+
     def _normalizers(self, groups: list[_Group], counts: list[int]) -> list[float] | list[Tensor]:
         """Return the divisors of the box losses and of the class loss of each group.
 
@@ -180,17 +214,19 @@ def _suffixes(predictions: list[Prediction]) -> list[str]:
 
 
 def _names(predictions: list[Prediction]) -> list[str]:
-    suffixes = _suffixes(predictions)
-    return [f"loss_{name}{suffix}" for suffix in suffixes for name in ("class", "l1", "giou")]
+    names = []
+    for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
+        terms = ["class", "l1", "giou"] + ["true_class"] * (prediction.true_logits is not None)
+        names += [f"loss_{term}{suffix}" for term in terms]
+    return names
 
 
 def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
     """Group the matched stages by Q; proposals form groups of their own."""
     together: dict[tuple[bool, int], list[tuple[str, Prediction]]] = {}
     for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
-        if prediction.cells is None:
-            key = prediction.is_proposal, prediction.pred_logits.shape[1]
-            together.setdefault(key, []).append((suffix, prediction))
+        key = prediction.is_proposal, prediction.pred_logits.shape[1]
+        together.setdefault(key, []).append((suffix, prediction))
     for (is_proposal, _), members in together.items():
         suffixes, group = zip(*members, strict=True)
         mask = group[0].valid_mask

@@ -8,7 +8,6 @@ from .deform_conv import deform_conv2d
 from .dynamic_conv import dynamic_conv
 from .fuse_levels import FusionWeights, fuse_levels
 from .ms_deform_attn import ms_deform_attn
-from .nms import nms_mask
 from .plain.roi_align import assign_levels
 from .roi_align import pyramid_roi_align
 
@@ -19,6 +18,5 @@ __all__ = [
     "dynamic_conv",
     "fuse_levels",
     "ms_deform_attn",
-    "nms_mask",
     "pyramid_roi_align",
 ]
