@@ -8,8 +8,10 @@ __all__ = ["DECODER_REGISTRY", "build_decoder"]
 
 DECODER_REGISTRY = Registry("DECODER")
 DECODER_REGISTRY.__doc__ = """
-Decoders: `forward(pyramid) -> list[Prediction]`, one per stage, the last one final. The registered
-object is called as `obj(cfg)`.
+Decoders: `forward(pyramid) -> list[Prediction]`, one per stage, the last one final. If the decoder
+has the attribute `needs_true_boxes = True`, training calls `forward(pyramid, true_boxes)`, with a
+list of the true boxes of each image, (T_b, 4) cx, cy, w, h, normalised. The registered object is
+called as `obj(cfg)`.
 """
 
 
