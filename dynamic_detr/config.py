@@ -331,7 +331,7 @@ _DYNAMIC_DECODER_KEYS = (
         _DECODER + "INITIAL_BOXES",
         "image",
         one_of("image", "grid"),
-        '"image": the whole image, as in the paper. "grid": '
+        'Initial boxes. "image": the whole image, as in the paper. "grid": '
         "squares on a grid, twice as wide as its cells, which learn faster in short training.",
     ),
     Key(

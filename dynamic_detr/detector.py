@@ -38,7 +38,7 @@ class SetDetector(nn.Module):
         backbone: Detectron2 backbone.
         in_features: names of the backbone's outputs that form the pyramid, fine to coarse.
         encoder: `forward(pyramid) -> pyramid`.
-        decoder: `forward(pyramid) -> list[Prediction]`.
+        decoder: `forward(pyramid) -> list[Prediction]`, see `DECODER_REGISTRY`.
         criterion: `forward(predictions, targets) -> dict of losses`.
         hidden_dim: C, number of channels of the pyramid.
         num_classes: K.

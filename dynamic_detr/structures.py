@@ -233,8 +233,8 @@ class Prediction:
         pred_boxes: (B, Q, 4) cx, cy, w, h, normalised by the size of the unpadded image.
         is_proposal: True for the proposals of a two-stage decoder.
         valid_mask: (B, Q) bool, False for predictions of the padding. None if there are none.
-        true_logits: (B, T, K), in training the logits of the true boxes of each image, padded to
-            the largest number T. None if they are not classified.
+        true_logits: (B, T, K) or (B, T, K + 1), in training the logits of the true boxes of each
+            image, padded to the largest number T. None if they are not classified.
     """
 
     pred_logits: Tensor

@@ -36,6 +36,7 @@ SMALL = {  # values of the keys with these names in all nodes
 DEPTHS = ("NUM_BLOCKS", "NUM_LAYERS", "NUM_STAGES")
 FIXED_LEVELS = ("DynamicEncoder", "Deformable", "SMCA")  # prefixes of classes with num_levels
 # more queries than the smallest image of SIZES has positions
+RESIDUAL = {"RESIDUAL": True}
 TWO_STAGE = {"REFINE_BOXES": True, "TWO_STAGE": True, "NUM_QUERIES": 20}
 ATTENTIONS = ("SCALE", "SPATIAL", "CHANNEL")
 STRIDES = (8, 16, 32)
@@ -75,7 +76,7 @@ ENCODERS = [
     Row("DynamicEncoder"),
     Row("DynamicEncoder", {"OFFSETS": "legacy"}, padded=False),
     *(Row("DynamicEncoder", {f"{kind}_ATTENTION": False}) for kind in ATTENTIONS),
-    Row("DynamicEncoder", {"RESIDUAL": True}),
+    Row("DynamicEncoder", RESIDUAL),
     Row("IdentityEncoder"),
     Row("TransformerEncoder"),
     Row("DeformableEncoder"),
@@ -146,11 +147,21 @@ def batch(
     return batch_pyramid(images, sizes, padded, strides, garbage)
 
 
+def trained(part: nn.Module, pyramid: Pyramid) -> object:
+    """Call a part as in training; image i has i + 1 true boxes."""
+    if not getattr(part, "needs_true_boxes", False):
+        return part(pyramid)
+    device, images = pyramid.features[0].device, len(pyramid.image_sizes)
+    boxes = [torch.linspace(0.3, 0.6, 4 * (i + 1), device=device) for i in range(images)]
+    return part(pyramid, [b.view(-1, 4) for b in boxes])
+
+
 def results(found: object) -> list[Tensor]:
     """Return the tensors of a pyramid or of predictions."""
     if isinstance(found, Pyramid):
         return list(found.features)
-    return [tensor for p in found for tensor in (p.pred_logits, p.pred_boxes)]
+    tensors = [t for p in found for t in (p.pred_logits, p.pred_boxes, p.true_logits)]
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def objective(found: object) -> Tensor:
@@ -233,7 +244,8 @@ def test_every_parameter_learns(row, strides):
             build(row, strides)
         return
     part = build(row, strides)
-    found = part(batch([(128, 190), (64, 64)], (128, 192), 0.0, strides, torch.float32))
+    pyramid = batch([(128, 190), (64, 64)], (128, 192), 0.0, strides, torch.float32)
+    found = trained(part, pyramid)
     for name, grad in gradients(part, found).items():
         assert grad is not None and grad.isfinite().all(), name
         # with one level, the ReLU of the scale attention is zero for the only map
@@ -244,7 +256,7 @@ def test_every_parameter_learns(row, strides):
 def test_precisions(row):
     """Results in float32 and bfloat16 are close to float64; boxes are at least float32."""
     part, sizes, padded = build(row), [(100, 136), (64, 190)], (128, 192)
-    exact = results(copy.deepcopy(part).double()(batch(sizes, padded)))
+    exact = results(trained(copy.deepcopy(part).double(), batch(sizes, padded)))
     assert all(result.dtype == torch.float64 for result in exact)
     pyramid = batch(sizes, padded, dtype=torch.float32)
     kinds = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
@@ -255,7 +267,9 @@ def test_precisions(row):
             [f.to(device) for f in pyramid.features], STRIDES, pyramid.image_sizes.to(device)
         )
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            found = part(moved)
+            found = trained(part, moved)
+        if isinstance(found, Pyramid):  # RESIDUAL does not change the dtype
+            assert dtype in (torch.float32, found.features[0].dtype) or row.options != RESIDUAL
         if not isinstance(found, Pyramid):
             assert all(p.pred_boxes.dtype == p.pred_logits.dtype == torch.float32 for p in found)
         tolerance = 1e-4 if dtype == torch.float32 else 0.1
@@ -285,7 +299,7 @@ def test_activation_checkpointing_changes_nothing(row):
         kept.append(0)
         torch.manual_seed(1)  # of dropout
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = part(pyramid)
+            output = trained(part, pyramid)
         found.append([*results(output), *gradients(part, output).values()])
     torch.testing.assert_close(*found)
     assert kept[1] < 0.6 * kept[0] or row.name == "IdentityEncoder", kept
@@ -332,7 +346,9 @@ class Trained(nn.Module):
         self.criterion = SetCriterion.from_config(config(row, STRIDES, depth=2))
 
     def forward(self, pyramid: Pyramid, targets: list) -> Tensor:
-        return sum(self.criterion(self.decoder(self.encoder(pyramid)), targets).values())
+        extra = [boxes for _, boxes in targets]
+        extra = [extra] if getattr(self.decoder, "needs_true_boxes", False) else []
+        return sum(self.criterion(self.decoder(self.encoder(pyramid), *extra), targets).values())
 
 
 def targets_of(sizes: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:

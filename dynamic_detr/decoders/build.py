@@ -9,9 +9,9 @@ __all__ = ["DECODER_REGISTRY", "build_decoder"]
 DECODER_REGISTRY = Registry("DECODER")
 DECODER_REGISTRY.__doc__ = """
 Decoders: `forward(pyramid) -> list[Prediction]`, one per stage, the last one final. If the decoder
-has the attribute `needs_true_boxes = True`, training calls `forward(pyramid, true_boxes)`, with a
-list of the true boxes of each image, (T_b, 4) cx, cy, w, h, normalised. The registered object is
-called as `obj(cfg)`.
+has the attribute `needs_true_boxes = True`, training calls `forward(pyramid, true_boxes)`;
+`true_boxes` is a list with one tensor (T_b, 4) per image: cx, cy, w, h, normalised. The registered
+object is called as `obj(cfg)`.
 """
 
 

@@ -157,23 +157,24 @@ class DynamicDecoder(nn.Module):
         queries, count = learned.expand(batch, -1, -1), len(learned)
         dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
         boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
-        fixed = boxes[:, :0]
+        apart = 0
         if true_boxes is not None:
             fixed = pad_sequence(list(true_boxes), batch_first=True, padding_value=0.5).to(dtype)
-            queries = torch.cat([queries, learned.mean(0).expand(batch, fixed.shape[1], -1)], dim=1)
+            apart = fixed.shape[1]
+            queries = torch.cat([queries, learned.mean(0).expand(batch, apart, -1)], dim=1)
         predictions = []
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
+            if true_boxes is not None:
+                boxes = torch.cat([boxes, fixed], dim=1)
             queries, logits, boxes = apply_layer(
-                stage,
-                pyramid,
-                queries,
-                torch.cat([boxes, fixed], dim=1),
-                fixed.shape[1],
-                recompute=recompute,
+                stage, pyramid, queries, boxes, apart, recompute=recompute
             )
-            boxes = boxes[:, :count]
-            true_logits = None if true_boxes is None else logits[:, count:]
-            predictions.append(Prediction(logits[:, :count], boxes, true_logits=true_logits))
+            if true_boxes is None:
+                predictions.append(Prediction(logits, boxes))
+            else:
+                boxes = boxes[:, :count]
+                logits, true_logits = logits.split([count, apart], dim=1)
+                predictions.append(Prediction(logits, boxes, true_logits=true_logits))
             boxes = boxes.detach()
         return predictions

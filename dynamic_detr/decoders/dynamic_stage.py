@@ -16,7 +16,7 @@ from ..ops import pyramid_roi_align
 from ..structures import Pyramid, box_cxcywh_to_xyxy
 from .dynamic_interaction import DYNAMIC_FILTERS
 
-__all__ = ["DynamicDecoderStage", "apply_box_deltas", "branch"]
+__all__ = ["DynamicDecoderStage", "apply_box_deltas"]
 
 CENTER_WEIGHT = 2.0  # dx and dy are divided by it
 MAX_LOG_SCALE = math.log(1e5 / 16)  # upper bound of dw and dh

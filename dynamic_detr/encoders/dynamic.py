@@ -4,9 +4,11 @@ Deformable convolutions between neighbouring levels, with scale, spatial and cha
 approximate self-attention over a pyramid.
 """
 
+from functools import partial
+
 import torch
 from detectron2.config import CfgNode, configurable
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import check_arguments
 from ..layers import apply_layer
@@ -104,11 +106,18 @@ class DynamicEncoder(nn.Module):
         if self.masks_padding:
             pyramid = pyramid.masked()
         recompute = self.checkpoint_blocks and self.training
-        for i, block in enumerate(self.blocks):
-            output = apply_layer(block, pyramid, recompute=recompute)
-            if self.residual_scales is not None:
-                scale = self.residual_scales[i][:, None, None]
-                pairs = zip(pyramid.features, output.features, strict=True)
-                output = pyramid.with_features([x + scale * y for x, y in pairs])
-            pyramid = output
+        layers = list(self.blocks)
+        if self.residual_scales is not None:
+            pairs = zip(self.blocks, self.residual_scales, strict=True)
+            layers = [partial(_residual, block, scale) for block, scale in pairs]
+        for layer in layers:
+            pyramid = apply_layer(layer, pyramid, recompute=recompute)
         return pyramid
+
+
+def _residual(block: nn.Module, scale: Tensor, pyramid: Pyramid) -> Pyramid:
+    """Return pyramid + scale · block(pyramid) in the dtype of the block's output."""
+    levels = []
+    for x, y in zip(pyramid.features, block(pyramid).features, strict=True):
+        levels.append(x.to(y.dtype) + scale.to(y.dtype)[:, None, None] * y)
+    return pyramid.with_features(levels)

@@ -47,9 +47,9 @@ class _Group:
 class SetCriterion(nn.Module):
     """Class, L1 and GIoU losses of matched predictions.
 
-    Each sum is divided by the mean number of objects per process; that of the softmax class loss by
-    the mean sum of the class weights. The gradient averaged by DistributedDataParallel then equals
-    the gradient of one process with the whole batch.
+    Each sum is divided by the mean number of objects per process; that of the softmax class loss of
+    the queries by the mean sum of the class weights. The gradient averaged by
+    DistributedDataParallel then equals the gradient of one process with the whole batch.
 
     Args:
         costs: types and weights of the losses.
@@ -88,11 +88,10 @@ class SetCriterion(nn.Module):
         searches = [self.matcher(g.logits, g.boxes, g.labels, boxes, counts) for g in groups]
         totals = self._normalizers(groups, counts)
         prepared = [self._prepare(group) for group in groups]
-        found: dict[str, Tensor] = {}
+        found = self._true_box_losses(predictions, labels, counts, totals[0])
         for group, search, total, parts in zip(groups, searches, totals[1:], prepared, strict=True):
             rows, matched = search.wait()  # (S, M)
             found |= self._losses(group, parts, rows, boxes[matched], matched, totals[0], total)
-        found |= self._true_box_losses(predictions, labels, counts, totals[0])
         return {name: found[name] for name in _names(predictions)}
 
     def _prepare(self, group: _Group) -> tuple[Tensor, Tensor, Tensor, Tensor]:
