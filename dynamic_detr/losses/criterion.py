@@ -17,7 +17,6 @@ from ..runtime.transfers import to_device
 from ..structures import Prediction
 from .costs import SetCosts
 from .matcher import HungarianMatcher
-from .normalizer import mean_over_processes
 
 __all__ = ["SetCriterion", "Target"]
 
@@ -197,12 +196,24 @@ class SetCriterion(nn.Module):
             return [max(total, 1.0) for total in totals]
         device = groups[0].logits.device
         if on_host:
-            return list(mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
+            return list(_mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
         totals = [  # filled on the device; a copy of a number would wait for it
             total.float() if isinstance(total, Tensor) else torch.full((), total, device=device)
             for total in totals
         ]
-        return list(mean_over_processes(torch.stack(totals)).unbind())
+        return list(_mean_over_processes(torch.stack(totals)).unbind())
+
+
+def _mean_over_processes(totals: Tensor) -> Tensor:
+    """Return max(sum over all processes, 1) / number of processes, for each total.
+
+    All processes must call this function. The maximum avoids a division by 0.
+    """
+    world = comm.get_world_size()
+    if world > 1:
+        totals = totals.clone()
+        torch.distributed.all_reduce(totals)
+    return totals.clamp(min=1) / world
 
 
 def _suffixes(predictions: list[Prediction]) -> list[str]:
