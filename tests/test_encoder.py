@@ -237,6 +237,19 @@ def test_residual_blocks_are_added_to_their_input():
     assert all(scale.grad.any() for scale in model.residual_scales)
 
 
+def test_checkpointed_residual_blocks_keep_no_outputs():
+    kept = {}
+    for residual in (False, True):
+        model = dynamic_encoder(CHANNELS, num_blocks=2, residual=residual, checkpoint_blocks=True)
+        levels = random_levels((64, 64), CHANNELS, STRIDES[:3], torch.float32)
+        pyramid = batch_pyramid([levels], [(64, 64)], (64, 64), STRIDES[:3])
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor):
+            model.train()(pyramid)
+        kept[residual] = len(saved)
+    assert kept[True] <= kept[False]
+
+
 def test_identity_encoder_only_masks():
     levels = random_levels((40, 50), CHANNELS)
     out = IdentityEncoder()(batch_pyramid([levels], [(40, 50)], (64, 64), garbage=5.0))
