@@ -39,7 +39,6 @@ def pyramid_of(image_size=IMAGE, channels=CHANNELS, dtype=torch.float64, padded=
 @pytest.mark.parametrize("dynamic_filter", ["bottleneck", "residual", "single"])
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
 def test_stages_equal_the_reference(dynamic_filter, class_head):
-    residual = dynamic_filter == "residual"
     model = decoder(dynamic_filter=dynamic_filter, class_head=class_head).double()
     shake(model, 0.1)
     levels = random_levels(IMAGE, CHANNELS)
@@ -53,7 +52,7 @@ def test_stages_equal_the_reference(dynamic_filter, class_head):
     for stage, prediction in zip(model.stages, predictions, strict=True):
         weights = {name: value.numpy() for name, value in stage.state_dict().items()}
         queries, logits, boxes = decoder_stage(
-            arrays, STRIDES, IMAGE, queries, boxes, weights, HEADS, BINS, CANONICAL, residual
+            arrays, STRIDES, IMAGE, queries, boxes, weights, HEADS, BINS, CANONICAL
         )
         assert logits.shape == (QUERIES, 3 + (class_head == "softmax"))
         np.testing.assert_allclose(prediction.pred_logits[0], logits, rtol=1e-8, atol=1e-8)
@@ -85,7 +84,7 @@ def test_true_boxes_are_classified_each_by_itself(checkpoint_stages):
             for stage, prediction in zip(model.stages, predictions, strict=True):
                 weights = {name: value.numpy() for name, value in stage.state_dict().items()}
                 query, logits, _ = decoder_stage(
-                    arrays, STRIDES, size, query, box[None], weights, HEADS, BINS, CANONICAL, True
+                    arrays, STRIDES, size, query, box[None], weights, HEADS, BINS, CANONICAL
                 )
                 found = prediction.true_logits[image, i]
                 np.testing.assert_allclose(found, logits[0], rtol=1e-8, atol=1e-8)
@@ -214,9 +213,10 @@ def test_residual_filters_start_as_a_layer_on_the_region():
     out = interaction(queries, regions)
     torch.testing.assert_close(out, interaction.readout(regions))
     out.square().sum().backward()
-    assert interaction.norm_expand.weight.grad.any()
+    scale = interaction.norm_branch.weight
+    assert scale.grad.any()
     with torch.no_grad():
-        interaction.norm_expand.weight.sub_(interaction.norm_expand.weight.grad)
+        scale.sub_(scale.grad)
         assert not torch.allclose(interaction(queries, regions), interaction(-queries, regions))
 
 

@@ -27,7 +27,23 @@ class _Readout(nn.Module):
         return F.relu(self.norm(self.linear(regions.flatten(2))))
 
 
-class BottleneckInteraction(nn.Module):
+class _TwoFilters(nn.Module):
+    def __init__(self, channels: int, positions: int, dynamic_dim: int) -> None:
+        super().__init__()
+        self.filters = nn.Linear(channels, 2 * channels * dynamic_dim)
+        self.norm_reduce = nn.LayerNorm(dynamic_dim)
+        self.readout = _Readout(channels, positions)
+
+    def filtered(self, queries: Tensor, regions: Tensor) -> Tensor:
+        """Return the output of the second filter, (B, Q, P, C)."""
+        reduce, expand = self.filters(queries).chunk(2, dim=-1)
+        channels = queries.shape[-1]
+        regions = dynamic_conv(regions, reduce.unflatten(-1, (channels, -1)))
+        regions = F.relu(self.norm_reduce(regions))
+        return dynamic_conv(regions, expand.unflatten(-1, (-1, channels)))
+
+
+class BottleneckInteraction(_TwoFilters):
     """Two dynamic filters C → D → C, each followed by LayerNorm and ReLU.
 
     Args:
@@ -37,27 +53,15 @@ class BottleneckInteraction(nn.Module):
     """
 
     def __init__(self, channels: int, positions: int, dynamic_dim: int) -> None:
-        super().__init__()
-        self.filters = nn.Linear(channels, 2 * channels * dynamic_dim)
-        self.norm_reduce = nn.LayerNorm(dynamic_dim)
+        super().__init__(channels, positions, dynamic_dim)
         self.norm_expand = nn.LayerNorm(channels)
-        self.readout = _Readout(channels, positions)
 
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
         """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
-        return self.readout(F.relu(self.filtered(queries, regions)))
-
-    def filtered(self, queries: Tensor, regions: Tensor) -> Tensor:
-        """Return the normalised output of the second filter, (B, Q, P, C)."""
-        reduce, expand = self.filters(queries).chunk(2, dim=-1)
-        channels = queries.shape[-1]
-        regions = dynamic_conv(regions, reduce.unflatten(-1, (channels, -1)))
-        regions = F.relu(self.norm_reduce(regions))
-        regions = dynamic_conv(regions, expand.unflatten(-1, (-1, channels)))
-        return self.norm_expand(regions)
+        return self.readout(F.relu(self.norm_expand(self.filtered(queries, regions))))
 
 
-class ResidualInteraction(BottleneckInteraction):
+class ResidualInteraction(_TwoFilters):
     """The two dynamic filters as a residual branch: their output is added to the region.
 
     The scale of the last LayerNorm is initialised to 0, so the stage starts as a linear layer on
@@ -72,11 +76,12 @@ class ResidualInteraction(BottleneckInteraction):
 
     def __init__(self, channels: int, positions: int, dynamic_dim: int) -> None:
         super().__init__(channels, positions, dynamic_dim)
-        nn.init.zeros_(self.norm_expand.weight)
+        self.norm_branch = nn.LayerNorm(channels)
+        nn.init.zeros_(self.norm_branch.weight)
 
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
         """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
-        return self.readout(regions + self.filtered(queries, regions))
+        return self.readout(regions + self.norm_branch(self.filtered(queries, regions)))
 
 
 class SingleInteraction(nn.Module):

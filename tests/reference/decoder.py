@@ -39,9 +39,7 @@ def self_attention(queries: np.ndarray, weights: Weights, heads: int) -> np.ndar
     return linear(out, weights, "self_attention.out_proj")
 
 
-def interaction(
-    query: np.ndarray, region: np.ndarray, weights: Weights, residual: bool
-) -> np.ndarray:
+def interaction(query: np.ndarray, region: np.ndarray, weights: Weights) -> np.ndarray:
     """Filter the region (P, C) of one query (C,) (equations 10 and 11).
 
     The output of residual filters is added to the region, in place of the last ReLU.
@@ -54,8 +52,11 @@ def interaction(
         reduce = filters[: channels * width].reshape(channels, width)
         expand = filters[channels * width :].reshape(width, channels)
         region = relu(layer_norm(region @ reduce, weights, "interaction.norm_reduce"))
-        region = layer_norm(region @ expand, weights, "interaction.norm_expand")
-        region = original + region if residual else relu(region)
+        region = region @ expand
+        if "interaction.norm_branch.weight" in weights:
+            region = original + layer_norm(region, weights, "interaction.norm_branch")
+        else:
+            region = relu(layer_norm(region, weights, "interaction.norm_expand"))
     else:
         region = region @ filters.reshape(channels, channels)
         region = relu(layer_norm(region, weights, "interaction.norm"))
@@ -95,7 +96,6 @@ def decoder_stage(
     heads: int,
     bins: int,
     canonical_size: float,
-    residual: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Map queries (Q, C) and normalised boxes (Q, 4) to queries, logits and boxes."""
     height, width = image_size
@@ -113,7 +113,7 @@ def decoder_stage(
             ]
         )
         region = roi_align(levels, strides, corners, bins, canonical_size=canonical_size)
-        updates[index] = interaction(query, region, weights, residual)
+        updates[index] = interaction(query, region, weights)
     queries = layer_norm(queries + updates, weights, "norm_interaction")
     hidden = relu(linear(queries, weights, "ffn.0"))
     queries = layer_norm(queries + linear(hidden, weights, "ffn.3"), weights, "norm_ffn")
