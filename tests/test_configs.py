@@ -35,7 +35,6 @@ SHORT = {  # one of each system; the others take minutes together
     "SMCA/smca_R_50.yaml",
     "Sparse-RCNN/sparse_rcnn_R_50.yaml",
     "quickstart/pretrain.yaml",
-    "quickstart/pretrain_residual.yaml",
 }
 
 # The rows of the paper's Tables 1 (own method) and 2, by what they set under MODEL.
