@@ -170,6 +170,13 @@ _DETECTOR_KEYS = (
     ),
     Key(_DETECTOR + "DECODER", "DynamicDecoder", NAME, "A class of DECODER_REGISTRY."),
     Key(
+        _DETECTOR + "LOSS.CLASS_TARGET",
+        "one",
+        one_of("one", "iou"),
+        'Target of the class of a matched query: "one" as in the papers, or "iou" for the IoU of '
+        "its box and the object (varifocal loss); the focal head only.",
+    ),
+    Key(
         _DETECTOR + "LOSS.CLASS_WEIGHT",
         2.0,
         WEIGHT,
@@ -220,6 +227,13 @@ _DETECTOR_KEYS = (
         False,
         FLAG,
         "Compile the network with torch.compile; needs a C++ compiler on a CPU, Triton on a GPU.",
+    ),
+    Key(
+        _DETECTOR + "INFERENCE.NMS_THRESHOLD",
+        1.0,
+        number(0, 1, open_ends="("),
+        "Leave out a detection if a better one of its class overlaps it with a larger IoU. 1: no "
+        "non-maximum suppression, as in the papers; docs/learning.md.",
     ),
 )
 

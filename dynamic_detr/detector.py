@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
@@ -49,6 +50,8 @@ class SetDetector(nn.Module):
         cuda_graphs: number of input sizes with a CUDA graph of the network, for inference on a GPU;
             0 for no graphs. See `GraphCache`.
         compile_backend: backend of `torch.compile` for inference; None to run without compilation.
+        nms_threshold: IoU, in (0, 1], above which the worse of two boxes of the same class is left
+            out; 1 for no non-maximum suppression.
 
     Raises:
         ValueError: an argument is out of range, or names, channels or strides of the backbone's
@@ -72,6 +75,7 @@ class SetDetector(nn.Module):
         max_detections: int,
         cuda_graphs: int,
         compile_backend: str | None,
+        nms_threshold: float,
     ) -> None:
         super().__init__()
         check_arguments(
@@ -80,7 +84,9 @@ class SetDetector(nn.Module):
             num_classes=num_classes,
             class_head=class_head,
         )
-        check_arguments("MODEL.SET_DETECTOR.INFERENCE", cuda_graphs=cuda_graphs)
+        check_arguments(
+            "MODEL.SET_DETECTOR.INFERENCE", cuda_graphs=cuda_graphs, nms_threshold=nms_threshold
+        )
         shapes = backbone.output_shape()
         missing = [name for name in in_features if name not in shapes]
         if missing:
@@ -111,6 +117,7 @@ class SetDetector(nn.Module):
         self.max_detections = max_detections
         self.cuda_graphs = cuda_graphs
         self.compile_backend = compile_backend
+        self.nms_threshold = nms_threshold
         self._inference: Callable[[Tensor, Tensor], list[Prediction]] | None = None
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
@@ -143,6 +150,7 @@ class SetDetector(nn.Module):
             "max_detections": cfg.TEST.DETECTIONS_PER_IMAGE,
             "cuda_graphs": inference.CUDA_GRAPHS,
             "compile_backend": "inductor" if inference.COMPILE else None,
+            "nms_threshold": inference.NMS_THRESHOLD,
         }
 
     @property
@@ -272,10 +280,11 @@ class SetDetector(nn.Module):
         return list(zip(labels, boxes, strict=True))
 
     def to_instances(self, prediction: Prediction, sizes: list[tuple[int, int]]) -> list[Instances]:
-        """Return the best detections of each image, without non-maximum suppression.
+        """Return the best detections of each image.
 
         Boxes that are not finite or have no area within the image are left out. The host waits for
-        the device once, for the number of boxes of each image.
+        the device once, for the number of boxes of each image; and once for each image if there is
+        non-maximum suppression.
 
         Args:
             prediction: prediction of one stage.
@@ -302,7 +311,7 @@ class SetDetector(nn.Module):
         classes = index % num_classes
         # boxes to leave out have the score -1, so they are last
         counts = (scores >= 0).sum(dim=1).tolist()
-        return [
+        results = [
             Instances(
                 size,
                 pred_boxes=Boxes(boxes[image, :count]),
@@ -310,6 +319,16 @@ class SetDetector(nn.Module):
                 pred_classes=classes[image, :count],
             )
             for image, (size, count) in enumerate(zip(sizes, counts, strict=True))
+        ]
+        if self.nms_threshold == 1:
+            return results
+        return [
+            result[
+                batched_nms(
+                    result.pred_boxes.tensor, result.scores, result.pred_classes, self.nms_threshold
+                )
+            ]
+            for result in results
         ]
 
 

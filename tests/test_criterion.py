@@ -1,6 +1,7 @@
 """Set loss: values by hand, gradients, several processes, and boxes that are not valid."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from dynamic_detr import Prediction
-from dynamic_detr.losses import SetCriterion, generalized_iou
+from dynamic_detr.losses import SetCriterion, iou_and_generalized_iou
 
 Target = tuple[Tensor, Tensor]
 
@@ -65,6 +66,31 @@ class TestByHand:
         losses = set_criterion(class_head="softmax")([prediction], [target([1], [OBJECT])])
         expected = 2 * (math.log(2) + 0.1 * math.log(3)) / 1.1
         assert losses["loss_class"].item() == pytest.approx(expected)
+
+    def test_varifocal(self):
+        """The IoU is 1/3. The boxes get no gradient from the class loss."""
+        boxes = torch.tensor([BOXES], requires_grad=True)
+        prediction = Prediction(torch.tensor([[[0.0, 0.0], [0.0, 1.0]]]), boxes)
+        loss = set_criterion(class_target="iou")([prediction], [target([1], [OBJECT])])[
+            "loss_class"
+        ]
+        p = 1 / (1 + math.exp(-1))
+        positive = 1 / 3 * -(1 / 3 * math.log(p) + 2 / 3 * math.log(1 - p))
+        assert loss.item() == pytest.approx(2 * (positive + 3 * 0.75 * 0.25 * math.log(2)))
+        assert not loss.requires_grad
+
+    def test_varifocal_of_the_true_boxes(self):
+        """Their IoU is 1."""
+        prediction = replace(simple_prediction(), true_logits=torch.tensor([[[0.0, 1.0]]]))
+        losses = set_criterion(class_target="iou")([prediction], [target([1], [OBJECT])])
+        p = 1 / (1 + math.exp(-1))
+        expected = 2 * (-math.log(p) + 0.75 * 0.25 * math.log(2))
+        assert losses["loss_true_class"].item() == pytest.approx(expected)
+
+    def test_varifocal_needs_the_focal_head(self):
+        message = r"^MODEL\.SET_DETECTOR\.LOSS\.CLASS_TARGET 'iou' needs CLASS_HEAD 'focal'"
+        with pytest.raises(ValueError, match=message):
+            set_costs(class_target="iou", class_head="softmax")
 
     def test_weights(self):
         options = {"class_weight": 3.0, "l1_weight": 7.0, "giou_weight": 11.0}
@@ -263,7 +289,7 @@ class TestGradients:
                 classes[image, queries] = labels[found]
                 box, wanted = boxes[image, queries], wanted[found]
                 corners = (box_convert(b, "cxcywh", "xyxy") for b in (box, wanted))
-                overlap = generalized_iou(*corners)
+                overlap = iou_and_generalized_iou(*corners)[1]
                 total += 5 * (box - wanted).abs().sum() / objects
                 total += 2 * (1 - overlap).sum() / objects
             if class_head == "softmax":

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from reference.matching import cheapest_pairs, cost_matrix, giou
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 
 from dynamic_detr import Prediction
-from dynamic_detr.losses import HungarianMatcher, generalized_iou
+from dynamic_detr.losses import HungarianMatcher, iou_and_generalized_iou
 from dynamic_detr.losses.assignment import PendingAssignment
 
 
@@ -213,15 +213,16 @@ class TestGeneralizedIoU:
     )
     def test_by_hand(self, box, other, expected):
         box, other = torch.tensor(box).double(), torch.tensor(other).double()
-        assert generalized_iou(box, other).item() == pytest.approx(expected)
-        assert generalized_iou(other, box).item() == pytest.approx(expected)
+        assert iou_and_generalized_iou(box, other)[1].item() == pytest.approx(expected)
+        assert iou_and_generalized_iou(other, box)[1].item() == pytest.approx(expected)
 
     def test_equals_the_reference(self):
         boxes, others = random_boxes(6).double(), random_boxes(4).double()
         corners, other_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, others))
-        found = generalized_iou(corners[:, None], other_corners)
+        iou, found = iou_and_generalized_iou(corners[:, None], other_corners)
         expected = [[giou(a, b) for b in others.tolist()] for a in boxes.tolist()]
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))
+        torch.testing.assert_close(iou, box_iou(corners, other_corners))
 
     @given(
         st.lists(
@@ -233,7 +234,8 @@ class TestGeneralizedIoU:
     def test_is_between_minus_one_and_one(self, numbers):
         """Boxes may be empty, inverted or far outside the image."""
         box, other = torch.tensor(numbers).view(2, 4).requires_grad_().unbind()
-        found = generalized_iou(box, other)
+        iou, found = iou_and_generalized_iou(box, other)
+        assert 0 <= iou.item() <= 1.001
         assert -1.001 <= found.item() <= 1.001
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -242,12 +244,12 @@ class TestGeneralizedIoU:
         for index in range(4):
             box = torch.tensor([0.2, 0.2, 0.6, 0.6])
             box[index] = bad
-            found = generalized_iou(box, other).item()
+            found = iou_and_generalized_iou(box, other)[1].item()
             assert not abs(found) > 1.001
-        assert generalized_iou(torch.full((4,), torch.nan), other).isnan()
+        assert iou_and_generalized_iou(torch.full((4,), torch.nan), other)[1].isnan()
 
     def test_gradient_of_distant_boxes(self):
         box = torch.tensor([0.0, 0.0, 1.0, 1.0], requires_grad=True)
-        generalized_iou(box, torch.tensor([5.0, 0.0, 6.0, 1.0])).backward()
+        iou_and_generalized_iou(box, torch.tensor([5.0, 0.0, 6.0, 1.0]))[1].backward()
         assert box.grad[2] > 0
         assert box.grad.isfinite().all()

@@ -1,4 +1,4 @@
-"""Generalised IoU for the matcher and the box loss.
+"""IoU and generalised IoU for the matcher, the box loss and the varifocal loss.
 
 The losses of torchvision and fvcore index with boolean masks, which synchronises with the GPU, and
 fvcore's asserts ordered corners.
@@ -7,11 +7,11 @@ fvcore's asserts ordered corners.
 import torch
 from torch import Tensor
 
-__all__ = ["generalized_iou"]
+__all__ = ["iou_and_generalized_iou"]
 
 
-def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Return the generalised intersection over union of broadcastable boxes.
+def iou_and_generalized_iou(boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the intersection over union of broadcastable boxes, plain and generalised.
 
     Empty and inverted boxes are valid input. Boxes that are not finite may give NaN and raise no
     error, so the trainer can stop a diverging run.
@@ -21,7 +21,7 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
         others: (..., 4) corners.
 
     Returns:
-        (...) in [-1, 1].
+        (...) in [0, 1], and (...) in [-1, 1].
     """
     tiny = torch.finfo(boxes.dtype).tiny
     low, high = boxes[..., :2], torch.maximum(boxes[..., :2], boxes[..., 2:])
@@ -32,4 +32,5 @@ def generalized_iou(boxes: Tensor, others: Tensor) -> Tensor:
     intersection = overlap.clamp(min=0).prod(dim=-1)
     union = area + other_area - intersection
     hull = (torch.maximum(high, other_high) - torch.minimum(low, other_low)).prod(dim=-1)
-    return intersection / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+    iou = intersection / union.clamp(min=tiny)
+    return iou, iou - (hull - union) / hull.clamp(min=tiny)

@@ -1,4 +1,4 @@
-"""Class loss and class cost of sigmoid logits (focal loss) and softmax logits (cross-entropy).
+"""Class loss and class cost of sigmoid logits (focal losses) and softmax logits (cross-entropy).
 
 The loss is computed in two parts. `negatives` treats every query as unmatched, so it does not
 depend on the matching. `total` then replaces the terms of the matched queries.
@@ -6,11 +6,12 @@ depend on the matching. `total` then replaces the terms of the matched queries.
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .focal import focal_negative, focal_positive
 
-__all__ = ["ClassLoss", "FocalClassLoss", "SoftmaxClassLoss"]
+__all__ = ["ClassLoss", "FocalClassLoss", "SoftmaxClassLoss", "VarifocalClassLoss"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,13 @@ class FocalClassLoss:
         """Return the loss of each logit if no query matches, (S, B, Q, K)."""
         return focal_negative(entries, self.alpha, self.gamma)
 
-    def total(self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def positives(self, logits: Tensor, ious: Tensor) -> Tensor:
+        """Return the loss of the logits of the true classes, in the shape of both arguments."""
+        return focal_positive(logits, self.alpha, self.gamma)
+
+    def total(
+        self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor
+    ) -> Tensor:
         """Return the sums over images and queries, (S,).
 
         Args:
@@ -46,9 +53,9 @@ class FocalClassLoss:
             negatives: (S, B, Q, K), from `negatives`.
             rows: (S, M) int64, matched queries, see `PendingAssignment.wait`.
             labels: (S, M) int64, classes of the matched objects.
+            ious: (S, M), IoU of the boxes of the matched queries and objects.
         """
-        matched = entries.flatten(0, 2)[rows, labels]
-        positives = focal_positive(matched, self.alpha, self.gamma)
+        positives = self.positives(entries.flatten(0, 2)[rows, labels], ious.detach())
         place = rows * entries.shape[-1] + labels
         return negatives.flatten().index_put((place,), positives).view_as(negatives).sum((1, 2, 3))
 
@@ -61,6 +68,19 @@ class FocalClassLoss:
             queries: number of valid queries in the batch, at most B · Q.
         """
         return objects
+
+
+@dataclass(frozen=True)
+class VarifocalClassLoss(FocalClassLoss):
+    """Focal loss whose target for a matched query is the IoU q of its box with the object.
+
+    The loss of the query is q times the binary cross-entropy of the target q. Those of other
+    queries, and the matching cost, are as in the focal loss. (VarifocalNet, arXiv 2008.13367,
+    equation 2; not in the paper)
+    """
+
+    def positives(self, logits: Tensor, ious: Tensor) -> Tensor:
+        return ious * F.binary_cross_entropy_with_logits(logits, ious, reduction="none")
 
 
 @dataclass(frozen=True)
@@ -85,7 +105,9 @@ class SoftmaxClassLoss:
         """Return the loss of each query if no query matches, (S, B, Q)."""
         return -self.no_object_weight * entries[..., -1]
 
-    def total(self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def total(
+        self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor
+    ) -> Tensor:
         """Return the sums over images and queries, (S,); see `FocalClassLoss.total`."""
         matched = -entries.flatten(0, 2)[rows, labels]
         return negatives.flatten().index_put((rows,), matched).view_as(negatives).sum((1, 2))

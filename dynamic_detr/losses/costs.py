@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision.ops import box_convert
 
 from ..config import check_arguments
-from .boxes import generalized_iou
-from .class_loss import ClassLoss, FocalClassLoss, SoftmaxClassLoss
+from .boxes import iou_and_generalized_iou
+from .class_loss import ClassLoss, FocalClassLoss, SoftmaxClassLoss, VarifocalClassLoss
 
 __all__ = ["SetCosts"]
 
@@ -19,6 +19,7 @@ class SetCosts:
 
     Args:
         class_head: "focal" or "softmax".
+        class_target: target of a matched query, "one" or "iou", see `VarifocalClassLoss`.
         class_weight: weight of the class loss.
         l1_weight: weight of the L1 loss.
         giou_weight: weight of the GIoU loss.
@@ -28,10 +29,12 @@ class SetCosts:
         no_object_weight: weight of "no object" in the cross-entropy.
 
     Raises:
-        ValueError: a value is out of the range of its key in `MODEL.SET_DETECTOR`.
+        ValueError: a value is out of the range of its key in `MODEL.SET_DETECTOR`, or the target
+            is "iou" and the head is not "focal".
     """
 
     class_head: str
+    class_target: str
     class_weight: float
     l1_weight: float
     giou_weight: float
@@ -44,6 +47,11 @@ class SetCosts:
         fields = dict(vars(self))
         check_arguments("MODEL.SET_DETECTOR", class_head=fields.pop("class_head"))
         check_arguments("MODEL.SET_DETECTOR.LOSS", **fields)
+        if self.class_target == "iou" and self.class_head != "focal":
+            raise ValueError(
+                f"MODEL.SET_DETECTOR.LOSS.CLASS_TARGET 'iou' needs CLASS_HEAD 'focal', not "
+                f"{self.class_head!r}."
+            )
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "SetCosts":
@@ -57,18 +65,20 @@ class SetCosts:
         """Return the class loss of the class head."""
         if self.class_head == "softmax":
             return SoftmaxClassLoss(self.no_object_weight)
-        return FocalClassLoss(self.focal_alpha, self.focal_gamma)
+        loss = VarifocalClassLoss if self.class_target == "iou" else FocalClassLoss
+        return loss(self.focal_alpha, self.focal_gamma)
 
-    def box_losses(self, boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the unweighted box losses of broadcastable boxes.
+    def box_losses(self, boxes: Tensor, others: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the unweighted box losses of broadcastable boxes, and their IoU.
 
         Args:
             boxes: (..., 4) cx, cy, w, h, normalised.
             others: (..., 4) cx, cy, w, h, normalised.
 
         Returns:
-            L1 summed over the coordinates, and 1 - GIoU: (...) each.
+            L1 summed over the coordinates, 1 - GIoU, and the IoU: (...) each.
         """
         corners, other_corners = (box_convert(b, "cxcywh", "xyxy") for b in (boxes, others))
         difference = corners - other_corners if self.l1_format == "xyxy" else boxes - others
-        return difference.abs().sum(dim=-1), 1 - generalized_iou(corners, other_corners)
+        iou, giou = iou_and_generalized_iou(corners, other_corners)
+        return difference.abs().sum(dim=-1), 1 - giou, iou

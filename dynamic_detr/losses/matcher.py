@@ -55,7 +55,7 @@ class HungarianMatcher(nn.Module):
         image = to_device(image, logits.device)
         # gather the predictions for each object, instead of padding objects to the largest count
         pred_boxes = pred_boxes.float().transpose(0, 1)[image]  # (T, S, Q, 4)
-        l1, giou_loss = self.costs.box_losses(pred_boxes, boxes.float()[:, None, None])
+        l1, giou_loss, _ = self.costs.box_losses(pred_boxes, boxes.float()[:, None, None])
         cost = (
             self.costs.class_weight * self._class_cost(logits.float(), image, labels)
             + self.costs.l1_weight * l1
