@@ -80,11 +80,11 @@ class TestByHand:
         assert not loss.requires_grad
 
     def test_varifocal_of_the_true_boxes(self):
-        """Their IoU is 1."""
+        """It is the focal loss: with the binary cross-entropy the boxes learn more slowly."""
         prediction = replace(simple_prediction(), true_logits=torch.tensor([[[0.0, 1.0]]]))
         losses = set_criterion(class_target="iou")([prediction], [target([1], [OBJECT])])
         p = 1 / (1 + math.exp(-1))
-        expected = 2 * (-math.log(p) + 0.75 * 0.25 * math.log(2))
+        expected = 2 * (0.25 * (1 - p) ** 2 * -math.log(p) + 0.75 * 0.25 * math.log(2))
         assert losses["loss_true_class"].item() == pytest.approx(expected)
 
     def test_varifocal_needs_the_focal_head(self):

@@ -39,12 +39,12 @@ class FocalClassLoss:
         """Return the loss of each logit if no query matches, (S, B, Q, K)."""
         return focal_negative(entries, self.alpha, self.gamma)
 
-    def positives(self, logits: Tensor, ious: Tensor) -> Tensor:
-        """Return the loss of the logits of the true classes, in the shape of both arguments."""
+    def positives(self, logits: Tensor, ious: Tensor | None) -> Tensor:
+        """Return the loss of the logits of the true classes, in the shape of the arguments."""
         return focal_positive(logits, self.alpha, self.gamma)
 
     def total(
-        self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor
+        self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None
     ) -> Tensor:
         """Return the sums over images and queries, (S,).
 
@@ -53,9 +53,10 @@ class FocalClassLoss:
             negatives: (S, B, Q, K), from `negatives`.
             rows: (S, M) int64, matched queries, see `PendingAssignment.wait`.
             labels: (S, M) int64, classes of the matched objects.
-            ious: (S, M), IoU of the boxes of the matched queries and objects.
+            ious: (S, M), IoU of the boxes of the matched queries and objects, without gradient;
+                None if the boxes are those of the objects.
         """
-        positives = self.positives(entries.flatten(0, 2)[rows, labels], ious.detach())
+        positives = self.positives(entries.flatten(0, 2)[rows, labels], ious)
         place = rows * entries.shape[-1] + labels
         return negatives.flatten().index_put((place,), positives).view_as(negatives).sum((1, 2, 3))
 
@@ -75,11 +76,13 @@ class VarifocalClassLoss(FocalClassLoss):
     """Focal loss whose target for a matched query is the IoU q of its box with the object.
 
     The loss of the query is q times the binary cross-entropy of the target q. Those of other
-    queries, and the matching cost, are as in the focal loss. (VarifocalNet, arXiv 2008.13367,
-    equation 2; not in the paper)
+    queries and of true boxes, and the matching cost, are as in the focal loss. (VarifocalNet, arXiv
+    2008.13367, equation 2; not in the paper)
     """
 
-    def positives(self, logits: Tensor, ious: Tensor) -> Tensor:
+    def positives(self, logits: Tensor, ious: Tensor | None) -> Tensor:
+        if ious is None:
+            return super().positives(logits, None)
         return ious * F.binary_cross_entropy_with_logits(logits, ious, reduction="none")
 
 
@@ -106,7 +109,7 @@ class SoftmaxClassLoss:
         return -self.no_object_weight * entries[..., -1]
 
     def total(
-        self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor
+        self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None
     ) -> Tensor:
         """Return the sums over images and queries, (S,); see `FocalClassLoss.total`."""
         matched = -entries.flatten(0, 2)[rows, labels]

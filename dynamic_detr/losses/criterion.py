@@ -132,7 +132,9 @@ class SetCriterion(nn.Module):
         """
         entries, negatives, logits_zero, boxes_zero = parts
         l1, giou_loss, ious = self.costs.box_losses(group.boxes.flatten(0, 2)[rows], boxes)
-        classes = self.costs.class_loss.total(entries, negatives, rows, group.labels[matched], ious)
+        classes = self.costs.class_loss.total(
+            entries, negatives, rows, group.labels[matched], ious.detach()
+        )
         weighted = {
             "class": self.costs.class_weight / class_total * (classes + logits_zero),
             "l1": self.costs.l1_weight / objects * (l1.sum(dim=1) + boxes_zero),
@@ -177,7 +179,7 @@ class SetCriterion(nn.Module):
             self.costs.class_loss.negatives(entries),
             matched.view(len(stages), -1),
             labels.expand(len(stages), -1),
-            entries.new_ones(len(stages), len(rows)),
+            None,
         )
         losses = self.costs.class_weight / objects * losses
         return {f"loss_true_class{s}": x for s, x in zip(stages, losses.unbind(), strict=True)}
