@@ -173,8 +173,8 @@ _DETECTOR_KEYS = (
         _DETECTOR + "LOSS.CLASS_TARGET",
         "one",
         one_of("one", "iou"),
-        'Target of the class of a matched query: "one" as in the papers, or "iou" for the IoU of '
-        "its box and the object (varifocal loss); the focal head only.",
+        'Target of a matched query for the class of its object: "one" for 1, as in the papers, or '
+        '"iou" for the IoU of its box with the object (varifocal loss; needs CLASS_HEAD "focal").',
     ),
     Key(
         _DETECTOR + "LOSS.CLASS_WEIGHT",
@@ -188,7 +188,7 @@ _DETECTOR_KEYS = (
         _DETECTOR + "LOSS.FOCAL_ALPHA",
         0.25,
         number(0, 1),
-        "Weight of positives in the focal loss.",
+        'Weight of positives in the focal loss; with CLASS_TARGET "iou", of true boxes only.',
     ),
     Key(_DETECTOR + "LOSS.FOCAL_GAMMA", 2.0, WEIGHT, "Exponent of the focal loss."),
     Key(
@@ -232,8 +232,8 @@ _DETECTOR_KEYS = (
         _DETECTOR + "INFERENCE.NMS_THRESHOLD",
         1.0,
         number(0, 1, open_ends="("),
-        "Leave out a detection if a better one of its class overlaps it with a larger IoU. 1: no "
-        "non-maximum suppression, as in the papers; docs/learning.md.",
+        "Of the TEST.DETECTIONS_PER_IMAGE best detections, leave out those whose IoU with a better "
+        "one of the same class is larger. 1: no non-maximum suppression, as in the papers.",
     ),
 )
 

@@ -50,7 +50,7 @@ class SetDetector(nn.Module):
         cuda_graphs: number of input sizes with a CUDA graph of the network, for inference on a GPU;
             0 for no graphs. See `GraphCache`.
         compile_backend: backend of `torch.compile` for inference; None to run without compilation.
-        nms_threshold: IoU, in (0, 1], above which the worse of two boxes of the same class is left
+        nms_threshold: IoU, in (0, 1], above which the lower-scoring of two boxes of a class is left
             out; 1 for no non-maximum suppression.
 
     Raises:
@@ -280,11 +280,11 @@ class SetDetector(nn.Module):
         return list(zip(labels, boxes, strict=True))
 
     def to_instances(self, prediction: Prediction, sizes: list[tuple[int, int]]) -> list[Instances]:
-        """Return the best detections of each image.
+        """Return the best detections of each image, after non-maximum suppression if there is any.
 
         Boxes that are not finite or have no area within the image are left out. The host waits for
-        the device once, for the number of boxes of each image; and once for each image if there is
-        non-maximum suppression.
+        the device once, for the number of boxes of each image, and with non-maximum suppression
+        once more for each image.
 
         Args:
             prediction: prediction of one stage.

@@ -12,10 +12,11 @@ from helpers import set_costs, set_criterion, small_config
 from reference.matching import cheapest_pairs, cost_matrix, focal, giou, l1
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 
 from dynamic_detr import Prediction
 from dynamic_detr.losses import SetCriterion, iou_and_generalized_iou
+from dynamic_detr.losses.class_loss import VarifocalClassLoss
 
 Target = tuple[Tensor, Tensor]
 
@@ -261,10 +262,11 @@ class TestBadBoxes:
         ids=str,
     )
     @pytest.mark.parametrize("size", [0.2, 1 / 1333])
-    def test_degenerate_boxes_give_finite_losses_and_gradients(self, box, size):
+    @pytest.mark.parametrize("class_target", ["one", "iou"])
+    def test_degenerate_boxes_give_finite_losses_and_gradients(self, box, size, class_target):
         boxes = torch.tensor([[box, box]], requires_grad=True)
         logits = torch.zeros(1, 2, 2, requires_grad=True)
-        losses = set_criterion()(
+        losses = set_criterion(class_target=class_target)(
             [Prediction(logits, boxes)], [target([1], [[0.4, 0.5, size, size]])]
         )
         sum(losses.values()).backward()
@@ -277,22 +279,24 @@ class TestGradients:
     """Gradients against a loss written stage by stage, with fvcore's focal loss."""
 
     @staticmethod
-    def plain(class_head: str, predictions, targets, matches) -> Tensor:
+    def plain(class_loss: str, predictions, targets, matches) -> Tensor:
         """Return the sum of all losses; `matches` are (queries, objects) by stage and image."""
         objects = max(sum(len(labels) for labels, _ in targets), 1)
         total = 0.0
         for prediction, pairs in zip(predictions, matches, strict=True):
             logits, boxes = prediction.pred_logits, prediction.pred_boxes
-            classes = torch.full(logits.shape[:2], logits.shape[2] - (class_head == "softmax"))
+            classes = torch.full(logits.shape[:2], logits.shape[2] - (class_loss == "softmax"))
+            ious = torch.zeros(logits.shape[:2])
             for image, (queries, found) in enumerate(pairs):
                 labels, wanted = targets[image]
                 classes[image, queries] = labels[found]
                 box, wanted = boxes[image, queries], wanted[found]
-                corners = (box_convert(b, "cxcywh", "xyxy") for b in (box, wanted))
+                corners = [box_convert(b, "cxcywh", "xyxy") for b in (box, wanted)]
                 overlap = iou_and_generalized_iou(*corners)[1]
+                ious[image, queries] = box_iou(*corners).diag().detach()
                 total += 5 * (box - wanted).abs().sum() / objects
                 total += 2 * (1 - overlap).sum() / objects
-            if class_head == "softmax":
+            if class_loss == "softmax":
                 weight = torch.tensor([1.0] * (logits.shape[2] - 1) + [0.1])
                 costs = F.cross_entropy(
                     logits.flatten(0, 1), classes.flatten(), weight, reduction="sum"
@@ -300,22 +304,32 @@ class TestGradients:
                 total += 2 * costs / max(weight[classes].sum().item(), 1)
             else:
                 one_hot = F.one_hot(classes, logits.shape[2] + 1)[..., :-1].float()
-                total += 2 * sigmoid_focal_loss(logits, one_hot, 0.25, 2, "sum") / objects
+                costs = sigmoid_focal_loss(logits, one_hot, 0.25, 2)
+                if class_loss == "varifocal":
+                    quality = ious[..., None].expand_as(logits)
+                    varifocal = F.binary_cross_entropy_with_logits(
+                        logits, quality, weight=quality, reduction="none"
+                    )
+                    costs = torch.where(one_hot > 0, varifocal, costs)
+                total += 2 * costs.sum() / objects
         return total
 
-    @pytest.mark.parametrize("class_head", ["focal", "softmax"])
+    @pytest.mark.parametrize("class_loss", ["focal", "varifocal", "softmax"])
     @pytest.mark.parametrize("counts", [[2, 0, 6], [1], [0, 0]], ids=str)
-    def test_equal_the_plain_loss(self, class_head, counts):
+    def test_equal_the_plain_loss(self, class_loss, counts):
         stages, queries, classes = 3, 4, 5
         shape = (stages, len(counts), queries)
-        logits = (torch.randn(*shape, classes + (class_head == "softmax")) * 3).requires_grad_()
+        logits = (torch.randn(*shape, classes + (class_loss == "softmax")) * 3).requires_grad_()
         boxes = (torch.rand(*shape, 4) * 0.4 + 0.1).requires_grad_()
         predictions = [Prediction(*pair) for pair in zip(logits, boxes, strict=True)]
         targets = [
             (torch.randint(0, classes, (count,)), torch.rand(count, 4) * 0.4 + 0.1)
             for count in counts
         ]
-        loss = set_criterion(class_head=class_head)
+        loss = set_criterion(
+            class_head="softmax" if class_loss == "softmax" else "focal",
+            class_target="iou" if class_loss == "varifocal" else "one",
+        )
         total = sum(loss(predictions, targets).values())
         found = torch.autograd.grad(total, (logits, boxes))
 
@@ -325,7 +339,7 @@ class TestGradients:
             [linear_sum_assignment(cost.T.numpy()) for cost in costs[:, stage].split(counts)]
             for stage in range(stages)
         ]
-        expected = self.plain(class_head, predictions, targets, matches)
+        expected = self.plain(class_loss, predictions, targets, matches)
         torch.testing.assert_close(total, expected)
         if sum(counts):
             grads = torch.autograd.grad(expected, (logits, boxes))
@@ -399,6 +413,12 @@ def test_groups_of_stages_are_independent():
             torch.testing.assert_close(losses[f"{name}{suffix}"], value)
     assert len(losses) == 3 * len(predictions)
     assert list(losses)[:3] == ["loss_class_proposals", "loss_l1_proposals", "loss_giou_proposals"]
+
+
+def test_config_sets_the_class_target():
+    costs = SetCriterion.from_config(small_config(LOSS__CLASS_TARGET="iou")).costs
+    assert isinstance(costs.class_loss, VarifocalClassLoss)
+    assert costs == set_costs(class_target="iou")
 
 
 def test_config_reaches_the_criterion():

@@ -178,17 +178,18 @@ class TestInference:
 
     @pytest.mark.parametrize(("threshold", "kept"), [(1.0, 4), (0.7, 4), (0.5, 3), (0.2, 2)])
     def test_non_maximum_suppression_by_hand(self, threshold, kept):
-        """The IoUs with the best box are 0.6 and 1/3; the last box has another class."""
+        """IoUs with the best box are 0.6 and 1/3; the fourth box has another class."""
         model = small_model(NUM_CLASSES=2, INFERENCE__NMS_THRESHOLD=threshold)
         logits = torch.full((1, 5, 2), -math.inf)
         logits[0, :3, 0], logits[0, 3, 1], logits[0, 4, 0] = torch.tensor([1.0, 3, 2]), 2.5, 9.0
         centers = [[0.6, 0.4], [0.5, 0.4], [0.7, 0.4], [0.5, 0.4], [torch.nan, 0.4]]
         boxes = torch.cat([torch.tensor([centers]), torch.full((1, 5, 2), 0.4)], dim=2)
-        twice = Prediction(logits.repeat(2, 1, 1), boxes.repeat(2, 1, 1))
-        for result in model.to_instances(twice, [(50, 50)] * 2):
-            found = result[result.scores > 0]
-            assert len(found) == kept
-            assert found.scores[:2].tolist() == torch.tensor([3.0, 2.5]).sigmoid().tolist()
+        nothing = torch.full_like(boxes, torch.nan)
+        prediction = Prediction(logits.repeat(2, 1, 1), torch.cat([boxes, nothing]))
+        first, second = model.to_instances(prediction, [(50, 50)] * 2)
+        found = first[first.scores > 0]
+        assert found.scores.logit().tolist() == pytest.approx([3, 2.5, 2, 1][:kept], rel=1e-5)
+        assert len(second) == 0
 
     def test_no_object_is_no_detection(self):
         model = small_model(CLASS_HEAD="softmax", NUM_CLASSES=2)

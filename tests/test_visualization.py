@@ -308,6 +308,16 @@ def test_followed_queries_are_limited_and_finite():
     assert sorted(followed[0].queries.tolist()) == [0, 2, 3]  # query 1 has boxes of NaN
 
 
+@pytest.mark.parametrize(("threshold", "kept"), [(1.0, [1, 0, 2]), (0.7, [1, 0, 2]), (0.5, [1, 2])])
+def test_duplicates_are_not_followed(threshold, kept):
+    """Query 0 has the class of query 1 and an IoU of 0.6; query 2 has another class."""
+    logits = torch.tensor([[[1.0, 0.0], [3.0, 0.0], [0.0, 0.5]]])
+    boxes = torch.tensor([[[0.6, 0.4, 0.4, 0.4], [0.5, 0.4, 0.4, 0.4], [0.5, 0.4, 0.4, 0.4]]])
+    prediction = Prediction(logits, boxes)
+    stages = follow_queries([prediction] * 2, (50, 90), "focal", nms_threshold=threshold)
+    assert [stage.queries.tolist() for stage in stages] == [kept] * 2
+
+
 def test_softmax_leaves_out_no_object():
     logits = torch.tensor([[[0.0, 3.0, 0.0], [0.0, 0.0, 9.0]]])
     prediction = Prediction(logits, torch.full((1, 2, 4), 0.5))

@@ -276,7 +276,13 @@ class Detector:
         """
         require_stages(type(self.model).__name__)
         _, predictions = self.model.predict([self._input(image)])
-        return follow_queries(predictions, image.shape[:2], self.model.class_head, threshold)
+        return follow_queries(
+            predictions,
+            image.shape[:2],
+            self.model.class_head,
+            threshold,
+            nms_threshold=self.model.nms_threshold,
+        )
 
     def class_indices(self, names: Sequence[str]) -> set[int]:
         """Return the indices of classes.

@@ -19,7 +19,7 @@ class FocalClassLoss:
     """Focal loss of K independent sigmoid logits.
 
     Args:
-        alpha: weight of positives, in [0, 1].
+        alpha: weight of positives, in [0, 1]; that of negatives is 1 - alpha.
         gamma: exponent.
     """
 
@@ -40,7 +40,10 @@ class FocalClassLoss:
         return focal_negative(entries, self.alpha, self.gamma)
 
     def positives(self, logits: Tensor, ious: Tensor | None) -> Tensor:
-        """Return the loss of the logits of the true classes, in the shape of the arguments."""
+        """Return the loss of the logits of the true classes, in the shape of the logits.
+
+        See `total` for the IoUs; this loss does not depend on them.
+        """
         return focal_positive(logits, self.alpha, self.gamma)
 
     def total(
@@ -75,9 +78,10 @@ class FocalClassLoss:
 class VarifocalClassLoss(FocalClassLoss):
     """Focal loss whose target for a matched query is the IoU q of its box with the object.
 
-    The loss of the query is q times the binary cross-entropy of the target q. Those of other
-    queries and of true boxes, and the matching cost, are as in the focal loss. (VarifocalNet, arXiv
-    2008.13367, equation 2; not in the paper)
+    The loss of the logit of the true class is q times its binary cross-entropy with the target q.
+    The other logits, true boxes and the matching cost are as in the focal loss. (After equation 2
+    of VarifocalNet, arXiv 2008.13367; there, q = 0 gives the loss of negatives, and here no loss.
+    This is not in the paper.)
     """
 
     def positives(self, logits: Tensor, ious: Tensor | None) -> Tensor:

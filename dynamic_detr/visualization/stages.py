@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
 
 from ..layers import class_scores
@@ -26,6 +27,7 @@ def follow_queries(
     class_head: str,
     threshold: float = 0.5,
     limit: int = MAX_QUERIES,
+    nms_threshold: float = 1.0,
 ) -> list[Instances]:
     """Return the same queries at every stage, selected by their score at the last stage.
 
@@ -35,6 +37,8 @@ def follow_queries(
         class_head: "focal" (K sigmoids) or "softmax" (K classes and "no object").
         threshold: minimum score at the last stage.
         limit: largest number of queries.
+        nms_threshold: IoU at the last stage above which the lower-scoring of two queries of the
+            same class is left out; 1 for no non-maximum suppression.
 
     Returns:
         N instances per stage, in the order of their scores at the last stage, with queries
@@ -51,8 +55,14 @@ def follow_queries(
         stages.append((best.cpu(), classes.cpu(), boxes))
         finite = finite & boxes.isfinite().all(dim=-1)
     final = stages[-1][0].masked_fill(~finite, -1)
-    queries = final.argsort(descending=True)[:limit]
+    queries = final.argsort(descending=True)
     queries = queries[final[queries] >= threshold]
+    if nms_threshold < 1:
+        _, classes, boxes = stages[-1]
+        corners = box_cxcywh_to_xyxy(boxes[queries])
+        kept = batched_nms(corners, final[queries], classes[queries], nms_threshold)
+        queries = queries[kept]
+    queries = queries[:limit]
     height, width = image_size
     size = torch.tensor([width, height, width, height])
     followed = []

@@ -10,9 +10,9 @@ The first configuration, with the keys of the command line, sets
   ResNet of the same size. If they are the weights of a trained detector, only those of its backbone
   are used.
 
-Each detector keeps its optimiser with weight decay, gradient clipping and multipliers of the
-learning rate. The learning rate of its recipe is scaled from the recipe's batch size to that of the
-comparison: linearly for SGD, by the square root for AdamW.
+Each detector keeps its non-maximum suppression, and its optimiser with weight decay, gradient
+clipping and multipliers of the learning rate. The learning rate of its recipe is scaled from the
+recipe's batch size to that of the comparison: linearly for SGD, by the square root for AdamW.
 """
 
 import math
