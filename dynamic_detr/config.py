@@ -188,7 +188,8 @@ _DETECTOR_KEYS = (
         _DETECTOR + "LOSS.FOCAL_ALPHA",
         0.25,
         number(0, 1),
-        'Weight of positives in the focal loss; with CLASS_TARGET "iou", of true boxes only.',
+        "Weight of positives in the focal loss and cost; negatives have 1 minus it. The loss of "
+        'matched queries with CLASS_TARGET "iou" does not use it.',
     ),
     Key(_DETECTOR + "LOSS.FOCAL_GAMMA", 2.0, WEIGHT, "Exponent of the focal loss."),
     Key(
@@ -233,7 +234,7 @@ _DETECTOR_KEYS = (
         1.0,
         number(0, 1, open_ends="("),
         "Of the TEST.DETECTIONS_PER_IMAGE best detections, leave out those whose IoU with a better "
-        "one of the same class is larger. 1: no non-maximum suppression, as in the papers.",
+        "one of the same class is larger. 1.0: no non-maximum suppression, as in the papers.",
     ),
 )
 

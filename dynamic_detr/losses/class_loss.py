@@ -115,7 +115,10 @@ class SoftmaxClassLoss:
     def total(
         self, entries: Tensor, negatives: Tensor, rows: Tensor, labels: Tensor, ious: Tensor | None
     ) -> Tensor:
-        """Return the sums over images and queries, (S,); see `FocalClassLoss.total`."""
+        """Return the sums over images and queries, (S,), without the IoUs.
+
+        See `FocalClassLoss.total`.
+        """
         matched = -entries.flatten(0, 2)[rows, labels]
         return negatives.flatten().index_put((rows,), matched).view_as(negatives).sum((1, 2))
 
