@@ -43,7 +43,7 @@ format: $(READY) ## apply formatting and the safe fixes of the linter
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-pretrain: $(READY) ## train a detector such as the shipped one from scratch, or continue its training
+pretrain: $(READY) ## train the shipped detector from scratch, or continue its training
 	$(BIN)/python tools/make_scenes.py
 	$(BIN)/python train_net.py --config-file configs/quickstart/pretrain.yaml \
 	    --num-processes 2 --resume

@@ -180,7 +180,13 @@ _DETECTOR_KEYS = (
         _DETECTOR + "LOSS.CLASS_WEIGHT",
         2.0,
         WEIGHT,
-        "Weight of the class loss and of the class cost in the matching.",
+        "Weight of the class loss and of the class cost in the matching (CLASS_COST_FACTOR).",
+    ),
+    Key(
+        _DETECTOR + "LOSS.CLASS_COST_FACTOR",
+        1.0,
+        WEIGHT,
+        "The weight of the class cost in the matching is CLASS_WEIGHT times this.",
     ),
     Key(_DETECTOR + "LOSS.L1_WEIGHT", 5.0, WEIGHT, "Weight of the L1 loss and cost of the boxes."),
     Key(_DETECTOR + "LOSS.GIOU_WEIGHT", 2.0, WEIGHT, "Weight of the GIoU loss and cost."),
@@ -341,6 +347,13 @@ _DYNAMIC_DECODER_KEYS = (
         FLAG,
         "In training, each stage also classifies the regions of the true boxes, which does not "
         "depend on the predicted boxes; not in the paper.",
+    ),
+    Key(
+        _DECODER + "NOISED_BOXES",
+        0,
+        whole(0),
+        "In training, each stage also refines this number of noised copies of the true boxes of "
+        "each image, as in DN-DETR; not in the paper.",
     ),
     Key(
         _DECODER + "INITIAL_BOXES",

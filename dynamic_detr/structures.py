@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-__all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh"]
+__all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "copied_objects"]
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,8 @@ class Prediction:
         valid_mask: (B, Q) bool, False for predictions of the padding. None if there are none.
         true_logits: (B, T, K) or (B, T, K + 1), in training the logits of the true boxes of each
             image, padded to the largest number T. None if they are not classified.
+        noised_boxes: (B, N, 4) cx, cy, w, h, normalised, in training the refined boxes of N noised
+            copies of the true boxes of each image, see `copied_objects`. None without copies.
     """
 
     pred_logits: Tensor
@@ -242,6 +244,19 @@ class Prediction:
     is_proposal: bool = False
     valid_mask: Tensor | None = None
     true_logits: Tensor | None = None
+    noised_boxes: Tensor | None = None
+
+
+def copied_objects(counts: Sequence[int], copies: int) -> Tensor:
+    """Return the object of each copy: (B, N) int64 in [0, T_b), and 0 for an image without objects.
+
+    The objects of an image have equal shares of its copies. If T_b > N, some objects have none.
+
+    Args:
+        counts: number of objects T_b of each of B images.
+        copies: N.
+    """
+    return torch.arange(copies) * torch.tensor(counts)[:, None] // max(copies, 1)
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from dynamic_detr import DECODER_REGISTRY, ENCODER_REGISTRY, Pyramid, add_dynamic_detr_config
 from dynamic_detr.cli.launch import launch
+from dynamic_detr.decoders import denoising
 from dynamic_detr.engine.build import distribute
 from dynamic_detr.losses import SetCriterion
 
@@ -88,7 +89,7 @@ DECODERS = [
     Row("DynamicDecoder"),
     Row("DynamicDecoder", {"DYNAMIC_FILTER": "residual"}),
     Row("DynamicDecoder", {"DYNAMIC_FILTER": "single"}),
-    Row("DynamicDecoder", {"CLASSIFY_TRUE_BOXES": True}),
+    Row("DynamicDecoder", {"CLASSIFY_TRUE_BOXES": True, "NOISED_BOXES": 2}),
     Row("TransformerDecoder", class_head="softmax"),
     Row("TransformerDecoder", {"IN_FEATURES": ["p5"]}),
     Row("DeformableDecoder"),
@@ -100,6 +101,13 @@ DECODERS = [
 ]
 ROWS = [*ENCODERS, *DECODERS]
 all_rows = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def without_noise(monkeypatch):
+    """Random numbers depend on the dtype, the device and the process."""
+    monkeypatch.setattr(denoising, "SHIFT", 0.0)
+    monkeypatch.setattr(denoising, "LOG_SCALE", 0.0)
 
 
 def config(
@@ -160,7 +168,8 @@ def results(found: object) -> list[Tensor]:
     """Return the tensors of a pyramid or of predictions."""
     if isinstance(found, Pyramid):
         return list(found.features)
-    tensors = [t for p in found for t in (p.pred_logits, p.pred_boxes, p.true_logits)]
+    names = ("pred_logits", "pred_boxes", "true_logits", "noised_boxes")
+    tensors = [getattr(prediction, name) for prediction in found for name in names]
     return [tensor for tensor in tensors if tensor is not None]
 
 
@@ -387,6 +396,7 @@ def step(row: Row, images: slice) -> dict[str, Tensor]:
 
 
 def steps_in_this_process(folder: Path) -> None:
+    denoising.SHIFT = denoising.LOG_SCALE = 0.0
     torch.set_num_threads(1)
     rank = comm.get_rank()
     images = slice(0, 1) if rank == 0 else slice(1, None)

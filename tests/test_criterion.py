@@ -12,7 +12,7 @@ from helpers import set_costs, set_criterion, small_config
 from reference.matching import cheapest_pairs, cost_matrix, focal, giou, l1
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
+from torchvision.ops import box_convert, box_iou, generalized_box_iou_loss
 
 from dynamic_detr import Prediction
 from dynamic_detr.losses import SetCriterion, iou_and_generalized_iou
@@ -385,11 +385,38 @@ def test_true_boxes_have_a_class_loss(class_head):
     assert not logits.grad[2, 1:].any()
 
 
+def test_noised_boxes_have_box_losses():
+    """Each copy is compared with its object; an image counts as much as it has objects."""
+    objects = [[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.3, 0.1], [0.5, 0.5, 0.5, 0.5]]
+    targets = [target([1, 0], objects[:2]), target(), target([2], objects[2:])]
+    noised = (0.3 + 0.3 * torch.rand(3, 4, 4)).requires_grad_()
+    prediction = Prediction(torch.randn(3, 5, 3), torch.rand(3, 5, 4), noised_boxes=noised)
+    losses = set_criterion()([prediction, prediction], targets)
+    names = ["loss_noised_l1_0", "loss_noised_giou_0", "loss_noised_l1", "loss_noised_giou"]
+    assert [name for name in losses if "noised" in name] == names
+    true = torch.tensor(objects)[[0, 0, 1, 1, 2, 2, 2, 2]]
+    found = noised[[0, 2]].flatten(0, 1)
+    weights = torch.tensor([2 / 4] * 4 + [1 / 4] * 4)
+    l1 = F.l1_loss(found, true, reduction="none").sum(dim=1) @ weights
+    corners = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (found, true)]
+    giou_loss = generalized_box_iou_loss(*corners) @ weights
+    for name in names:
+        expected = 5 * l1 / 3 if "l1" in name else 2 * giou_loss / 3
+        torch.testing.assert_close(losses[name], expected)
+    losses["loss_noised_l1"].backward()
+    assert noised.grad[[0, 2]].all()
+    assert not noised.grad[1].any()
+
+
 def test_true_boxes_of_a_batch_without_objects():
     prediction = Prediction(
-        torch.randn(2, 5, 3), torch.rand(2, 5, 4), true_logits=torch.zeros(2, 0, 3)
+        torch.randn(2, 5, 3),
+        torch.rand(2, 5, 4),
+        true_logits=torch.zeros(2, 0, 3),
+        noised_boxes=torch.rand(2, 3, 4),
     )
-    assert set_criterion()([prediction], [target(), target()])["loss_true_class"] == 0
+    losses = set_criterion()([prediction], [target(), target()])
+    assert losses["loss_true_class"] == losses["loss_noised_l1"] == losses["loss_noised_giou"] == 0
 
 
 def test_groups_of_stages_are_independent():
@@ -426,6 +453,7 @@ def test_config_reaches_the_criterion():
         small_config(
             CLASS_HEAD="softmax",
             LOSS__CLASS_WEIGHT=1.0,
+            LOSS__CLASS_COST_FACTOR=0.5,
             LOSS__L1_WEIGHT=2.0,
             LOSS__GIOU_WEIGHT=3.0,
             LOSS__NO_OBJECT_WEIGHT=0.4,
@@ -437,6 +465,7 @@ def test_config_reaches_the_criterion():
     assert loss.costs == set_costs(
         class_head="softmax",
         class_weight=1.0,
+        class_cost_factor=0.5,
         l1_weight=2.0,
         giou_weight=3.0,
         no_object_weight=0.4,

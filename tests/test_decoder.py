@@ -10,8 +10,10 @@ from reference.decoder import decoder_stage, refine
 from torch import nn
 
 from dynamic_detr.decoders import build_decoder
+from dynamic_detr.decoders.denoising import LOG_SCALE, SHIFT, noised_copies
 from dynamic_detr.decoders.dynamic_interaction import ResidualInteraction
 from dynamic_detr.decoders.dynamic_stage import apply_box_deltas
+from dynamic_detr.structures import copied_objects
 
 CHANNELS, QUERIES, HEADS, BINS, CANONICAL = 16, 5, 4, 3, 60
 SMALL = {
@@ -61,38 +63,84 @@ def test_stages_equal_the_reference(dynamic_filter, class_head):
 
 
 @pytest.mark.parametrize("checkpoint_stages", [False, True])
-def test_true_boxes_are_classified_each_by_itself(checkpoint_stages):
-    """The reference runs the stages on one object at a time, and never moves its box."""
-    model = decoder(checkpoint_stages=checkpoint_stages, dynamic_filter="residual").double()
+@pytest.mark.parametrize("classify", [False, True])
+@pytest.mark.parametrize("copies", [0, 4])
+def test_true_and_noised_boxes_are_processed_each_by_itself(checkpoint_stages, classify, copies):
+    """The reference runs the stages on one box at a time, and never moves a true box."""
+    model = decoder(
+        checkpoint_stages=checkpoint_stages,
+        dynamic_filter="residual",
+        classify_true_boxes=classify,
+        noised_boxes=copies,
+    ).double()
     shake(model, 0.1)
     size = (64, 80)
     levels = [random_levels(size, CHANNELS) for _ in range(2)]
     pyramid = batch_pyramid(levels, [size] * 2, (64, 96), garbage=30.0)
     true_boxes = [torch.rand(3, 4).double() * 0.4 + 0.3, torch.rand(1, 4).double() * 0.4 + 0.3]
     with torch.no_grad():
+        torch.manual_seed(1)
         predictions = model(pyramid, true_boxes)
+        torch.manual_seed(1)
+        noised = noised_copies(true_boxes, copies)
         for found, alone in zip(predictions, model(pyramid), strict=True):
             torch.testing.assert_close(found.pred_logits, alone.pred_logits)
             torch.testing.assert_close(found.pred_boxes, alone.pred_boxes)
-            assert found.true_logits.shape == (2, 3, 3)
-            assert alone.true_logits is None
+            assert (found.true_logits is not None) == classify
+            assert (found.noised_boxes is not None) == (copies > 0)
+            assert alone.true_logits is alone.noised_boxes is None
 
     for image, boxes in enumerate(true_boxes):
         arrays = [level.numpy() for level in levels[image]]
-        for i, box in enumerate(boxes.numpy()):
+
+        def reference(box, moves, arrays=arrays):
             query = model.query_embed.weight.detach().numpy().mean(axis=0, keepdims=True)
             for stage, prediction in zip(model.stages, predictions, strict=True):
                 weights = {name: value.numpy() for name, value in stage.state_dict().items()}
-                query, logits, _ = decoder_stage(
-                    arrays, STRIDES, size, query, box[None], weights, HEADS, BINS, CANONICAL
+                query, logits, moved = decoder_stage(
+                    arrays, STRIDES, size, query, box, weights, HEADS, BINS, CANONICAL
                 )
-                found = prediction.true_logits[image, i]
-                np.testing.assert_allclose(found, logits[0], rtol=1e-8, atol=1e-8)
+                box = moved if moves else box
+                yield prediction, logits[0], moved[0]
+
+        for i, box in enumerate(boxes.numpy()):
+            for found, logits, _ in reference(box[None], moves=False) if classify else ():
+                assert found.true_logits.shape == (2, 3, 3)
+                np.testing.assert_allclose(
+                    found.true_logits[image, i], logits, rtol=1e-8, atol=1e-8
+                )
+        for i, box in enumerate(noised[image].numpy()):
+            for found, _, moved in reference(box[None], moves=True):
+                assert found.noised_boxes.shape == (2, copies, 4)
+                np.testing.assert_allclose(
+                    found.noised_boxes[image, i], moved, rtol=1e-8, atol=1e-8
+                )
+
+
+def test_noised_boxes_are_near_the_true_boxes():
+    true = torch.tensor([[0.5, 0.4, 0.2, 0.1], [0.2, 0.2, 0.3, 0.3]]).double()
+    noised = noised_copies([true[:1], true, true[:0]], 4000)
+    assert noised.shape == (3, 4000, 4)
+    objects = true.repeat_interleave(2000, dim=0)
+    for copies, boxes in ((noised[0], true[0]), (noised[1], objects)):
+        shift = (copies - boxes)[:, :2] / boxes[..., 2:]
+        log_scale = (copies / boxes)[:, 2:].log()
+        for values, limit in ((shift, SHIFT), (log_scale, LOG_SCALE)):
+            assert limit * 0.99 < values.amax() <= limit
+            assert -limit <= values.amin() < -0.99 * limit
+            assert values.mean().abs() < 0.05 * limit
+
+
+def test_copies_are_shared_among_the_objects():
+    copies = copied_objects([3, 1, 0, 5], 4)
+    assert copies.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3]]
 
 
 def test_true_boxes_of_a_batch_without_objects():
-    predictions = decoder()(pyramid_of(dtype=torch.float32), [torch.zeros(0, 4)])
+    model = decoder(classify_true_boxes=True, noised_boxes=2)
+    predictions = model(pyramid_of(dtype=torch.float32), [torch.zeros(0, 4)])
     assert [p.true_logits.shape for p in predictions] == [(1, 0, 3)] * 2
+    assert [p.noised_boxes.shape for p in predictions] == [(1, 2, 4)] * 2
 
 
 class TestBoxDeltas:

@@ -12,6 +12,7 @@ from ..config import check_arguments
 from ..layers import apply_layer
 from ..structures import Prediction, Pyramid
 from .build import DECODER_REGISTRY
+from .denoising import noised_copies
 from .dynamic_stage import DynamicDecoderStage
 
 __all__ = ["DynamicDecoder"]
@@ -66,6 +67,8 @@ class DynamicDecoder(nn.Module):
         dynamic_filter: see `DynamicDecoderStage`.
         classify_true_boxes: in training, classify also the regions of the true boxes in each stage;
             see `forward`.
+        noised_boxes: in training, number of noised copies of true boxes of an image that each stage
+            refines, N; see `forward`.
         checkpoint_stages: recompute each stage in the backward pass of training.
 
     Raises:
@@ -92,6 +95,7 @@ class DynamicDecoder(nn.Module):
         dynamic_dim: int,
         dynamic_filter: str,
         classify_true_boxes: bool,
+        noised_boxes: int,
         checkpoint_stages: bool,
     ) -> None:
         super().__init__()
@@ -102,8 +106,11 @@ class DynamicDecoder(nn.Module):
             initial_boxes=initial_boxes,
             learn_initial_boxes=learn_initial_boxes,
             classify_true_boxes=classify_true_boxes,
+            noised_boxes=noised_boxes,
         )
-        self.needs_true_boxes = classify_true_boxes
+        self.classify_true_boxes = classify_true_boxes
+        self.noised_boxes = noised_boxes
+        self.needs_true_boxes = classify_true_boxes or noised_boxes > 0
         self.checkpoint_stages = checkpoint_stages
         self.query_embed = nn.Embedding(num_queries, channels)
         boxes = INITIAL_BOXES[initial_boxes](num_queries)
@@ -144,37 +151,47 @@ class DynamicDecoder(nn.Module):
     ) -> list[Prediction]:
         """Return one prediction per stage, the last one final.
 
-        With true boxes, every stage also classifies their regions. The query of a true box starts
-        as the mean of the learned queries, attends to itself alone, and goes from stage to stage
-        like the others; its box is not refined.
+        With true boxes, every stage also classifies their regions, or refines noised copies of
+        them, or both. The query of such a box starts as the mean of the learned queries, attends
+        to itself alone, and goes from stage to stage like the others. True boxes are not refined.
 
         Args:
             pyramid: output of the encoder.
             true_boxes: (T_b, 4) cx, cy, w, h, normalised, for each image. None at inference.
         """
         batch = pyramid.image_sizes.shape[0]
-        learned = self.query_embed.weight
-        queries, count = learned.expand(batch, -1, -1), len(learned)
+        queries = self.query_embed.weight.expand(batch, -1, -1)
         dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
         boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
-        apart = 0
-        if true_boxes is not None:
-            fixed = pad_sequence(list(true_boxes), batch_first=True, padding_value=0.5).to(dtype)
-            apart = fixed.shape[1]
-            queries = torch.cat([queries, learned.mean(0).expand(batch, apart, -1)], dim=1)
+        true = noised = boxes[:, :0]
+        classify = true_boxes is not None and self.classify_true_boxes
+        refine = true_boxes is not None and self.noised_boxes > 0
+        if classify:
+            true = pad_sequence(list(true_boxes), batch_first=True, padding_value=0.5).to(dtype)
+        if refine:
+            noised = noised_copies(true_boxes, self.noised_boxes).to(dtype)
+        sizes = [boxes.shape[1], true.shape[1], noised.shape[1]]
+        apart = sum(sizes[1:])
+        if apart:
+            mean = self.query_embed.weight.mean(0).expand(batch, apart, -1)
+            queries = torch.cat([queries, mean], dim=1)
         predictions = []
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
-            if true_boxes is not None:
-                boxes = torch.cat([boxes, fixed], dim=1)
+            if apart:
+                boxes = torch.cat([boxes, true, noised], dim=1)
             queries, logits, boxes = apply_layer(
                 stage, pyramid, queries, boxes, apart, recompute=recompute
             )
-            if true_boxes is None:
-                predictions.append(Prediction(logits, boxes))
-            else:
-                boxes = boxes[:, :count]
-                logits, true_logits = logits.split([count, apart], dim=1)
-                predictions.append(Prediction(logits, boxes, true_logits=true_logits))
-            boxes = boxes.detach()
+            boxes, _, noised = boxes.split(sizes, dim=1)
+            logits, true_logits, _ = logits.split(sizes, dim=1)
+            predictions.append(
+                Prediction(
+                    logits,
+                    boxes,
+                    true_logits=true_logits if classify else None,
+                    noised_boxes=noised if refine else None,
+                )
+            )
+            boxes, noised = boxes.detach(), noised.detach()
         return predictions

@@ -5,7 +5,7 @@ the matching are launched while the assignment is solved. The host waits for the
 for the costs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from ..runtime.transfers import to_device
 from ..structures import Prediction
 from .costs import SetCosts
 from .matcher import HungarianMatcher
+from .true_boxes import noised_box_losses, true_class_losses
 
 __all__ = ["SetCriterion", "Target"]
 
@@ -77,8 +78,9 @@ class SetCriterion(nn.Module):
         Returns:
             `loss_class`, `loss_l1` and `loss_giou` of the last stage; the same names with the
             suffix `_0`, `_1`, … for the earlier stages and `_proposals` for proposals. Stages that
-            classify the true boxes have a `loss_true_class` too. A prediction that is not finite
-            gives losses that are not finite, and no error.
+            classify the true boxes have a `loss_true_class` too; those that refine noised copies,
+            `loss_noised_l1` and `loss_noised_giou`. A prediction that is not finite gives losses
+            that are not finite, and no error.
         """
         counts = [len(labels) for labels, _ in targets]
         labels = torch.cat([labels for labels, _ in targets])
@@ -87,7 +89,7 @@ class SetCriterion(nn.Module):
         searches = [self.matcher(g.logits, g.boxes, g.labels, boxes, counts) for g in groups]
         totals = self._normalizers(groups, counts)
         prepared = [self._prepare(group) for group in groups]
-        found = self._true_box_losses(predictions, labels, counts, totals[0])
+        found = self._true_box_losses(predictions, labels, boxes, counts, totals[0])
         for group, search, total, parts in zip(groups, searches, totals[1:], prepared, strict=True):
             rows, matched = search.wait()  # (S, M)
             found |= self._losses(group, parts, rows, boxes[matched], matched, totals[0], total)
@@ -140,49 +142,43 @@ class SetCriterion(nn.Module):
             "l1": self.costs.l1_weight / objects * (l1.sum(dim=1) + boxes_zero),
             "giou": self.costs.giou_weight / objects * giou_loss.sum(dim=1),
         }
-        return {
-            f"loss_{name}{suffix}": loss
-            for name, losses in weighted.items()
-            for suffix, loss in zip(group.suffixes, losses.unbind(), strict=True)
-        }
+        return _by_stage(weighted, group.suffixes)
 
     def _true_box_losses(
         self,
         predictions: list[Prediction],
         labels: Tensor,
+        boxes: Tensor,
         counts: list[int],
         objects: float | Tensor,
     ) -> dict[str, Tensor]:
-        """Return the class loss of the true boxes of each stage that classifies them.
+        """Return the losses by name of the stages with true boxes, or with noised copies of them.
 
         Args:
             predictions: see `forward`.
             labels: (T,), classes of the objects of all images.
+            boxes: (T, 4), boxes of these objects.
             counts: number of objects of each image.
             objects: divisor of the losses.
         """
-        stages = {
-            suffix: prediction.true_logits
-            for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True)
-            if prediction.true_logits is not None
-        }
-        if not stages:
-            return {}
-        logits = torch.stack(list(stages.values())).float()  # (S, B, T_max, K)
-        size = logits.shape[2]
-        rows = [image * size + place for image, n in enumerate(counts) for place in range(n)]
-        rows = to_device(torch.tensor(rows, dtype=torch.int64), logits.device)
-        entries = self.costs.class_loss.entries(logits.flatten(1, 2)[:, None, rows])
-        matched = torch.arange(len(stages) * len(rows), device=logits.device)
-        losses = self.costs.class_loss.total(
-            entries,
-            self.costs.class_loss.negatives(entries),
-            matched.view(len(stages), -1),
-            labels.expand(len(stages), -1),
-            None,
-        )
-        losses = self.costs.class_weight / objects * losses
-        return {f"loss_true_class{s}": x for s, x in zip(stages, losses.unbind(), strict=True)}
+        named = list(zip(_suffixes(predictions), predictions, strict=True))
+        classified = {s: p.true_logits for s, p in named if p.true_logits is not None}
+        refined = {s: p.noised_boxes for s, p in named if p.noised_boxes is not None}
+        found = {}
+        if classified:
+            logits = torch.stack(list(classified.values()))
+            classes = true_class_losses(self.costs, logits, labels, counts)
+            weighted = {"true_class": self.costs.class_weight / objects * classes}
+            found |= _by_stage(weighted, classified)
+        if refined:
+            noised = torch.stack(list(refined.values()))
+            l1, giou_loss = noised_box_losses(self.costs, noised, boxes, counts)
+            weighted = {
+                "noised_l1": self.costs.l1_weight / objects * l1,
+                "noised_giou": self.costs.giou_weight / objects * giou_loss,
+            }
+            found |= _by_stage(weighted, refined)
+        return found
 
     def _normalizers(self, groups: list[_Group], counts: list[int]) -> list[float] | list[Tensor]:
         """Return the divisors of the box losses and of the class loss of each group.
@@ -219,6 +215,15 @@ def _mean_over_processes(totals: Tensor) -> Tensor:
     return totals.clamp(min=1) / world
 
 
+def _by_stage(losses: dict[str, Tensor], suffixes: Iterable[str]) -> dict[str, Tensor]:
+    """Return the losses (S,) of S stages as scalars, named "loss_", name and suffix."""
+    return {
+        f"loss_{name}{suffix}": loss
+        for name, values in losses.items()
+        for suffix, loss in zip(suffixes, values.unbind(), strict=True)
+    }
+
+
 def _suffixes(predictions: list[Prediction]) -> list[str]:
     """Return the suffix of each prediction: "_proposals", the stage index, or "" for the last."""
     stages = sum(not p.is_proposal for p in predictions)
@@ -230,6 +235,7 @@ def _names(predictions: list[Prediction]) -> list[str]:
     names = []
     for suffix, prediction in zip(_suffixes(predictions), predictions, strict=True):
         terms = ["class", "l1", "giou"] + ["true_class"] * (prediction.true_logits is not None)
+        terms += ["noised_l1", "noised_giou"] * (prediction.noised_boxes is not None)
         names += [f"loss_{term}{suffix}" for term in terms]
     return names
 
