@@ -185,9 +185,11 @@ class TestBetweenStages:
             grad = model.initial_boxes.grad
             assert (grad is not None and bool(grad.any())) == expected
 
-    def test_boxes_pass_without_gradient_and_queries_with_it(self):
-        model = decoder()
-        model(pyramid_of(dtype=torch.float32))[1].pred_boxes.sum().backward()
+    @pytest.mark.parametrize("name", ["pred_boxes", "noised_boxes"])
+    def test_boxes_pass_without_gradient_and_queries_with_it(self, name):
+        model = decoder(noised_boxes=2)
+        last = model(pyramid_of(dtype=torch.float32), [torch.full((1, 4), 0.4)])[1]
+        getattr(last, name).sum().backward()
         first = model.stages[0]
         for parameter in [*first.box_branch.parameters(), *first.box_deltas.parameters()]:
             assert parameter.grad is None
