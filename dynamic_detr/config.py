@@ -180,7 +180,7 @@ _DETECTOR_KEYS = (
         _DETECTOR + "LOSS.CLASS_WEIGHT",
         2.0,
         WEIGHT,
-        "Weight of the class loss and of the class cost in the matching (CLASS_COST_FACTOR).",
+        "Weight of the class loss.",
     ),
     Key(
         _DETECTOR + "LOSS.CLASS_COST_FACTOR",
@@ -352,8 +352,8 @@ _DYNAMIC_DECODER_KEYS = (
         _DECODER + "NOISED_BOXES",
         0,
         whole(0),
-        "In training, each stage also refines this number of noised copies of the true boxes of "
-        "each image, as in DN-DETR; not in the paper.",
+        "Noised copies per image, shared among its true boxes, which each stage refines in "
+        "training, after DN-DETR; not in the paper.",
     ),
     Key(
         _DECODER + "INITIAL_BOXES",

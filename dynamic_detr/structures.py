@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-__all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "copied_objects"]
+__all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh"]
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,9 @@ class Prediction:
         true_logits: (B, T, K) or (B, T, K + 1), in training the logits of the true boxes of each
             image, padded to the largest number T. None if they are not classified.
         noised_boxes: (B, N, 4) cx, cy, w, h, normalised, in training the refined boxes of N noised
-            copies of the true boxes of each image, see `copied_objects`. None without copies.
+            copies of the true boxes of each image. None without copies.
+        noised_objects: (B, N) int64, objects of these copies, as indices of the objects of all
+            images; -1 for images without objects.
     """
 
     pred_logits: Tensor
@@ -245,18 +247,7 @@ class Prediction:
     valid_mask: Tensor | None = None
     true_logits: Tensor | None = None
     noised_boxes: Tensor | None = None
-
-
-def copied_objects(counts: Sequence[int], copies: int) -> Tensor:
-    """Return the object of each copy: (B, N) int64 in [0, T_b), and 0 for an image without objects.
-
-    The objects of an image have equal shares of its copies. If T_b > N, some objects have none.
-
-    Args:
-        counts: number of objects T_b of each of B images.
-        copies: N.
-    """
-    return torch.arange(copies) * torch.tensor(counts)[:, None] // max(copies, 1)
+    noised_objects: Tensor | None = None
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ Target = tuple[Tensor, Tensor]
 
 
 def target(labels=(), boxes=()) -> Target:
-    return torch.tensor(labels, dtype=torch.int64), torch.tensor(boxes).float().reshape(-1, 4)
+    return torch.tensor(labels, dtype=torch.int64), torch.as_tensor(boxes).float().reshape(-1, 4)
 
 
 # One image, two queries; the object is the box of the second query, moved by half its width.
@@ -387,25 +387,41 @@ def test_true_boxes_have_a_class_loss(class_head):
 
 def test_noised_boxes_have_box_losses():
     """Each copy is compared with its object; an image counts as much as it has objects."""
-    objects = [[0.3, 0.4, 0.2, 0.3], [0.6, 0.6, 0.3, 0.1], [0.5, 0.5, 0.5, 0.5]]
-    targets = [target([1, 0], objects[:2]), target(), target([2], objects[2:])]
-    noised = (0.3 + 0.3 * torch.rand(3, 4, 4)).requires_grad_()
-    prediction = Prediction(torch.randn(3, 5, 3), torch.rand(3, 5, 4), noised_boxes=noised)
-    losses = set_criterion()([prediction, prediction], targets)
+    centers, sizes = 0.3 + 0.4 * torch.rand(8, 2), 0.1 + 0.2 * torch.rand(8, 2)
+    true = torch.cat([centers, sizes], dim=1)
+    targets = [
+        target([1, 0], true[:2]),
+        target(),
+        target([2], true[2:3]),
+        target([0] * 5, true[3:]),
+    ]
+    objects = torch.tensor([[0, 0, 1, 1], [-1] * 4, [2] * 4, [3, 4, 5, 7]])
+    weights = torch.tensor([2 / 4, 0, 1 / 4, 5 / 4])[:, None]
+    stages = [0.3 + 0.3 * torch.rand(4, 4, 4) for _ in range(2)]
+    predictions = [
+        Prediction(
+            torch.randn(4, 6, 3),
+            torch.rand(4, 6, 4),
+            noised_boxes=noised.requires_grad_(),
+            noised_objects=objects,
+        )
+        for noised in stages
+    ]
+    losses = set_criterion()(predictions, targets)
     names = ["loss_noised_l1_0", "loss_noised_giou_0", "loss_noised_l1", "loss_noised_giou"]
     assert [name for name in losses if "noised" in name] == names
-    true = torch.tensor(objects)[[0, 0, 1, 1, 2, 2, 2, 2]]
-    found = noised[[0, 2]].flatten(0, 1)
-    weights = torch.tensor([2 / 4] * 4 + [1 / 4] * 4)
-    l1 = F.l1_loss(found, true, reduction="none").sum(dim=1) @ weights
-    corners = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (found, true)]
-    giou_loss = generalized_box_iou_loss(*corners) @ weights
-    for name in names:
-        expected = 5 * l1 / 3 if "l1" in name else 2 * giou_loss / 3
-        torch.testing.assert_close(losses[name], expected)
+    for noised, suffix in zip(stages, ("_0", ""), strict=True):
+        l1 = F.l1_loss(noised, true[objects], reduction="none").sum(dim=2)
+        corners = [box_convert(boxes, "cxcywh", "xyxy") for boxes in (noised, true[objects])]
+        giou_loss = generalized_box_iou_loss(*corners)
+        for name, loss in (
+            (f"loss_noised_l1{suffix}", 5 * l1),
+            (f"loss_noised_giou{suffix}", 2 * giou_loss),
+        ):
+            torch.testing.assert_close(losses[name], (weights * loss).sum() / 8)
     losses["loss_noised_l1"].backward()
-    assert noised.grad[[0, 2]].all()
-    assert not noised.grad[1].any()
+    assert stages[1].grad[[0, 2, 3]].all()
+    assert not stages[1].grad[1].any()
 
 
 def test_true_boxes_of_a_batch_without_objects():
@@ -414,6 +430,7 @@ def test_true_boxes_of_a_batch_without_objects():
         torch.rand(2, 5, 4),
         true_logits=torch.zeros(2, 0, 3),
         noised_boxes=torch.rand(2, 3, 4),
+        noised_objects=torch.full((2, 3), -1),
     )
     losses = set_criterion()([prediction], [target(), target()])
     assert losses["loss_true_class"] == losses["loss_noised_l1"] == losses["loss_noised_giou"] == 0

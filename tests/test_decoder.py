@@ -13,7 +13,6 @@ from dynamic_detr.decoders import build_decoder
 from dynamic_detr.decoders.denoising import LOG_SCALE, SHIFT, noised_copies
 from dynamic_detr.decoders.dynamic_interaction import ResidualInteraction
 from dynamic_detr.decoders.dynamic_stage import apply_box_deltas
-from dynamic_detr.structures import copied_objects
 
 CHANNELS, QUERIES, HEADS, BINS, CANONICAL = 16, 5, 4, 3, 60
 SMALL = {
@@ -82,7 +81,7 @@ def test_true_and_noised_boxes_are_processed_each_by_itself(checkpoint_stages, c
         torch.manual_seed(1)
         predictions = model(pyramid, true_boxes)
         torch.manual_seed(1)
-        noised = noised_copies(true_boxes, copies)
+        noised, objects = noised_copies(true_boxes, copies) if copies else ((), None)
         for found, alone in zip(predictions, model(pyramid), strict=True):
             torch.testing.assert_close(found.pred_logits, alone.pred_logits)
             torch.testing.assert_close(found.pred_boxes, alone.pred_boxes)
@@ -109,8 +108,9 @@ def test_true_and_noised_boxes_are_processed_each_by_itself(checkpoint_stages, c
                 np.testing.assert_allclose(
                     found.true_logits[image, i], logits, rtol=1e-8, atol=1e-8
                 )
-        for i, box in enumerate(noised[image].numpy()):
+        for i, box in enumerate(noised[image].numpy() if copies else ()):
             for found, _, moved in reference(box[None], moves=True):
+                assert found.noised_objects.equal(objects)
                 assert found.noised_boxes.shape == (2, copies, 4)
                 np.testing.assert_allclose(
                     found.noised_boxes[image, i], moved, rtol=1e-8, atol=1e-8
@@ -119,21 +119,30 @@ def test_true_and_noised_boxes_are_processed_each_by_itself(checkpoint_stages, c
 
 def test_noised_boxes_are_near_the_true_boxes():
     true = torch.tensor([[0.5, 0.4, 0.2, 0.1], [0.2, 0.2, 0.3, 0.3]]).double()
-    noised = noised_copies([true[:1], true, true[:0]], 4000)
+    noised, objects = noised_copies([true[:1], true[:0], true[1:]], 4000)
     assert noised.shape == (3, 4000, 4)
-    objects = true.repeat_interleave(2000, dim=0)
-    for copies, boxes in ((noised[0], true[0]), (noised[1], objects)):
-        shift = (copies - boxes)[:, :2] / boxes[..., 2:]
-        log_scale = (copies / boxes)[:, 2:].log()
+    assert objects.tolist() == [[0] * 4000, [-1] * 4000, [1] * 4000]
+    for copies, box in ((noised[0], true[0]), (noised[2], true[1])):
+        shift = (copies - box)[:, :2] / box[2:]
+        log_scale = (copies / box)[:, 2:].log()
         for values, limit in ((shift, SHIFT), (log_scale, LOG_SCALE)):
             assert limit * 0.99 < values.amax() <= limit
             assert -limit <= values.amin() < -0.99 * limit
             assert values.mean().abs() < 0.05 * limit
 
 
-def test_copies_are_shared_among_the_objects():
-    copies = copied_objects([3, 1, 0, 5], 4)
-    assert copies.tolist() == [[0, 0, 1, 2], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 2, 3]]
+@pytest.mark.parametrize("count", [1, 3, 4, 11])
+def test_copies_are_shared_among_the_objects(count):
+    """In each image, the numbers of copies differ by at most one; on average they are equal."""
+    boxes = [torch.rand(2, 4), torch.rand(0, 4), torch.rand(count, 4)]
+    counts = torch.stack(
+        [torch.bincount(noised_copies(boxes, 4)[1][2] - 2, minlength=count) for _ in range(400)]
+    )
+    assert counts.shape == (400, count)
+    assert (counts.amax(1) - counts.amin(1) <= 1).all()
+    torch.testing.assert_close(
+        counts.double().mean(0), torch.full((count,), 4.0 / count).double(), rtol=0, atol=0.1
+    )
 
 
 def test_true_boxes_of_a_batch_without_objects():

@@ -67,8 +67,8 @@ class DynamicDecoder(nn.Module):
         dynamic_filter: see `DynamicDecoderStage`.
         classify_true_boxes: in training, classify also the regions of the true boxes in each stage;
             see `forward`.
-        noised_boxes: in training, number of noised copies of true boxes of an image that each stage
-            refines, N; see `forward`.
+        noised_boxes: number N of noised copies per image, shared among its true boxes, which each
+            stage refines in training; see `forward`.
         checkpoint_stages: recompute each stage in the backward pass of training.
 
     Raises:
@@ -151,9 +151,10 @@ class DynamicDecoder(nn.Module):
     ) -> list[Prediction]:
         """Return one prediction per stage, the last one final.
 
-        With true boxes, every stage also classifies their regions, or refines noised copies of
-        them, or both. The query of such a box starts as the mean of the learned queries, attends
-        to itself alone, and goes from stage to stage like the others. True boxes are not refined.
+        Given true boxes, every stage also classifies their regions (`classify_true_boxes`) and
+        refines noised copies of them (`noised_boxes`). The query of a true box or of a copy starts
+        as the mean of the learned queries, attends to itself alone, and goes from stage to stage
+        like the others. True boxes are not refined.
 
         Args:
             pyramid: output of the encoder.
@@ -164,14 +165,13 @@ class DynamicDecoder(nn.Module):
         dtype = torch.promote_types(self.initial_boxes.dtype, torch.float32)
         boxes = self.initial_boxes.to(dtype).expand(batch, -1, -1)
         true = noised = boxes[:, :0]
-        classify = true_boxes is not None and self.classify_true_boxes
-        refine = true_boxes is not None and self.noised_boxes > 0
-        if classify:
+        objects = None
+        if true_boxes is not None and self.classify_true_boxes:
             true = pad_sequence(list(true_boxes), batch_first=True, padding_value=0.5).to(dtype)
-        if refine:
-            noised = noised_copies(true_boxes, self.noised_boxes).to(dtype)
+        if true_boxes is not None and self.noised_boxes:
+            noised, objects = noised_copies(true_boxes, self.noised_boxes)
         sizes = [boxes.shape[1], true.shape[1], noised.shape[1]]
-        apart = sum(sizes[1:])
+        apart = sizes[1] + sizes[2]
         if apart:
             mean = self.query_embed.weight.mean(0).expand(batch, apart, -1)
             queries = torch.cat([queries, mean], dim=1)
@@ -179,19 +179,19 @@ class DynamicDecoder(nn.Module):
         recompute = self.checkpoint_stages and self.training
         for stage in self.stages:
             if apart:
-                boxes = torch.cat([boxes, true, noised], dim=1)
+                boxes = torch.cat([boxes, true, noised.to(dtype)], dim=1)
             queries, logits, boxes = apply_layer(
                 stage, pyramid, queries, boxes, apart, recompute=recompute
             )
-            boxes, _, noised = boxes.split(sizes, dim=1)
-            logits, true_logits, _ = logits.split(sizes, dim=1)
-            predictions.append(
-                Prediction(
-                    logits,
-                    boxes,
-                    true_logits=true_logits if classify else None,
-                    noised_boxes=noised if refine else None,
-                )
-            )
-            boxes, noised = boxes.detach(), noised.detach()
+            if true_boxes is None:
+                predictions.append(Prediction(logits, boxes))
+            else:
+                logits, true_logits, _ = logits.split(sizes, dim=1)
+                boxes, _, noised = boxes.split(sizes, dim=1)
+                extra = {"true_logits": true_logits} if self.classify_true_boxes else {}
+                if self.noised_boxes:
+                    extra |= {"noised_boxes": noised, "noised_objects": objects}
+                predictions.append(Prediction(logits, boxes, **extra))
+                noised = noised.detach()
+            boxes = boxes.detach()
         return predictions

@@ -15,7 +15,7 @@ __all__ = ["SetCosts"]
 
 @dataclass(frozen=True)
 class SetCosts:
-    """Types and weights of the three losses, which are also the matching costs.
+    """Types and weights of the three losses and matching costs.
 
     Args:
         class_head: "focal" or "softmax".

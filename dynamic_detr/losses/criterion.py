@@ -5,7 +5,7 @@ the matching are launched while the assignment is solved. The host waits for the
 for the costs.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class _Group:
 
 
 class SetCriterion(nn.Module):
-    """Class, L1 and GIoU losses of matched predictions.
+    """Class, L1 and GIoU losses of matched predictions, of true boxes and of noised copies of them.
 
     Each sum is divided by the mean number of objects per process; that of the softmax class loss of
     the queries by the mean sum of the class weights. The gradient averaged by
@@ -163,7 +163,7 @@ class SetCriterion(nn.Module):
         """
         named = list(zip(_suffixes(predictions), predictions, strict=True))
         classified = {s: p.true_logits for s, p in named if p.true_logits is not None}
-        refined = {s: p.noised_boxes for s, p in named if p.noised_boxes is not None}
+        refined = {s: p for s, p in named if p.noised_boxes is not None}
         found = {}
         if classified:
             logits = torch.stack(list(classified.values()))
@@ -171,8 +171,9 @@ class SetCriterion(nn.Module):
             weighted = {"true_class": self.costs.class_weight / objects * classes}
             found |= _by_stage(weighted, classified)
         if refined:
-            noised = torch.stack(list(refined.values()))
-            l1, giou_loss = noised_box_losses(self.costs, noised, boxes, counts)
+            noised = torch.stack([p.noised_boxes for p in refined.values()])
+            objects_of = next(iter(refined.values())).noised_objects
+            l1, giou_loss = noised_box_losses(self.costs, noised, objects_of, boxes, counts)
             weighted = {
                 "noised_l1": self.costs.l1_weight / objects * l1,
                 "noised_giou": self.costs.giou_weight / objects * giou_loss,
@@ -215,7 +216,7 @@ def _mean_over_processes(totals: Tensor) -> Tensor:
     return totals.clamp(min=1) / world
 
 
-def _by_stage(losses: dict[str, Tensor], suffixes: Iterable[str]) -> dict[str, Tensor]:
+def _by_stage(losses: dict[str, Tensor], suffixes: Collection[str]) -> dict[str, Tensor]:
     """Return the losses (S,) of S stages as scalars, named "loss_", name and suffix."""
     return {
         f"loss_{name}{suffix}": loss

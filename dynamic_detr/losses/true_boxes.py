@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..runtime.transfers import to_device
-from ..structures import copied_objects
 from .costs import SetCosts
 
 __all__ = ["noised_box_losses", "true_class_losses"]
@@ -35,27 +34,23 @@ def true_class_losses(costs: SetCosts, logits: Tensor, labels: Tensor, counts: l
 
 
 def noised_box_losses(
-    costs: SetCosts, noised: Tensor, boxes: Tensor, counts: list[int]
+    costs: SetCosts, noised: Tensor, objects: Tensor, boxes: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return the L1 and GIoU losses of the noised boxes, for each object the mean of its copies.
+    """Return the L1 and GIoU losses of the noised boxes.
 
-    More exactly, each copy has the weight T_b / N, the inverse of the mean number of copies.
+    Each copy has the weight T_b / N, so that an object counts once on average.
 
     Args:
         costs: types of the losses.
         noised: (S, B, N, 4), the `noised_boxes` of S predictions.
+        objects: (B, N), the `noised_objects` of all predictions.
         boxes: (T, 4) cx, cy, w, h of the objects of all images, normalised.
         counts: number of objects T_b of each image.
     """
-    batch, copies = noised.shape[1:3]
-    number = torch.tensor(counts)[:, None].expand(-1, copies)
-    first = number.cumsum(0) - number
-    rows = torch.arange(batch * copies).view(batch, copies)
-    index = torch.stack([rows, first + copied_objects(counts, copies), number])[:, number > 0]
-    rows, objects, number = to_device(index, noised.device)
-    l1, giou_loss, _ = costs.box_losses(noised.float().flatten(1, 2)[:, rows], boxes[objects])
-    weights = number / copies
-    return (l1 * weights).sum(dim=1), (giou_loss * weights).sum(dim=1)
+    boxes = torch.cat([boxes, boxes.new_full((1, 4), 0.5)])  # object -1, with weight 0
+    l1, giou_loss, _ = costs.box_losses(noised.float(), boxes[objects])
+    weights = to_device(torch.tensor(counts), noised.device)[:, None] / noised.shape[2]
+    return (l1 * weights).sum(dim=(1, 2)), (giou_loss * weights).sum(dim=(1, 2))
 
 
 def _rows(counts: list[int], size: int, device: torch.device) -> Tensor:
