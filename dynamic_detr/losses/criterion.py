@@ -172,8 +172,8 @@ class SetCriterion(nn.Module):
             found |= _by_stage(weighted, classified)
         if refined:
             noised = torch.stack([p.noised_boxes for p in refined.values()])
-            objects_of = next(iter(refined.values())).noised_objects
-            l1, giou_loss = noised_box_losses(self.costs, noised, objects_of, boxes, counts)
+            copied = torch.stack([p.noised_objects for p in refined.values()])
+            l1, giou_loss = noised_box_losses(self.costs, noised, copied, boxes, counts)
             weighted = {
                 "noised_l1": self.costs.l1_weight / objects * l1,
                 "noised_giou": self.costs.giou_weight / objects * giou_loss,

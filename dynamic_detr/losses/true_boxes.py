@@ -22,7 +22,8 @@ def true_class_losses(costs: SetCosts, logits: Tensor, labels: Tensor, counts: l
         counts: number of objects of each image.
     """
     stages, _, size = logits.shape[:3]
-    rows = _rows(counts, size, logits.device)
+    rows = [image * size + place for image, n in enumerate(counts) for place in range(n)]
+    rows = to_device(torch.tensor(rows, dtype=torch.int64), logits.device)
     entries = costs.class_loss.entries(logits.float().flatten(1, 2)[:, None, rows])
     return costs.class_loss.total(
         entries,
@@ -43,7 +44,7 @@ def noised_box_losses(
     Args:
         costs: types of the losses.
         noised: (S, B, N, 4), the `noised_boxes` of S predictions.
-        objects: (B, N), the `noised_objects` of all predictions.
+        objects: (S, B, N), their `noised_objects`.
         boxes: (T, 4) cx, cy, w, h of the objects of all images, normalised.
         counts: number of objects T_b of each image.
     """
@@ -51,9 +52,3 @@ def noised_box_losses(
     l1, giou_loss, _ = costs.box_losses(noised.float(), boxes[objects])
     weights = to_device(torch.tensor(counts), noised.device)[:, None] / noised.shape[2]
     return (l1 * weights).sum(dim=(1, 2)), (giou_loss * weights).sum(dim=(1, 2))
-
-
-def _rows(counts: list[int], size: int, device: torch.device) -> Tensor:
-    """Return the rows (T,) of the objects in a table with `size` rows for each image."""
-    rows = [image * size + place for image, n in enumerate(counts) for place in range(n)]
-    return to_device(torch.tensor(rows, dtype=torch.int64), device)
