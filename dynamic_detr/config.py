@@ -31,6 +31,14 @@ CLASS_COUNTS = {
     "FCOS": "FCOS",
 }
 
+# Nodes of MODEL that hold NUM_QUERIES, by decoder.
+QUERY_COUNTS = {
+    "DynamicDecoder": "DYNAMIC_DECODER",
+    "TransformerDecoder": "TRANSFORMER_DECODER",
+    "DeformableDecoder": "DEFORMABLE_DECODER",
+    "SMCADecoder": "SMCA_DECODER",
+}
+
 
 @dataclass(frozen=True)
 class Range:
@@ -721,6 +729,15 @@ def set_class_count(cfg: CfgNode, classes: int) -> None:
     for node in set(CLASS_COUNTS.values()):
         if node in cfg.MODEL:
             cfg.MODEL[node].NUM_CLASSES = classes
+
+
+def most_detections(cfg: CfgNode) -> tuple[int, list[str]]:
+    """Return the largest number of detections in an image, and the keys that limit it."""
+    limits = {"TEST.DETECTIONS_PER_IMAGE": cfg.TEST.DETECTIONS_PER_IMAGE}
+    node = QUERY_COUNTS.get(cfg.MODEL.SET_DETECTOR.DECODER)
+    if node and CLASS_COUNTS.get(cfg.MODEL.META_ARCHITECTURE) == "SET_DETECTOR":
+        limits[f"MODEL.{node}.NUM_QUERIES"] = cfg.MODEL[node].NUM_QUERIES
+    return min(limits.values()), sorted(limits)
 
 
 def check_arguments(node: str, **arguments: Any) -> None:

@@ -377,6 +377,29 @@ def test_masks_need_outlines(folder, cfg):
         apply_json_datasets(cfg, _arguments(folder, outlined, None))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("SetDetector", {"MODEL.DYNAMIC_DECODER.NUM_QUERIES": 2, "TEST.DETECTIONS_PER_IMAGE": 9}),
+        ("GeneralizedRCNN", {"TEST.DETECTIONS_PER_IMAGE": 2}),
+    ],
+)
+def test_images_with_more_boxes_than_detections_are_counted(
+    folder, cfg, capsys, architecture, keys
+):
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.merge_from_list([word for pair in keys.items() for word in pair])
+    crowded = copy.deepcopy(GOOD)
+    box = crowded["annotations"][0]
+    crowded["annotations"] += [{**box, "id": 4}]  # two boxes, and a region with iscrowd
+    apply_json_datasets(cfg, _arguments(folder, crowded, None))
+    assert "detected in an image" not in capsys.readouterr().out
+    crowded["annotations"] += [{**box, "id": 5}]
+    apply_json_datasets(cfg, _arguments(folder, crowded, None))
+    line = "1 of 2 images have more boxes than the 2 that are detected in an image, up to 3; "
+    assert f"{line}increase {' and '.join(keys)}" in capsys.readouterr().out
+
+
 def test_folder_that_cannot_be_written_is_named(folder, cfg):
     cfg.OUTPUT_DIR = str(folder / "a.png")
     with pytest.raises(UserError, match="repaired annotations cannot be written"):

@@ -8,6 +8,7 @@ repairs, a repaired copy is written to ``OUTPUT_DIR/annotations``, for training 
 import json
 import multiprocessing
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ..config import set_class_count
+from ..config import most_detections, set_class_count
 from ..errors import UserError, one_line, tell
 from ..files.writing import write_atomically
 from .coco_check import check_coco_json
@@ -99,6 +100,7 @@ def apply_json_datasets(
             _print(f"repaired copy: {json_file}")
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
+        _tell_of_crowded_images(cfg, report)
     cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()
     cfg.DATASETS.TEST = ("own_val",) if "val" in reports else ()
     set_class_count(cfg, len(_names(list(reports.values())[-1])))
@@ -195,6 +197,17 @@ def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:
                 f"MODEL.MASK_ON is set, but {len(bare)} annotations of {report.path} have no "
                 f"segmentation (first: id {bare[0]}); set MODEL.MASK_ON False to train on boxes"
             )
+
+
+def _tell_of_crowded_images(cfg: CfgNode, report: Report) -> None:
+    most, keys = most_detections(cfg)
+    boxes = Counter(a["image_id"] for a in report.data["annotations"] if not a["iscrowd"])
+    if crowded := [count for count in boxes.values() if count > most]:
+        _print(
+            f"{report.path}: {len(crowded)} of {len(report.data['images'])} images have more boxes "
+            f"than the {most} that are detected in an image, up to {max(crowded)}; increase "
+            f"{' and '.join(keys)}"
+        )
 
 
 def _write(data: dict, path: Path) -> None:
