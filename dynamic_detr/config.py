@@ -731,13 +731,13 @@ def set_class_count(cfg: CfgNode, classes: int) -> None:
             cfg.MODEL[node].NUM_CLASSES = classes
 
 
-def most_detections(cfg: CfgNode) -> tuple[int, list[str]]:
-    """Return the largest number of detections in an image, and the keys that limit it."""
+def detection_limits(cfg: CfgNode) -> dict[str, int]:
+    """Return the keys that limit how many objects are detected in an image, with their values."""
     limits = {"TEST.DETECTIONS_PER_IMAGE": cfg.TEST.DETECTIONS_PER_IMAGE}
     node = QUERY_COUNTS.get(cfg.MODEL.SET_DETECTOR.DECODER)
     if node and CLASS_COUNTS.get(cfg.MODEL.META_ARCHITECTURE) == "SET_DETECTOR":
         limits[f"MODEL.{node}.NUM_QUERIES"] = cfg.MODEL[node].NUM_QUERIES
-    return min(limits.values()), sorted(limits)
+    return limits
 
 
 def check_arguments(node: str, **arguments: Any) -> None:

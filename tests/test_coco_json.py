@@ -378,17 +378,20 @@ def test_masks_need_outlines(folder, cfg):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "keys"),
+    ("architecture", "queries", "detections", "keys"),
     [
-        ("SetDetector", {"MODEL.DYNAMIC_DECODER.NUM_QUERIES": 2, "TEST.DETECTIONS_PER_IMAGE": 9}),
-        ("GeneralizedRCNN", {"TEST.DETECTIONS_PER_IMAGE": 2}),
+        ("SetDetector", 2, 3, "MODEL.DYNAMIC_DECODER.NUM_QUERIES"),
+        ("SetDetector", 3, 2, "TEST.DETECTIONS_PER_IMAGE"),
+        ("SetDetector", 2, 2, "MODEL.DYNAMIC_DECODER.NUM_QUERIES and TEST.DETECTIONS_PER_IMAGE"),
+        ("GeneralizedRCNN", 1, 2, "TEST.DETECTIONS_PER_IMAGE"),
     ],
 )
 def test_images_with_more_boxes_than_detections_are_counted(
-    folder, cfg, capsys, architecture, keys
+    folder, cfg, capsys, architecture, queries, detections, keys
 ):
     cfg.MODEL.META_ARCHITECTURE = architecture
-    cfg.merge_from_list([word for pair in keys.items() for word in pair])
+    cfg.MODEL.DYNAMIC_DECODER.NUM_QUERIES = queries
+    cfg.TEST.DETECTIONS_PER_IMAGE = detections
     crowded = copy.deepcopy(GOOD)
     box = crowded["annotations"][0]
     crowded["annotations"] += [{**box, "id": 4}]  # two boxes, and a region with iscrowd
@@ -397,7 +400,7 @@ def test_images_with_more_boxes_than_detections_are_counted(
     crowded["annotations"] += [{**box, "id": 5}]
     apply_json_datasets(cfg, _arguments(folder, crowded, None))
     line = "1 of 2 images have more boxes than the 2 that are detected in an image, up to 3; "
-    assert f"{line}increase {' and '.join(keys)}" in capsys.readouterr().out
+    assert f"{line}increase {keys}\n" in capsys.readouterr().out
 
 
 def test_folder_that_cannot_be_written_is_named(folder, cfg):

@@ -16,7 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from ..config import most_detections, set_class_count
+from ..config import detection_limits, set_class_count
 from ..errors import UserError, one_line, tell
 from ..files.writing import write_atomically
 from .coco_check import check_coco_json
@@ -200,9 +200,11 @@ def _check_masks_and_keypoints(cfg: CfgNode, report: Report) -> None:
 
 
 def _tell_of_crowded_images(cfg: CfgNode, report: Report) -> None:
-    most, keys = most_detections(cfg)
+    limits = detection_limits(cfg)
+    most = min(limits.values())
     boxes = Counter(a["image_id"] for a in report.data["annotations"] if not a["iscrowd"])
     if crowded := [count for count in boxes.values() if count > most]:
+        keys = sorted(key for key, limit in limits.items() if limit < max(crowded))
         _print(
             f"{report.path}: {len(crowded)} of {len(report.data['images'])} images have more boxes "
             f"than the {most} that are detected in an image, up to {max(crowded)}; increase "
