@@ -20,6 +20,7 @@ import compare  # noqa: E402
 from comparison import results, runs  # noqa: E402
 from comparison.errors import KINDS, classify, error_table  # noqa: E402
 from comparison.page import write_page  # noqa: E402
+from comparison.plan import Plan  # noqa: E402
 from comparison.results import spread  # noqa: E402
 from comparison.terms import compose, read_first, scaled_rate  # noqa: E402
 
@@ -308,6 +309,20 @@ def test_a_comparison_keeps_its_terms(tiny, capsys):
     fails(["--config-file", "tiny.yaml", *tiny, "--output", "out", "--budget-minutes", "0"])
     fails(["--output", "out", "--iterations", "9"])
     assert "has iterations 6, not 9" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("devices", "device"),
+    [
+        ([], "cuda"),
+        (["--num-gpus", "8"], "cuda"),
+        (["--num-gpus", "0"], "cpu"),
+        (["--num-processes", "2"], "cpu"),
+    ],
+)
+def test_speed_is_measured_on_the_device_of_the_runs(devices, device, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert Plan(Path(), {}, devices=devices).device == device
 
 
 def test_spread_is_that_of_the_seeds():

@@ -24,7 +24,6 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
-import torch
 from benchmark import count, machine
 from comparison.page import write_page
 from comparison.pictures import truth_boxes, wrong_or_right
@@ -133,8 +132,8 @@ def stored(folder: Path) -> tuple[dict[str, dict], str]:
     return results["detectors"], results["machine"]
 
 
-def this_machine() -> str:
-    about = machine("cuda" if torch.cuda.is_available() else "cpu")
+def machine_text(device: str) -> str:
+    about = machine(device)
     return ", ".join([about.pop("machine"), *(f"{name} {text}" for name, text in about.items())])
 
 
@@ -154,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             measured, where = stored(args.output)
         else:
             train_all(plan.runs(), plan.flags(), args.budget_minutes)
-            measured, where = measure(plan, configs), this_machine()
+            measured, where = measure(plan, configs), machine_text(plan.device)
         results = {**gather(plan, configs, annotations, measured), "machine": where}
         pictures = MetadataCatalog.get(results["data_set"]).image_root
         page = write_page(results, annotations, Path(pictures), boxes_of(plan, annotations))

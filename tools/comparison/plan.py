@@ -193,8 +193,7 @@ class Plan:
             if not self.config(name).is_file():
                 raise UserError(f"{self.config(name)} does not exist; run without --page-only")
             configs[name] = cfg = read_config(str(self.config(name)), [])
-            on_gpu = torch.cuda.is_available() and self.devices in ([], ["--num-gpus", "1"])
-            cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if on_gpu else "cpu"
+            cfg.MODEL.DEVICE = cfg.MODEL.DEVICE if self.device == "cuda" else "cpu"
         if register:
             self._register(next(iter(configs.values())))
         return configs
@@ -207,6 +206,12 @@ class Plan:
                 f"{self.configs[name]}, or the first configuration, has changed since {name} was "
                 f"trained in {path.parent}; delete this folder to train it again"
             )
+
+    @property
+    def device(self) -> str:
+        """Return the type of device that the runs train on, for measurements in this process."""
+        on_cpu = "--num-processes" in self.devices or self.devices == ["--num-gpus", "0"]
+        return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
 
     def config(self, name: str) -> Path:
         return self.folder / name / "config.yaml"
