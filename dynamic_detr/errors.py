@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-__all__ = ["UserError", "did_you_mean", "one_line", "tell"]
+__all__ = ["UserError", "did_you_mean", "is_text", "one_line", "tell"]
 
 
 class UserError(Exception):
@@ -15,6 +15,15 @@ class UserError(Exception):
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line, or its class name if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_text(text: str) -> bool:
+    """Return whether a string is valid Unicode; JSON and arguments can hold lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -118,7 +118,10 @@ CASES = {
     "duplicate category id": [_set("categories", 0, id=3)],
     "duplicate category name": [_set("categories", 0, name="cat")],
     "category name of broken characters": [_set("categories", 0, name=f"do{HALF}g")],
-    "category without boxes": [_changed(lambda d: d["categories"].append({"id": 6, "name": "x"}))],
+    "category without boxes": [
+        _changed(lambda d: d["categories"].append({"id": 6, "name": "x"})),
+        _set("annotations", 0, iscrowd=1, image_id=9, bbox=[0, 0, 9, 9]),
+    ],
     "image without id or file_name": [_without("images", 0, "id"), _set("images", 1, file_name="")],
     "duplicate image id": [_set("images", 0, id=9)],
     "no image file found": [
@@ -137,7 +140,10 @@ CASES = {
         _changed(lambda d: d["images"].append({**d["images"][0], "id": 8}))
     ],
     "image without boxes": [_changed(lambda d: d["annotations"].pop())],
-    "no usable boxes": [_changed(lambda d: d["annotations"].clear())],
+    "no usable boxes": [
+        _changed(lambda d: d["annotations"].clear()),
+        _changed(lambda d: [a.update(iscrowd=1) for a in d["annotations"]]),
+    ],
     "annotation of an unknown image": _each("annotations", "image_id", 8, [7]),
     "unknown category": _each("annotations", "category_id", MISSING, 4),
     "box that is not 4 numbers": _each(
@@ -147,8 +153,9 @@ CASES = {
     "box without area": _each("annotations", "bbox", [1, 2, 0, 4], [1, 2, 5, -4]),
     "box outside the image": _each("annotations", "bbox", [40, 2, 5, 5], [2, -9, 5, 5]),
     "box partly outside the image": _each("annotations", "bbox", [35, 2, 15, 8], [-2, 2, 9, 8]),
-    "missing or duplicate annotation id": [
+    "missing, duplicate or zero annotation id": [
         _set("annotations", 1, id=1),
+        _set("annotations", 0, id=0),
         _without("annotations", 0, "id"),
     ],
     "id that is not an integer": [
@@ -215,12 +222,15 @@ def test_repairs_do_the_obvious(folder):
 
     assert repaired(_set("annotations", 0, bbox=[35, 2, 15, 8]))[0]["bbox"] == [35, 2, 5, 8]
     assert repaired(_set("annotations", 0, bbox=[-2, -3, 9, 99]))[0]["bbox"] == [0, 0, 7, 30]
+    assert repaired(_set("annotations", 0, bbox=[35, 2, 15, 8], area=120))[0]["area"] == 40
+    assert repaired(_set("annotations", 0, bbox=[35, 2, 15, 8], area=9))[0]["area"] == 9
     # Rounding at the border is no mistake.
     assert repaired(_set("annotations", 0, bbox=[30.5, 2, 10, 8]))[0]["bbox"] == [30.5, 2, 10, 8]
     assert repaired(_without("annotations", 0, "area"))[0]["area"] == 80
     assert repaired(_set("annotations", 0, iscrowd="yes"))[0]["iscrowd"] == 1
     assert repaired(_set("annotations", 1, iscrowd="no"))[1]["iscrowd"] == 0
     assert repaired(_set("annotations", 0, ignore=1))[0]["iscrowd"] == 1
+    assert repaired(_set("annotations", 0, ignore="0"))[0]["iscrowd"] == 0
     assert [a["id"] for a in repaired(_set("annotations", 1, id=1))] == [1, 2, 3]
     # The boxes of an image that is left out are left out too, and not counted.
     report = _check(folder, _set("images", 0, file_name="no.png"))
@@ -293,6 +303,13 @@ def test_configuration_points_at_the_files(folder, cfg, capsys):
     assert not Path(cfg.OUTPUT_DIR).exists()
 
 
+def test_keys_of_the_command_line_are_kept(folder, cfg):
+    keys = ["DATALOADER.FILTER_EMPTY_ANNOTATIONS", True, "SOLVER.REFERENCE_WORLD_SIZE", 8]
+    cfg.merge_from_list(keys)
+    apply_json_datasets(cfg, _arguments(folder, GOOD, None, opts=list(map(str, keys))))
+    assert cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and cfg.SOLVER.REFERENCE_WORLD_SIZE == 8
+
+
 def test_later_files_replace_earlier_ones(folder, cfg):
     apply_json_datasets(cfg, _arguments(folder, GOOD, None))
     assert cfg.DATASETS.TEST == ()
@@ -326,12 +343,23 @@ def test_evaluator_reads_the_repaired_file(folder, cfg):
     apply_json_datasets(cfg, _arguments(folder, GOOD, val))
     file = Path(MetadataCatalog.get("own_val").json_file)
     assert file.parent == Path(cfg.OUTPUT_DIR) / "annotations"
-    assert [p.name for p in file.parent.iterdir()] == ["own_val.json"]
+    assert list(file.parent.iterdir()) == [file]
     records = DatasetCatalog.get("own_val")
     assert MetadataCatalog.get("own_val").thing_classes == ["cat", "dog"]
     assert [a["category_id"] for r in records for a in r["annotations"]] == [0, 1, 1]
     assert records[1]["annotations"][0]["bbox"] == [10, 0, 20, 40]
     assert _perfect_ap("own_val", Path(cfg.OUTPUT_DIR)) == pytest.approx(100)
+
+
+def test_another_command_keeps_the_repaired_file(folder, cfg):
+    def repaired(val: dict) -> Path:
+        apply_json_datasets(cfg, _arguments(folder, None, val, eval_only=True))
+        return Path(MetadataCatalog.get("own_val").json_file)
+
+    first = repaired(_without("annotations", 0, "area"))
+    content = first.read_bytes()
+    assert repaired(_without("annotations", 2, "area")) != first
+    assert first.read_bytes() == content
 
 
 def test_text_ids_are_evaluated(folder, cfg):

@@ -353,8 +353,21 @@ def test_data_set_without_a_usable_image_is_named(cfg, records):
     for record in records:
         record["annotations"] = []
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = True
-    with pytest.raises(UserError, match=f"no image to train on in {NAME}"):
+    with pytest.raises(UserError, match=f"{NAME} cannot be used: No valid data found"):
         build_train_loader(cfg, seed=0)
+
+
+def test_data_sets_of_other_classes_are_not_mixed(cfg):
+    name = "test_other_classes"
+    DatasetCatalog.register(name, lambda: DatasetCatalog.get(NAME))
+    MetadataCatalog.get(name).thing_classes = ["another class"]
+    cfg.DATASETS.TRAIN = (NAME, name)
+    try:
+        with pytest.raises(UserError, match=f"{NAME}, {name} cannot be used: .*thing_classes"):
+            build_train_loader(cfg, seed=0)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
 
 
 def test_test_loader_shows_every_image_once(cfg):

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from ..errors import one_line
+from ..errors import is_text, one_line
 from .coco_report import Report
 
 __all__ = ["check_coco_json"]
@@ -43,8 +43,9 @@ def check_coco_json(path: str | os.PathLike, image_dir: str | os.PathLike) -> Re
         return report
     annotations = _check_annotations(report, annotations, sizes, category_ids)
     images = [image for image in images if sizes[image["id"]]]
-    if annotations:
-        _note_unused(report, images, annotations, categories)
+    usable = [annotation for annotation in annotations if not annotation["iscrowd"]]
+    if usable:
+        _note_unused(report, images, usable, categories)
     else:
         report.add("no usable boxes", str(path))
     if report.error():
@@ -107,15 +108,6 @@ def _is_whole_id(value: Any) -> bool:
     return whole and -LARGEST_ID < value < LARGEST_ID
 
 
-def _is_text(text: str) -> bool:
-    """Return whether a string is valid Unicode; JSON can also hold lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _check_categories(report: Report, categories: list[dict]) -> set:
     ids, names = set(), set()
     for category in categories:
@@ -123,7 +115,7 @@ def _check_categories(report: Report, categories: list[dict]) -> set:
         if not _is_id(number) or not isinstance(name, str) or not name:
             report.add("category without id or name", repr(category))
             continue
-        if not _is_text(name):
+        if not is_text(name):
             report.add("category name of broken characters", repr(category))
         if number in ids:
             report.add("duplicate category id", f"{number} of {name!r}")
@@ -213,11 +205,14 @@ def _check_annotations(
         if box is None:
             continue
         number = annotation.get("id")
-        if not _is_whole_id(number) or number in numbers:
-            report.add("missing or duplicate annotation id", f"{where} of image {image_id}")
+        # COCOeval takes an annotation with the id 0 for none.
+        if not _is_whole_id(number) or number < 1 or number in numbers:
+            report.add("missing, duplicate or zero annotation id", f"{where} of image {image_id}")
             renumber = True
         else:
             numbers.add(number)
+        if box is not annotation["bbox"] and _is_number(annotation.get("area")):
+            annotation["area"] = min(annotation["area"], box[2] * box[3])
         annotation["bbox"] = box
         _check_rest(report, annotation, sizes[image_id], where)
         kept.append(annotation)
@@ -264,8 +259,8 @@ def _check_rest(report: Report, annotation: dict, image_size: tuple[int, int], w
     crowd = annotation.get("iscrowd")
     if crowd not in (0, 1) or isinstance(crowd, bool | float):
         report.add("missing or invalid iscrowd", f"{where}, iscrowd {crowd!r}")
-        annotation["iscrowd"] = int(str(crowd).lower() not in NO)
-    if annotation.pop("ignore", 0):
+        annotation["iscrowd"] = int(_means_true(crowd))
+    if _means_true(annotation.pop("ignore", 0)):
         report.add("ignored box", where)
         annotation["iscrowd"] = 1
     segmentation = annotation.get("segmentation")
@@ -281,6 +276,10 @@ def _check_rest(report: Report, annotation: dict, image_size: tuple[int, int], w
     if keypoints is not None and not (_are_numbers(keypoints) and len(keypoints) % 3 == 0):
         report.add("invalid keypoints", where)
         del annotation["keypoints"]
+
+
+def _means_true(value: Any) -> bool:
+    return str(value).lower() not in NO
 
 
 def _are_numbers(values: Any) -> bool:

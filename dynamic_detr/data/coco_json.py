@@ -2,9 +2,11 @@
 
 ``--train-json A.json --train-images DIR --val-json B.json --val-images DIR`` registers the data
 sets ``own_train`` and ``own_val`` with Detectron2 and sets the number of classes. If a file needs
-repairs, a repaired copy is written to ``OUTPUT_DIR/annotations``, for training and evaluation.
+repairs, a repaired copy is written to ``OUTPUT_DIR/annotations``, for training and evaluation. Its
+name has a hash of its content: another command in the same folder does not overwrite it.
 """
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -47,14 +49,16 @@ def apply_json_datasets(
 ) -> list[Report]:
     """Configure training and evaluation on the data sets that the command line names.
 
-    Sets ``DATASETS.TRAIN`` and ``TEST`` and the number of classes, keeps images without boxes as
-    background, and turns off the scaling of the schedule (``SOLVER.REFERENCE_WORLD_SIZE`` 0).
-    Process 0 prints the reports.
+    Sets ``DATASETS.TRAIN`` and ``TEST`` and the number of classes. Unless ``args.opts`` has these
+    keys, keeps images without boxes as background (``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False)
+    and turns off the scaling of the schedule (``SOLVER.REFERENCE_WORLD_SIZE`` 0). Process 0 prints
+    the reports.
 
     Args:
         cfg: changed in place; not frozen.
-        args: with ``train_json``, ``train_images``, ``val_json``, ``val_images`` (paths or None)
-            and ``eval_only``. ``val_json`` is optional; ``train_json`` is with ``eval_only``.
+        args: with ``train_json``, ``train_images``, ``val_json``, ``val_images`` (paths or None),
+            ``eval_only`` and ``opts``. ``val_json`` is optional; ``train_json`` is with
+            ``eval_only``.
         weights_names: with ``eval_only``, the class names of the weights; categories are paired
             with them by name. By default they are paired with those of ``train_json`` or, without
             it, by the order of their ids.
@@ -95,8 +99,7 @@ def apply_json_datasets(
         name = f"own_{split}"
         json_file = report.path
         if changed[split]:
-            json_file = Path(cfg.OUTPUT_DIR) / "annotations" / f"{name}.json"
-            _write(report.data, json_file)
+            json_file = _write(report.data, Path(cfg.OUTPUT_DIR) / "annotations", name)
             _print(f"repaired copy: {json_file}")
         register_json(name, json_file, getattr(args, f"{split}_images"), _names(report))
         _check_masks_and_keypoints(cfg, report)
@@ -104,8 +107,11 @@ def apply_json_datasets(
     cfg.DATASETS.TRAIN = ("own_train",) if "train" in reports else ()
     cfg.DATASETS.TEST = ("own_val",) if "val" in reports else ()
     set_class_count(cfg, len(_names(list(reports.values())[-1])))
-    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
-    cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
+    chosen = getattr(args, "opts", None) or []
+    if "DATALOADER.FILTER_EMPTY_ANNOTATIONS" not in chosen:
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = False
+    if "SOLVER.REFERENCE_WORLD_SIZE" not in chosen:
+        cfg.SOLVER.REFERENCE_WORLD_SIZE = 0
     return list(reports.values())
 
 
@@ -212,14 +218,19 @@ def _tell_of_crowded_images(cfg: CfgNode, report: Report) -> None:
         )
 
 
-def _write(data: dict, path: Path) -> None:
-    """Write JSON; all processes of a run may write the same file at the same time."""
+def _write(data: dict, folder: Path, name: str) -> Path:
+    """Write JSON to ``NAME-<hash>.json``; return the path.
+
+    All processes of a run may write the same file at the same time.
+    """
+    content = json.dumps(data).encode()
+    path = folder / f"{name}-{hashlib.sha256(content).hexdigest()[:8]}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(data).encode()
+        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content), shared=True)
     except OSError as error:
         raise UserError(
             f"the repaired annotations cannot be written ({one_line(error)}); set OUTPUT_DIR to a "
             "folder that can"
         ) from error
+    return path

@@ -157,10 +157,12 @@ def _records(cfg: CfgNode) -> list[dict]:
             )
     except FileNotFoundError as error:
         raise _missing(cfg.DATASETS.TRAIN, error) from error
-    except AssertionError as error:
-        raise UserError(
-            f"no image to train on in {', '.join(cfg.DATASETS.TRAIN)}: {one_line(error)}"
-        ) from error
+    except (AssertionError, ValueError) as error:
+        raise _unusable(cfg.DATASETS.TRAIN, error) from error
+
+
+def _unusable(names: Sequence[str], error: Exception) -> UserError:
+    return UserError(f"the data set {', '.join(names)} cannot be used: {one_line(error)}")
 
 
 def _missing(names: Sequence[str], error: FileNotFoundError) -> UserError:
@@ -242,5 +244,5 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = N
             return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
     except FileNotFoundError as error:
         raise _missing([dataset_name], error) from error
-    except AssertionError as error:
-        raise UserError(f"no image to evaluate in {dataset_name}: {one_line(error)}") from error
+    except (AssertionError, ValueError) as error:
+        raise _unusable([dataset_name], error) from error
