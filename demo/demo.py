@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from dynamic_detr.inference.listing import Listing, list_pictures, use_category_
 from dynamic_detr.inference.pictures import file_picture
 from dynamic_detr.inference.results_file import ResultsFile
 from dynamic_detr.runtime.threads import choose_threads
-from dynamic_detr.visualization.draw import new_canvas
+from dynamic_detr.visualization.draw import literal_labels, new_canvas
 from dynamic_detr.visualization.files import output_paths
 from dynamic_detr.visualization.video import VideoReader, VideoWriter, open_camera
 from dynamic_detr.visualization.window import Window
@@ -185,7 +186,9 @@ def run_images(args: argparse.Namespace) -> int:
         drawn = target is None or os.path.exists(target)
         return args.resume and drawn and (results is None or str(path) in results.done)
 
-    ids = dict(zip(images, listing.image_ids or [None] * len(images), strict=True))
+    ids = defaultdict(list)  # an image may be listed under several ids
+    for path, number in zip(images, listing.image_ids or [None] * len(images), strict=True):
+        ids[path].append(number)
     todo = {p: t for p, t in zip(images, targets, strict=True) if not is_done(p, t)}
     if args.resume:
         tell(f"already done: {len(images) - len(todo)} of {len(images)} pictures")
@@ -205,7 +208,8 @@ def run_images(args: argparse.Namespace) -> int:
         if target:
             found.save(target, stages=args.stages)
         if results and str(found.path) not in results.done:
-            results.add(str(found.path), found.to_coco(ids[found.path]))
+            detections = [d for number in ids[found.path] for d in found.to_coco(number)]
+            results.add(str(found.path), detections)
         if window and not window.show(found.draw(stages=args.stages)):
             break
     if results:
@@ -229,9 +233,13 @@ def frame_drawer(
     from detectron2.utils.video_visualizer import VideoVisualizer
 
     visualizer = VideoVisualizer(detector.metadata)
-    return lambda frame: visualizer.draw_instance_predictions(
-        frame, chosen(detector(frame), args).instances
-    ).get_image()
+
+    def draw(frame: np.ndarray) -> np.ndarray:
+        found = chosen(detector(frame), args)
+        with literal_labels():
+            return visualizer.draw_instance_predictions(frame, found.instances).get_image()
+
+    return draw
 
 
 def video_target(source: str, output: str) -> Path:

@@ -189,6 +189,10 @@ def test_results_have_all_scores_and_the_ids_of_the_annotations(simple, tmp_path
     assert result["bbox"] == [0, 0, 6, 8] and result["category"] == "dog"
     assert found.to_coco(image_id=7)[0]["image_id"] == 7
     assert Detector(Corners(), ["cat", "dog"]).category_ids == [1, 2]
+    unnamed = Detector(Corners(), image_format="RGB")(red(1))
+    assert unnamed.names == ["class 1"] and "class 1" in repr(unnamed)
+    (result,) = unnamed.to_coco()
+    assert result["category_id"] == 2 and result["category"] == "class 1"
 
 
 def test_streams_skip_broken_images(simple, tmp_path, capsys):
@@ -208,11 +212,13 @@ def test_streams_skip_broken_images(simple, tmp_path, capsys):
 
 def test_videos_are_streams(simple, tmp_path):
     pytest.importorskip("cv2")
-    writer = VideoWriter(tmp_path / "in.avi", 10.0, (48, 64))
+    writer = VideoWriter(tmp_path / "12.avi", 10.0, (48, 64))
     for share in (0.2, 0.9):
         writer.write(red(share, (48, 64)))
     writer.close()
-    first, second = simple(tmp_path / "in.avi")
+    first, second = simple(tmp_path / "12.avi")
+    ids = [found.to_coco()[0]["image_id"] for found in (first, second)]
+    assert len(set(ids)) == 2
     assert float(first.scores[0]) == pytest.approx(0.2, abs=0.05)
     assert float(second.scores[0]) == pytest.approx(0.9, abs=0.05)
     assert second.draw().shape == (8 * 48, 8 * 64, 3)  # a small picture is enlarged
@@ -279,6 +285,17 @@ def test_results_of_the_demo_have_the_ap_of_the_detector(detector, scenes, tmp_p
     assert wanted["AP"] > 50
     assert 100 * scored.stats[0] == pytest.approx(wanted["AP"], abs=0.01)
     assert "of the best F1 in the model's evaluation" in capsys.readouterr().out
+
+
+def test_the_demo_detects_an_image_under_each_of_its_ids(scene, tmp_path):
+    names, results = tmp_path / "names.json", tmp_path / "results.json"
+    images = [{"id": number, "file_name": scene.name} for number in (1, 2)]
+    names.write_text(json.dumps({"images": images, "categories": [{"id": 1, "name": "disc"}]}))
+    argv = ["--input", str(names), "--images", str(scene.parent), "--json", str(results)]
+    assert demo.main(["--model", "quickstart", *argv]) == 0
+    found = json.loads(results.read_text())
+    first, second = ([{**r, "image_id": 0} for r in found if r["image_id"] == n] for n in (1, 2))
+    assert first == second != []
 
 
 def test_the_demo_resumes(detector, scenes, tmp_path, monkeypatch, capsys):

@@ -267,6 +267,15 @@ def test_labels_stay_inside_the_picture():
     assert left_of_box.sum() > 100  # the label reaches to the left instead of being cut off
 
 
+def test_names_are_drawn_as_they_are():
+    image = np.full((300, 400, 3), 128, np.uint8)
+    found = instances((300, 400), [[50, 50, 300, 250]])
+    formula, invalid = (Metadata(thing_classes=[name]) for name in ("$aa$", "a_$x^{$"))
+    assert (draw_detections(image, found, invalid) != image).any()
+    plain = draw_detections(image, found, Metadata(thing_classes=["aa"]))
+    assert (draw_detections(image, found, formula) != plain).any()
+
+
 def test_classes_without_a_name_are_numbered():
     assert class_names(Metadata(thing_classes=["cat"]), [0, 3]) == ["cat", "class 3"]
     assert class_names(None, [2]) == ["class 2"]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from detectron2.structures import Instances
 
-from ..visualization.draw import draw_detections
+from ..visualization.draw import class_names, draw_detections
 from ..visualization.images import write_image
 from ..visualization.stages import draw_stages
 from ..visualization.window import show
@@ -96,7 +96,7 @@ class Detections:
     @property
     def names(self) -> list[str]:
         """Class name of each detection."""
-        return [self._detector.class_names[k] for k in self.class_ids]
+        return class_names(self._detector.metadata, self.class_ids.tolist())
 
     @property
     def best_score(self) -> float:
@@ -179,7 +179,7 @@ class Detections:
 
         Args:
             image_id: id of the image in the annotations; by default the file name without suffix
-                as a number, as in COCO, or else the file name.
+                as a number, as in COCO, or else the name of the file, frame or array.
 
         Returns:
             Dictionaries with image_id, category_id (of the training annotations), bbox (x, y,
@@ -189,12 +189,13 @@ class Detections:
 
         name = self.path.name if self.path else self._picture.name
         if image_id is None:
-            stem = Path(name).stem
+            stem = self.path.stem if self.path else ""
             image_id = int(stem) if stem.isdecimal() else name
+        ids = self._detector.category_ids
         results = instances_to_coco_json(self._found, image_id)
         for result in results:
             index = result["category_id"]
-            result["category_id"] = self._detector.category_ids[index]
-            result["category"] = self._detector.class_names[index]
+            result["category_id"] = ids[index] if index < len(ids) else index + 1
+            result["category"] = class_names(self._detector.metadata, [index])[0]
             result["file_name"] = name
         return results

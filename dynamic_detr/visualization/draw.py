@@ -4,7 +4,9 @@ Colours are the same in every run: one per class, or one per query to compare st
 """
 
 import colorsys
+import contextlib
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from detectron2.structures import Instances
@@ -18,6 +20,7 @@ __all__ = [
     "draw_boxes",
     "draw_detections",
     "labels",
+    "literal_labels",
     "new_canvas",
     "rescaled",
     "resized",
@@ -44,6 +47,15 @@ def new_canvas(image: np.ndarray, metadata=None):
             "pip install matplotlib opencv-python-headless"
         ) from error
     return Visualizer(image, metadata)
+
+
+@contextlib.contextmanager
+def literal_labels() -> Iterator[None]:
+    """Draw class names as they are; matplotlib would read "$...$" as a formula."""
+    import matplotlib
+
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield
 
 
 def color(index: int) -> tuple[float, float, float]:
@@ -107,13 +119,14 @@ def draw_boxes(
     apart from each other.
     """
     canvas = new_canvas(image, metadata)
-    canvas.overlay_instances(
-        boxes=instances.pred_boxes,
-        labels=texts,
-        masks=list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None,
-        keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
-        assigned_colors=colors,
-    )
+    with literal_labels():
+        canvas.overlay_instances(
+            boxes=instances.pred_boxes,
+            labels=texts,
+            masks=list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None,
+            keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
+            assigned_colors=colors,
+        )
     from matplotlib.patches import Rectangle
     from matplotlib.patheffects import withStroke
 
