@@ -24,7 +24,7 @@ setup(
         "fvcore>=0.1.5",
         "numpy",
         "pillow",
-        "pycocotools>=2.0.2",
+        "pycocotools>=2.0.2,!=2.0.9,!=2.0.10",  # these need "info" in every file
         "safetensors>=0.4",
         "scipy",
         "tqdm",

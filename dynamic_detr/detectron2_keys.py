@@ -12,7 +12,7 @@ from typing import Any
 from detectron2 import modeling
 from detectron2.config import CfgNode
 
-from .config import FLAG, NAME, Range, number, one_of, require, value_of, whole
+from .config import CLASS_COUNTS, FLAG, NAME, Range, number, one_of, require, value_of, whole
 
 __all__ = ["RANGES", "check_detectron2_config"]
 
@@ -215,6 +215,10 @@ def _dependent(cfg: CfgNode) -> dict[str, Range]:
         "False with INPUT.CROP_BRANCH.ENABLED",
         lambda value: not value,
     )
+    for name in ("MODEL.MASK_ON", "MODEL.KEYPOINT_ON"):
+        is_set = CLASS_COUNTS.get(model.META_ARCHITECTURE) == "SET_DETECTOR"
+        wanted = f"False with MODEL.META_ARCHITECTURE {model.META_ARCHITECTURE}"
+        when(is_set, name, wanted, lambda value: not value)
     channels = 1 if inputs.FORMAT == "L" else 3
     for name in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
         wanted = f"a list of length {channels} with INPUT.FORMAT {inputs.FORMAT}"

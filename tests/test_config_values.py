@@ -129,6 +129,8 @@ WRONG_TOGETHER = [
      , "[9, 5]"),
     ("INPUT.CROP.ENABLED", ["INPUT.CROP_BRANCH.ENABLED", "True"], "True"),
     ("MODEL.PIXEL_MEAN", ["INPUT.FORMAT", "L"], "[1.0, 2.0, 3.0]"),
+    ("MODEL.MASK_ON", ["MODEL.META_ARCHITECTURE", "SetDetector"], "True"),
+    ("MODEL.KEYPOINT_ON", ["MODEL.META_ARCHITECTURE", "DynamicDETR"], "True"),
     ("DATASETS.PROPOSAL_FILES_TRAIN", ["MODEL.LOAD_PROPOSALS", "True"], "('a', 'b')"),
 ]  # fmt: skip
 RIGHT = [

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,10 +70,14 @@ def test_a_worse_model_is_not_the_best(run, tmp_path):
     best = read_header(str(tmp_path / "model_best.safetensors"))
     assert (best.iteration, best.threshold, best.metrics) == (2, 0.3, {"AP": 30.0})
     again = type(trainer.models)(writer.cfg)  # of a resumed run
-    again.resume()
+    again.resume(started=0.0)
     again.keep(trainer.detector, {"bbox": {"AP": 25.0}}, 4)
     assert read_header(str(tmp_path / "model_best.safetensors")).iteration == 2
     assert read_header(str(tmp_path / "model_final.safetensors")).metrics == {"AP": 25.0}
+    other = type(trainer.models)(writer.cfg)  # of a run that was started after these files
+    other.resume(started=time.time() + 60)
+    other.keep(trainer.detector, {"bbox": {"AP": 5.0}}, 1)
+    assert read_header(str(tmp_path / "model_best.safetensors")).metrics == {"AP": 5.0}
 
 
 def test_the_file_alone_is_evaluated(run, tmp_path):

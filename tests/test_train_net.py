@@ -100,6 +100,7 @@ def _ap(text: str) -> str:
         (["--num-machines", "2", "--machine-rank", "2", "{tiny}"], "--machine-rank 2"),
         (["--num-machines", "2", "{tiny}", "DATASETS.TRAIN", "('coco_2017_train',)"], "classes"),
         (["--train-json", "a.json", "{tiny}"], "--train-images"),
+        (["--note", "\udcff", "{tiny}"], "--note '\\udcff' is not text in UTF-8"),
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
@@ -114,6 +115,20 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert lines[-1].startswith("train_net.py: error: ") and message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys", "other"),
+    [
+        (["--num-processes", "2"], [], "--num-processes"),
+        ([], ["MODEL.DEVICE", "cpu"], "MODEL.DEVICE cpu"),
+    ],
+)
+def test_several_gpus_are_not_ignored(tmp_path, monkeypatch, capsys, flags, keys, other):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    config = ["--config-file", str(write_config(tmp_path))]
+    assert _run(monkeypatch, "--num-gpus", "2", *flags, *config, *keys) == 2
+    assert f"--num-gpus 2 contradicts {other}" in capsys.readouterr().err
 
 
 def test_wrong_weights_are_one_line(tmp_path, monkeypatch, capsys):

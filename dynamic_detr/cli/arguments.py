@@ -15,7 +15,7 @@ from ..config import class_count
 from ..data.coco_json import apply_json_datasets
 from ..data.scenes import register_scenes
 from ..engine.class_names import check_test_sets, weights_class_names
-from ..errors import UserError, did_you_mean
+from ..errors import UserError, did_you_mean, is_text
 from ..files.config_file import find_config, model_among, read_config
 from .launch import under_torchrun
 from .output_dir import require_output_dir
@@ -78,6 +78,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     """
     args.config_file = find_config(args.config_file or model_among(args.opts or []))
     cfg = read_config(args.config_file, args.opts or [])
+    if not is_text(args.note):
+        raise UserError(f"--note {args.note!a} is not text in UTF-8")
     require_output_dir(cfg.OUTPUT_DIR)  # a repaired copy of the annotations may go there
     _choose_device(cfg, args)
     names = weights_class_names(cfg, args.resume) if args.eval_only else None
@@ -101,6 +103,13 @@ def _choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
     if args.num_gpus < 0 or args.num_processes < 1 or args.num_machines < 1:
         raise UserError(
             "--num-gpus must be at least 0, --num-processes and --num-machines at least 1"
+        )
+    on_cpu = args.num_processes > 1 or cfg.MODEL.DEVICE == "cpu"
+    if args.num_gpus > 1 and on_cpu:
+        raise UserError(
+            f"--num-gpus {args.num_gpus} contradicts "
+            + ("--num-processes" if args.num_processes > 1 else "MODEL.DEVICE cpu")
+            + ", which trains on the CPU; omit one of them"
         )
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(

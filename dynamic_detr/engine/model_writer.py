@@ -80,9 +80,13 @@ class ModelWriter:
     def path(self, name: str) -> Path:
         return Path(self.cfg.OUTPUT_DIR) / f"model_{name}{SUFFIX}"
 
-    def resume(self) -> None:
-        """Read the best AP so far from the model file of the resumed run."""
-        if self.path("best").is_file():
+    def resume(self, started: float) -> None:
+        """Read the best AP so far from the model file of the resumed run.
+
+        Args:
+            started: start of the run, seconds since 1970; an older file is of another run.
+        """
+        if self.path("best").is_file() and self.path("best").stat().st_mtime >= started:
             try:
                 best = read_header(str(self.path("best"))).metrics.get("AP", -math.inf)
             except UserError as error:
@@ -113,6 +117,5 @@ class ModelWriter:
             names.append("final")
         for name in names:
             write_model(self.path(name), model.state_dict(), info)
-            logger.info(
-                f"Saved the model {self.path(name)}" + (f", AP {ap:.1f}" if results else "")
-            )
+            score = f", AP {ap:.1f}" if math.isfinite(ap) else ""
+            logger.info(f"Saved the model {self.path(name)}{score}")

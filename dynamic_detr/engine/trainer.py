@@ -194,7 +194,7 @@ class Trainer(DefaultTrainer):
         resumed = resume and self.checkpointer.resume() is not None
         if resumed:
             self.start_iter = self.finished + 1
-            self.models.resume()
+            self.models.resume(self.checkpointer.files.run["started"])
         else:
             if resume:
                 logger.warning(f"No checkpoint in {self.cfg.OUTPUT_DIR}; starting at iteration 0")
