@@ -184,18 +184,7 @@ _DETECTOR_KEYS = (
         'Target of a matched query for the class of its object: "one" for 1, as in the papers, or '
         '"iou" for the IoU of its box with the object (varifocal loss; needs CLASS_HEAD "focal").',
     ),
-    Key(
-        _DETECTOR + "LOSS.CLASS_WEIGHT",
-        2.0,
-        WEIGHT,
-        "Weight of the class loss.",
-    ),
-    Key(
-        _DETECTOR + "LOSS.CLASS_COST_FACTOR",
-        1.0,
-        WEIGHT,
-        "The weight of the class cost in the matching is CLASS_WEIGHT times this.",
-    ),
+    Key(_DETECTOR + "LOSS.CLASS_WEIGHT", 2.0, WEIGHT, "Weight of the class loss and cost."),
     Key(_DETECTOR + "LOSS.L1_WEIGHT", 5.0, WEIGHT, "Weight of the L1 loss and cost of the boxes."),
     Key(_DETECTOR + "LOSS.GIOU_WEIGHT", 2.0, WEIGHT, "Weight of the GIoU loss and cost."),
     Key(

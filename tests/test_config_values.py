@@ -26,7 +26,6 @@ WRONG = {
     f"{DETECTOR}.ENCODER": ["''", "None"],
     f"{DETECTOR}.LOSS.CLASS_TARGET": ["two", "None"],
     f"{DETECTOR}.LOSS.CLASS_WEIGHT": ["-1.0", "nan", "1e400"],
-    f"{DETECTOR}.LOSS.CLASS_COST_FACTOR": ["-1.0", "nan"],
     f"{DETECTOR}.LOSS.FOCAL_ALPHA": ["1.5", "-0.1"],
     f"{DETECTOR}.LOSS.NO_OBJECT_WEIGHT": ["0.0", "-1.0"],
     f"{DETECTOR}.LOSS.L1_FORMAT": ["xywh"],

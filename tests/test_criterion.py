@@ -470,7 +470,6 @@ def test_config_reaches_the_criterion():
         small_config(
             CLASS_HEAD="softmax",
             LOSS__CLASS_WEIGHT=1.0,
-            LOSS__CLASS_COST_FACTOR=0.5,
             LOSS__L1_WEIGHT=2.0,
             LOSS__GIOU_WEIGHT=3.0,
             LOSS__NO_OBJECT_WEIGHT=0.4,
@@ -482,7 +481,6 @@ def test_config_reaches_the_criterion():
     assert loss.costs == set_costs(
         class_head="softmax",
         class_weight=1.0,
-        class_cost_factor=0.5,
         l1_weight=2.0,
         giou_weight=3.0,
         no_object_weight=0.4,

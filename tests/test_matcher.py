@@ -105,9 +105,7 @@ def test_weights_of_the_costs():
     by_class = HungarianMatcher(set_costs(class_weight=1, l1_weight=0, giou_weight=0))
     by_l1 = HungarianMatcher(set_costs(class_weight=0, l1_weight=1, giou_weight=0))
     by_giou = HungarianMatcher(set_costs(class_weight=0, l1_weight=0, giou_weight=1))
-    without = HungarianMatcher(set_costs(class_cost_factor=0))
-    tenfold = HungarianMatcher(set_costs(class_cost_factor=10))
-    for matcher, query in ((by_class, 0), (by_l1, 1), (by_giou, 1), (without, 1), (tenfold, 0)):
+    for matcher, query in ((by_class, 0), (by_l1, 1), (by_giou, 1)):
         assert match(matcher, prediction, *target)[0][0] == [(query, 0)]
 
 

@@ -64,7 +64,7 @@ def test_export_halves_the_weights_and_describes_them(checkpoint, tmp_path, caps
     original = torch.load(checkpoint)
     assert info.class_names == original["class_names"]
     assert (info.threshold, info.note) == (0.25, "small")
-    assert read_config(str(target), []).MODEL.DYNAMIC_DECODER.NUM_QUERIES == 49
+    assert read_config(str(target), []).MODEL.DYNAMIC_DECODER.NUM_QUERIES == 100
     for name, tensor in original["model"].items():
         assert exported[name].dtype in (torch.float16, torch.int64)
         torch.testing.assert_close(exported[name].to(tensor.dtype), tensor, rtol=1e-3, atol=1e-6)

@@ -15,13 +15,12 @@ __all__ = ["SetCosts"]
 
 @dataclass(frozen=True)
 class SetCosts:
-    """Types and weights of the three losses and matching costs.
+    """Types and weights of the three losses, which are also the matching costs.
 
     Args:
         class_head: "focal" or "softmax".
         class_target: target of a matched query, "one" or "iou", see `VarifocalClassLoss`.
         class_weight: weight of the class loss.
-        class_cost_factor: the weight of the class cost is `class_weight` times this.
         l1_weight: weight of the L1 loss.
         giou_weight: weight of the GIoU loss.
         l1_format: box format of the L1 loss, "cxcywh" or "xyxy"; both normalised.
@@ -37,7 +36,6 @@ class SetCosts:
     class_head: str
     class_target: str
     class_weight: float
-    class_cost_factor: float
     l1_weight: float
     giou_weight: float
     l1_format: str
@@ -61,11 +59,6 @@ class SetCosts:
         node = cfg.MODEL.SET_DETECTOR
         losses = {name.lower(): value for name, value in node.LOSS.items()}
         return cls(class_head=node.CLASS_HEAD, **losses)
-
-    @property
-    def class_cost_weight(self) -> float:
-        """Return the weight of the class cost in the matching."""
-        return self.class_weight * self.class_cost_factor
 
     @property
     def class_loss(self) -> ClassLoss:

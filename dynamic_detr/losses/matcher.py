@@ -57,7 +57,7 @@ class HungarianMatcher(nn.Module):
         pred_boxes = pred_boxes.float().transpose(0, 1)[image]  # (T, S, Q, 4)
         l1, giou_loss, _ = self.costs.box_losses(pred_boxes, boxes.float()[:, None, None])
         cost = (
-            self.costs.class_cost_weight * self._class_cost(logits.float(), image, labels)
+            self.costs.class_weight * self._class_cost(logits.float(), image, labels)
             + self.costs.l1_weight * l1
             + self.costs.giou_weight * giou_loss
         )
