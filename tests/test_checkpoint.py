@@ -83,6 +83,14 @@ def test_the_newest_few_are_kept(tmp_path):
         _checkpointer(tmp_path, keep=1)
 
 
+def test_parts_of_killed_saves_are_removed(tmp_path):
+    kept = [".model_0000003.pth", "model_part", ".other.part"]
+    for name in (*kept, ".model_0000003.pth.part", ".model_best.safetensors.part"):
+        (tmp_path / name).touch()
+    _checkpointer(tmp_path).files.remove_parts()
+    assert _names(tmp_path) == sorted(kept)
+
+
 def test_zero_keeps_all(tmp_path):
     checkpointer = _checkpointer(tmp_path, keep=0)
     for iteration in range(4):
@@ -90,7 +98,7 @@ def test_zero_keeps_all(tmp_path):
     assert len(list(tmp_path.glob("model_*.pth"))) == 4
 
 
-def test_files_hold_the_average_for_users_and_the_weights_for_training(tmp_path):
+def test_files_hold_the_average_for_users_and_the_weights_for_training(tmp_path, caplog):
     model = Detector()
     ema = ModelEMA(model, 0.5)
     with torch.no_grad():
@@ -114,6 +122,9 @@ def test_files_hold_the_average_for_users_and_the_weights_for_training(tmp_path)
     assert torch.equal(resumed.body.weight, model.body.weight)
     assert torch.equal(average.state_dict()["body.weight"], ema.state_dict()["body.weight"])
     assert average.updates == 1 and state.value == 7
+
+    _checkpointer(tmp_path, Detector()).resume()
+    assert f"the moving average in {path} is not continued" in caplog.text
 
     tuned = Detector()
     average = ModelEMA(tuned, 0.5)

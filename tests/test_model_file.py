@@ -78,6 +78,7 @@ def test_a_worse_model_is_not_the_best(run, tmp_path):
     other.resume(started=time.time() + 60)
     other.keep(trainer.detector, {"bbox": {"AP": 5.0}}, 1)
     assert read_header(str(tmp_path / "model_best.safetensors")).metrics == {"AP": 5.0}
+    assert read_header(str(tmp_path / "model_best_1.safetensors")).metrics == {"AP": 30.0}
 
 
 def test_the_file_alone_is_evaluated(run, tmp_path):

@@ -158,11 +158,14 @@ def test_resuming_keeps_the_seed_of_the_run(tmp_path):
     assert second.seed == first.seed
 
 
-def test_resuming_takes_the_learning_rate_of_the_configuration(tmp_path):
-    train(make_config(tmp_path, "SOLVER.MAX_ITER", 2))
-    trainer = Trainer(make_config(tmp_path, "SOLVER.BASE_LR", 0.0004))
+def test_resuming_takes_rate_and_momentum_of_the_configuration(tmp_path):
+    sgd = ("SOLVER.OPTIMIZER", "SGD", "SOLVER.MAX_ITER", 2)
+    train(make_config(tmp_path, *sgd))
+    changed = ("SOLVER.BASE_LR", 0.0004, "SOLVER.MOMENTUM", 0.5)
+    trainer = Trainer(make_config(tmp_path, *sgd, *changed))
     trainer.resume_or_load(resume=True)
-    assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.0004}
+    groups = trainer.optimizer.param_groups
+    assert {(group["lr"], group["momentum"]) for group in groups} == {(0.0004, 0.5)}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tiny_run import write_config, write_data
 from dynamic_detr.cli import signals
 from dynamic_detr.engine.heartbeat import Beat, Observer
 from dynamic_detr.engine.stopping import StopRequest
+from dynamic_detr.engine.watch import Watch
 
 EVALUATE = ("TEST.EVAL_PERIOD", "3")  # when the last checkpoint is an iteration old
 WORKER = ("DATALOADER.NUM_WORKERS", "1")
@@ -309,6 +311,19 @@ def test_the_process_that_holds_the_others_up_is_named(beats, rank):
     assert observer.problem(alive, 60, now=30) is None
     found = observer.problem(alive, 60, now=61)
     assert (found and found[0]) == rank
+
+
+def test_a_suspended_run_does_not_hang(monkeypatch):
+    watch, now, found = Watch(), 0.0, []
+    watch.hang_seconds = 60
+    monkeypatch.setattr(watch, "_report", lambda *problem: found.append(problem))
+    monkeypatch.setattr("dynamic_detr.engine.watch.time", SimpleNamespace(monotonic=lambda: now))
+    for now in (0.0, 0.5, 3600.0, 3600.5):  # noqa: B007 - read by monotonic
+        watch._look()
+    assert not found
+    for now in range(3601, 3670):  # noqa: B007
+        watch._look()
+    assert "made no progress for 60 s" in found[0][1]
 
 
 def test_progress_is_no_hanging_and_silence_is():

@@ -15,13 +15,15 @@ from detectron2.engine import HookBase
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.logger import setup_logger
 from PIL import Image
-from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
+from tiny_run import NAMES, TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config, compat
 from dynamic_detr.cli import train_net as command
 from dynamic_detr.cli.arguments import build_parser, load_config
+from dynamic_detr.data.coco_json import register_json
 from dynamic_detr.engine.evaluation import build_evaluator
+from dynamic_detr.engine.step import NonFiniteStep
 from dynamic_detr.engine.stopping import TrainingStopped
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.engine.tta import DetectorTTA
@@ -122,6 +124,7 @@ def test_wrong_arguments_are_one_line(tmp_path, monkeypatch, capsys, arguments, 
     [
         (["--num-processes", "2"], [], "--num-processes"),
         ([], ["MODEL.DEVICE", "cpu"], "MODEL.DEVICE cpu"),
+        ([], ["MODEL.DEVICE", "cuda:1"], "MODEL.DEVICE cuda:1"),
     ],
 )
 def test_several_gpus_are_not_ignored(tmp_path, monkeypatch, capsys, flags, keys, other):
@@ -233,6 +236,39 @@ def test_diverged_training_saves_good_weights_and_says_where_and_why(tmp_path):
         assert torch.equal(saved["model"][name], value)
 
 
+def test_a_divergence_on_a_full_disk_is_told(tmp_path, monkeypatch):
+    trainer = Trainer(make_config(tmp_path, "SOLVER.MAX_ITER", 2))
+    trainer.resume_or_load(resume=False)
+    monkeypatch.setattr(trainer._trainer, "run_step", _diverge)
+    monkeypatch.setattr(trainer, "_save", _full_disk)
+    with pytest.raises(TrainingStopped) as stop:
+        trainer.train()
+    assert stop.value.code == 3 and "diverged at iteration 0: loss_a" in stop.value.message
+    assert "likely cause: " in stop.value.message and "disk is full" in stop.value.message
+
+
+def _diverge() -> None:
+    raise NonFiniteStep({"loss_a": float("nan")}, 1)
+
+
+def _full_disk() -> None:
+    raise UserError("could not write model_0000000.pth (the disk is full)")
+
+
+def test_an_unforeseen_error_saves_too(tmp_path, caplog):
+    options = ["SOLVER.MAX_ITER", 9, "SOLVER.CHECKPOINT_PERIOD", 100]
+    cfg = make_config(tmp_path, *options, "DATASETS.TEST", ("tiny_train",))
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    step = trainer._trainer.run_step
+    trainer._trainer.run_step = lambda: step() if trainer.iter < 8 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert torch.load(tmp_path / "output" / "model_0000007.pth")["iteration"] == 7
+    assert "Stopped after 8 iterations by an error; saved" in caplog.text
+    assert not (tmp_path / "output" / "inference").exists()  # no evaluation after the error
+
+
 def test_an_unreadable_image_stops_in_one_line_and_saves(tmp_path, monkeypatch, capsys):
     arguments = _arguments(tmp_path, "OUTPUT_DIR", str(tmp_path / "output"))
     args = build_parser().parse_args(arguments)
@@ -242,6 +278,21 @@ def test_an_unreadable_image_stops_in_one_line_and_saves(tmp_path, monkeypatch, 
         train(cfg)
     assert stop.value.code == 2
     assert "3.png" in stop.value.message and "\n" not in stop.value.message
+
+
+def test_test_data_are_checked_before_the_training(tmp_path):
+    make_config(tmp_path)  # registers tiny_train
+    data = tmp_path / "data"
+    register_json("tiny_absent", data / "absent.json", data, NAMES)
+    register_json("tiny_turned", data / "boxes.json", data, NAMES[::-1])
+    for name, message in (
+        ("tiny_absent", "tiny_absent does not exist .no .*absent.json"),
+        ("tiny_turned", f"class 0 is '{NAMES[1]}' in the data set tiny_turned and '{NAMES[0]}'"),
+    ):
+        config = ["--config-file", str(write_config(tmp_path)), "--num-gpus", "0"]
+        args = build_parser().parse_args([*config, "DATASETS.TEST", f"('{name}',)"])
+        with pytest.raises(UserError, match=message):
+            load_config(args)
 
 
 def test_more_classes_in_the_data_than_in_the_model_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from tiny_run import (
 )
 
 from dynamic_detr.cli.launch import launch
+from dynamic_detr.engine.batch_norm import RunningStatistics
+from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,22 @@ def test_the_exit_code_of_a_failed_process_is_handed_on():
     with pytest.raises(SystemExit) as error:
         launch(_fail_on_the_second, 2, on_gpu=False, args=(7,))
     assert error.value.code == 7
+
+
+def _evaluate_own_statistics(folder: Path) -> None:
+    from detectron2.utils import comm
+
+    norm = torch.nn.BatchNorm2d(2)
+    norm.running_mean += comm.get_rank()
+    step = SimpleNamespace(stop_agreed=False, statistics=RunningStatistics(norm))
+    trainer = SimpleNamespace(_trainer=step, ema=None)
+    means = Trainer._with_averaged_weights(trainer, norm.running_mean.tolist)
+    (folder / f"{comm.get_rank()}").write_text(str(means))
+
+
+def test_all_processes_evaluate_the_statistics_of_the_first(tmp_path):
+    launch(_evaluate_own_statistics, 2, on_gpu=False, args=(tmp_path,))
+    assert [(tmp_path / name).read_text() for name in "01"] == ["[0.0, 0.0]"] * 2
 
 
 def test_several_machines_need_an_address():

@@ -10,11 +10,13 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.utils.file_io import PathManager
 
 from ..config import class_count
 from ..data.coco_json import apply_json_datasets
+from ..data.loader import missing_data_set
 from ..data.scenes import register_scenes
-from ..engine.class_names import check_test_sets, weights_class_names
+from ..engine.class_names import check_test_sets, data_class_names, weights_class_names
 from ..errors import UserError, did_you_mean, is_text
 from ..files.config_file import find_config, model_among, read_config
 from .launch import under_torchrun
@@ -87,6 +89,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if any((args.train_json, args.train_images, args.val_json, args.val_images)):
         apply_json_datasets(cfg, args, names)
     _check_data(cfg, need_train=not args.eval_only)
+    names = names if args.eval_only else data_class_names(cfg)
     if names:
         check_test_sets(cfg, names)
     cfg.freeze()
@@ -104,13 +107,9 @@ def _choose_device(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise UserError(
             "--num-gpus must be at least 0, --num-processes and --num-machines at least 1"
         )
-    on_cpu = args.num_processes > 1 or cfg.MODEL.DEVICE == "cpu"
-    if args.num_gpus > 1 and on_cpu:
-        raise UserError(
-            f"--num-gpus {args.num_gpus} contradicts "
-            + ("--num-processes" if args.num_processes > 1 else "MODEL.DEVICE cpu")
-            + ", which trains on the CPU; omit one of them"
-        )
+    other = "--num-processes" if args.num_processes > 1 else f"MODEL.DEVICE {cfg.MODEL.DEVICE}"
+    if args.num_gpus > 1 and other != "MODEL.DEVICE cuda":
+        raise UserError(f"--num-gpus {args.num_gpus} contradicts {other}; omit one of them")
     if not 0 <= args.machine_rank < args.num_machines:
         raise UserError(
             f"--machine-rank {args.machine_rank} is not one of 0 to {args.num_machines - 1}"
@@ -153,3 +152,8 @@ def _check_data(cfg: CfgNode, need_train: bool) -> None:
                 f"the data set {name} has {len(names)} classes and the detector {classes}; set "
                 "the NUM_CLASSES of its configuration"
             )
+    for name in cfg.DATASETS.TEST if need_train else ():  # before hours of training
+        metadata = MetadataCatalog.get(name)
+        paths = [metadata.get(key) for key in ("json_file", "image_root")]
+        if absent := [path for path in paths if path and not PathManager.exists(path)]:
+            raise missing_data_set([name], f"no {absent[0]}")

@@ -27,12 +27,12 @@ from detectron2.utils import comm
 from .. import compat
 from ..engine.heartbeat import Beat
 from ..engine.stopping import EXIT_INTERRUPTED, EXIT_LOST, EXIT_UNFORESEEN
-from ..engine.watch import leave, print_line, watching
+from ..engine.watch import SAVE_SECONDS, leave, print_line, watching
 from ..errors import UserError, one_line
 
 _MEETING_TIMEOUT = timedelta(minutes=30)  # for all machines to connect
 _TIMEOUT = timedelta(days=1)  # of a collective operation; the watch finds a hang much earlier
-_GRACE_SECONDS = 60  # for the other processes to end after one has failed
+_GRACE_SECONDS = SAVE_SECONDS + 60  # for the other processes to end after one has failed
 _LAUNCHER = "launcher"  # in place of a rank
 
 

@@ -26,7 +26,13 @@ from .augmentation import build_mapper
 from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
 from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
 
-__all__ = ["EvalLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
+__all__ = [
+    "EvalLoader",
+    "TrainLoader",
+    "build_test_loader",
+    "build_train_loader",
+    "missing_data_set",
+]
 
 
 class WorkerDied(UserError, RuntimeError):
@@ -156,7 +162,7 @@ def _records(cfg: CfgNode) -> list[dict]:
                 proposal_files=proposals,
             )
     except FileNotFoundError as error:
-        raise _missing(cfg.DATASETS.TRAIN, error) from error
+        raise missing_data_set(cfg.DATASETS.TRAIN, one_line(error)) from error
     except (AssertionError, ValueError) as error:
         raise _unusable(cfg.DATASETS.TRAIN, error) from error
 
@@ -165,9 +171,10 @@ def _unusable(names: Sequence[str], error: Exception) -> UserError:
     return UserError(f"the data set {', '.join(names)} cannot be used: {one_line(error)}")
 
 
-def _missing(names: Sequence[str], error: FileNotFoundError) -> UserError:
+def missing_data_set(names: Sequence[str], what: str) -> UserError:
+    """Return the error of data sets without a file, `what` in words."""
     return UserError(
-        f"the data set {', '.join(names)} does not exist ({one_line(error)}); set "
+        f"the data set {', '.join(names)} does not exist ({what}); set "
         "DETECTRON2_DATASETS to the folder of Detectron2's data sets"
     )
 
@@ -243,6 +250,6 @@ def build_test_loader(cfg: CfgNode, dataset_name: str, mapper: Mapper | None = N
         with plain_pickles(detectron2_data):  # of proposals
             return EvalLoader(build_detection_test_loader(cfg, dataset_name, mapper=guarded))
     except FileNotFoundError as error:
-        raise _missing([dataset_name], error) from error
+        raise missing_data_set([dataset_name], one_line(error)) from error
     except (AssertionError, ValueError) as error:
         raise _unusable([dataset_name], error) from error

@@ -176,7 +176,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         for key, target in self.checkpointables.items():
             if key in checkpoint:
                 target.load_state_dict(checkpoint.pop(key))
-        if self.ema is not None:
+        if self.ema is None:
+            if average is not None:
+                self.logger.warning(
+                    f"SOLVER.EMA.ENABLED is False; the moving average in {path} is not continued"
+                )
+        else:
             if average is None:
                 self.ema.restart()
             else:

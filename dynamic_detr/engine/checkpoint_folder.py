@@ -144,6 +144,11 @@ class CheckpointFolder:
             path.rename(kept)
             logger.warning(f"{path} was written by another run; it is now {kept}")
 
+    def remove_parts(self) -> None:
+        """Remove the temporary files of saves that were killed; no other run may be saving."""
+        for part in self.folder.glob(".model_*.part"):
+            part.unlink(missing_ok=True)
+
     def written(self, path: Path) -> None:
         """Record a checkpoint of this run, and delete its oldest ones beyond ``keep``."""
         self._own = [own for own in self._own if own != path] + [path]

@@ -34,11 +34,11 @@ def weights_class_names(cfg: CfgNode, resume: bool) -> list[str] | None:
 
 
 def check_test_sets(cfg: CfgNode, names: list[str]) -> None:
-    """Check that the test data sets have the classes of the weights, in the same order.
+    """Check that the test data sets have the classes of the detector, in the same order.
 
     Args:
         cfg: configuration; reads ``DATASETS.TEST``.
-        names: class names of the weights.
+        names: class names of the weights, or of the training data.
 
     Raises:
         UserError: a data set has other classes.
@@ -51,6 +51,6 @@ def check_test_sets(cfg: CfgNode, names: list[str]) -> None:
             pair = [part[at] if at < len(part) else "no class" for part in (own, names)]
             raise UserError(
                 f"class {at} is {pair[0]!r} in the data set {data_set} and {pair[1]!r} in the "
-                "weights; evaluate on its file with --val-json and --val-images, which pair "
+                "detector; evaluate on its file with --val-json and --val-images, which pair "
                 "classes by name"
             )

@@ -1,5 +1,6 @@
 """Model files of a run: the best model so far and the final one."""
 
+import itertools
 import logging
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files.model_file import SUFFIX, ModelInfo, describe_config, encode_model, read_header
-from ..files.writing import reason, write_atomically
+from ..files.writing import as_user_error, reason, write_atomically
 from .class_names import data_class_names
 
 __all__ = ["ModelWriter", "describe_model", "write_model"]
@@ -76,17 +77,20 @@ class ModelWriter:
         self.cfg = cfg
         self.note = ""
         self.best_ap = -math.inf
+        self._own: set[Path] = set()
 
     def path(self, name: str) -> Path:
         return Path(self.cfg.OUTPUT_DIR) / f"model_{name}{SUFFIX}"
 
     def resume(self, started: float) -> None:
-        """Read the best AP so far from the model file of the resumed run.
+        """Find the model files of the resumed run, and read its best AP so far.
 
         Args:
             started: start of the run, seconds since 1970; an older file is of another run.
         """
-        if self.path("best").is_file() and self.path("best").stat().st_mtime >= started:
+        paths = [path for path in map(self.path, ("best", "final")) if path.is_file()]
+        self._own = {path for path in paths if path.stat().st_mtime >= started}
+        if self.path("best") in self._own:
             try:
                 best = read_header(str(self.path("best"))).metrics.get("AP", -math.inf)
             except UserError as error:
@@ -116,6 +120,21 @@ class ModelWriter:
         if iteration >= self.cfg.SOLVER.MAX_ITER:
             names.append("final")
         for name in names:
+            self._make_way(self.path(name))
             write_model(self.path(name), model.state_dict(), info)
             score = f", AP {ap:.1f}" if math.isfinite(ap) else ""
             logger.info(f"Saved the model {self.path(name)}{score}")
+
+    def _make_way(self, path: Path) -> None:
+        """Rename a model file of another run that has this path.
+
+        Raises:
+            UserError: it cannot be renamed.
+        """
+        if path not in self._own and path.exists():
+            free = (path.with_stem(f"{path.stem}_{number}") for number in itertools.count(1))
+            kept = next(name for name in free if not name.exists())
+            with as_user_error(str(path)):
+                path.rename(kept)
+            logger.warning(f"{path} was written by another run; it is now {kept}")
+        self._own.add(path)

@@ -15,8 +15,10 @@ from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import UserError
+from .batch_norm import RunningStatistics
 from .clipping import GradientClipper
 from .ema import ModelEMA
 from .watch import current_watch
@@ -25,7 +27,8 @@ AMP_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class NonFiniteStep(Exception):
-    """A loss or the gradient is not finite. The weights are those from before the step.
+    """A loss or the gradient is not finite. The weights, and the running statistics of batch norms,
+    are those from before the step.
 
     Args:
         losses: each loss, averaged over the processes.
@@ -97,6 +100,8 @@ class TrainStep(SimpleTrainer):
         self.batch: list[dict] = []
         self.stop_requested = False  # by this process's signal handler
         self.stop_agreed = False  # by all processes
+        detector = model.module if isinstance(model, DistributedDataParallel) else model
+        self.statistics = RunningStatistics(detector)
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._device = self._parameters[0].device
         self._updated: torch.cuda.Event | None = None
@@ -107,22 +112,18 @@ class TrainStep(SimpleTrainer):
         Raises:
             NonFiniteStep: on all processes; the step has changed nothing.
         """
-        watch = current_watch()
-        with watch.state_is_whole():
-            watch.progress(f"loading the data of iteration {self.iter}", 3 * self.iter)
-            started = time.perf_counter()
-            self.batch = next(self._data_loader_iter)
-            data_time = time.perf_counter() - started
-
-            watch.progress(f"computing the gradients of iteration {self.iter}", 3 * self.iter + 1)
-            seed_step(self.seed, self.iter, comm.get_rank())
-            self.optimizer.zero_grad(set_to_none=True)
-            losses = self._forward(self.batch)
-            total = sum(losses.values())
-            norm = self._backward(total)
-            means, norm, self.stop_agreed = self._reduce(losses, total, norm, data_time)
-        watch.progress(f"ending iteration {self.iter}", 3 * self.iter + 2)
-        if math.isfinite(norm) and all(math.isfinite(value) for value in means.values()):
+        self.statistics.keep()
+        try:
+            means, norm = self._compute()
+            finite = math.isfinite(norm) and all(map(math.isfinite, means.values()))
+            if not finite:
+                self.statistics.restore()
+        except BaseException:
+            self.statistics.restore()
+            raise
+        finally:
+            self.statistics.forget()
+        if finite:
             self.optimizer.step()
             self.skipped = 0
             if self.ema is not None:
@@ -138,17 +139,39 @@ class TrainStep(SimpleTrainer):
             self._updated = torch.cuda.Event()
             self._updated.record()
 
+    def _compute(self) -> tuple[dict[str, float], float]:
+        """Compute the gradients; return losses and gradient norm, averaged over the processes."""
+        watch = current_watch()
+        with watch.state_is_whole():
+            watch.progress(f"loading the data of iteration {self.iter}", 3 * self.iter)
+            started = time.perf_counter()
+            self.batch = next(self._data_loader_iter)
+            data_time = time.perf_counter() - started
+
+            watch.progress(f"computing the gradients of iteration {self.iter}", 3 * self.iter + 1)
+            seed_step(self.seed, self.iter, comm.get_rank())
+            self.optimizer.zero_grad(set_to_none=True)
+            losses = self._forward(self.batch)
+            total = sum(losses.values())
+            norm = self._backward(total)
+            means, norm, self.stop_agreed = self._reduce(losses, total, norm, data_time)
+        watch.progress(f"ending iteration {self.iter}", 3 * self.iter + 2)
+        return means, norm
+
     @contextlib.contextmanager
     def seen_from_another_thread(self) -> Iterator[None]:
         """Read the state after the last update on a new stream, from another thread.
 
-        The stream of the main thread may be blocked by a process that is gone.
+        The stream of the main thread may be blocked by a process that is gone. A step that has
+        begun will not be finished, so the statistics of batch norms are reset to its beginning.
         """
         if self._updated is None:
+            self.statistics.restore()
             yield
             return
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_event(self._updated)
+            self.statistics.restore()
             yield
 
     def _forward(self, batch: list[dict]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Detectron2's trainer with this project's optimiser, step, data order and checkpoints."""
 
+import contextlib
 import logging
 import os
 import weakref
@@ -171,9 +172,8 @@ class Trainer(DefaultTrainer):
         if self._trainer.stop_agreed:
             self._save_and_stop()
         try:
-            if self.ema is None:
-                return evaluate()
-            with self.ema.applied():
+            with contextlib.nullcontext() if self.ema is None else self.ema.applied():
+                self._trainer.statistics.share()  # so that all processes evaluate one model
                 return evaluate()
         except Exception as error:
             self._stop_for(error)
@@ -222,6 +222,8 @@ class Trainer(DefaultTrainer):
                 "continues this run"
             )
             self._save()  # so that --resume takes this run before its first periodic checkpoint
+        if comm.is_main_process():
+            self.checkpointer.files.remove_parts()
         with self.watch.saving_with(self._save_from_outside):
             return super().train()
 
@@ -305,7 +307,7 @@ class Trainer(DefaultTrainer):
 
         Raises:
             TrainingStopped: on this process only. In a run of one process, an unforeseen error is
-                raised unchanged.
+                raised unchanged, after saving.
         """
         self.watch.settle(error)
         # A signal to the whole process group also ends data workers and other processes.
@@ -315,9 +317,12 @@ class Trainer(DefaultTrainer):
             message = f"{self._stopped_by_signal()}; {saved}"
             self._stop(message, self.stop.exit_code, agreed=False)
         what, code = describe_error(error, self.cfg, self.watch.world_size, self.detector.training)
-        if code == EXIT_UNFORESEEN and self.watch.world_size == 1:
-            raise error
         saved = self.watch.fail(code, save)
+        if code == EXIT_UNFORESEEN and self.watch.world_size == 1:
+            self._stopped = True
+            if saved:
+                logger.error(f"Stopped after {self.finished + 1} iterations by an error; {saved}")
+            raise error
         process = f"process {self.watch.rank}: " if self.watch.world_size > 1 else ""
         message = f"error: {process}{what}; stopped after {self.finished + 1} iterations"
         self._stop(f"{message}, {saved}" if saved else message, code, agreed=False, cause=error)
@@ -326,11 +331,14 @@ class Trainer(DefaultTrainer):
         place = non_finite_losses(error.losses) or "the gradient"
         cause = likely_cause(self.cfg, self.detector, self._trainer.batch, self.iter)
         replay = self._keep_failed_step()
-        path = self._save()
+        try:
+            saved = f"the weights from before it are in {self._save()}"
+        except UserError as unsaved:
+            saved = one_line(unsaved)
         skipped = f" for {error.skipped} steps in a row" if error.skipped > 1 else ""
         self._stop(
             f"training diverged at iteration {self.iter}: {place} is not finite{skipped}; likely "
-            f"cause: {cause}; the weights from before it are in {path}{replay}",
+            f"cause: {cause}; {saved}{replay}",
             EXIT_DIVERGED,
         )
 
@@ -366,14 +374,16 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load a saved state; learning rates and weight decays stay those of the configuration.
+        """Load a saved state; settings of the optimiser stay those of the configuration.
 
         Raises:
             UserError: see :func:`check_trainer_state`.
         """
         check_trainer_state(state_dict, self.state_dict(), self.optimizer, self.max_iter)
-        groups = self.optimizer.param_groups
-        configured = [(group["initial_lr"], group["weight_decay"]) for group in groups]
+        configured = [
+            {name: value for name, value in group.items() if name not in ("params", "lr")}
+            for group in self.optimizer.param_groups
+        ]
         TrainerBase.load_state_dict(self, state_dict)
         self._trainer.load_state_dict(state_dict["step"])
         self._set_rates(configured)
@@ -390,9 +400,9 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.SOLVER.IMS_PER_BATCH}; the order of images changes with it"
             )
 
-    def _set_rates(self, configured: list[tuple[float, float]]) -> None:
-        """Set learning rate and weight decay of each parameter group."""
-        self.scheduler.base_lrs = [lr for lr, _ in configured]
+    def _set_rates(self, configured: list[dict]) -> None:
+        """Set learning rate, weight decay, momentum and the like of each parameter group."""
+        self.scheduler.base_lrs = [settings["initial_lr"] for settings in configured]
         groups, rates = self.optimizer.param_groups, self.scheduler.get_lr()
-        for group, (lr, decay), now in zip(groups, configured, rates, strict=True):
-            group.update(initial_lr=lr, weight_decay=decay, lr=now)
+        for group, settings, now in zip(groups, configured, rates, strict=True):
+            group.update(settings, lr=now)

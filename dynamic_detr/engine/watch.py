@@ -17,6 +17,7 @@ operation with a process that is gone. The watch itself uses no collective opera
 
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import socket
@@ -37,8 +38,9 @@ __all__ = ["Watch", "current_watch", "leave", "print_line", "watching"]
 
 HANG_SECONDS = 1800.0  # before the configuration is loaded
 _TICK_SECONDS = 0.5
+_SUSPENDED_SECONDS = 10  # between two ticks
 _TIMEOUT_SECONDS = 10  # for a cause to arrive, and for the main thread of process 0
-_SAVE_SECONDS = 300
+SAVE_SECONDS = 300  # for process 0 to save
 
 
 def print_line(line: str) -> None:
@@ -95,7 +97,7 @@ class Watch:
         self._peers = dict.fromkeys(set(peers) - {rank})  # pid by rank, once known
         self._beat = Beat(socket.gethostname(), os.getpid())  # changed by the main thread only
         self._tick = 0
-        self._observer = Observer()
+        self._observer, self._looked = Observer(), math.inf
         self._meetings = 0
         self._last_meeting = False
         self._whole = threading.Lock()  # its holder may change the state, or save it
@@ -225,8 +227,12 @@ class Watch:
             return
         for rank in self._gone():
             self._report(rank, "has ended without a word")
+        now = time.monotonic()
+        if now - self._looked > _SUSPENDED_SECONDS:  # it may have been, as a whole
+            self._observer = Observer()
+        self._looked = now
         if self.hang_seconds and self.rank < 2:
-            found = self._observer.problem(self._beats(), self.hang_seconds, time.monotonic())
+            found = self._observer.problem(self._beats(), self.hang_seconds, now)
             if found is not None:
                 self._report(*found)
 
@@ -272,7 +278,7 @@ class Watch:
     def _answer(self) -> str:
         """Wait for process 0 to save; return how it went, in words."""
         try:
-            self._store.wait(["saved"], timedelta(seconds=_SAVE_SECONDS))
+            self._store.wait(["saved"], timedelta(seconds=SAVE_SECONDS))
             return self._store.get("saved").decode()
         except RuntimeError:
             return ""
