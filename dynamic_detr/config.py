@@ -601,7 +601,8 @@ _SOLVER_KEYS = (
         "SOLVER.OFFSETS_MULTIPLIER",
         1.0,
         WEIGHT,
-        "The same for layers that predict sampling offsets and reference points.",
+        "The same for layers of deformable attention that predict sampling offsets and reference "
+        "points.",
     ),
     Key(
         "SOLVER.AMP.DTYPE",

@@ -246,6 +246,12 @@ def _dependent(cfg: CfgNode) -> dict[str, Range]:
         ),
     )
     when(
+        solver.EMA.ENABLED,
+        "TEST.PRECISE_BN.ENABLED",
+        "False with SOLVER.EMA.ENABLED, which averages the statistics of batch norms itself",
+        lambda value: not value,
+    )
+    when(
         model.LOAD_PROPOSALS,
         "DATASETS.PROPOSAL_FILES_TRAIN",
         "as many files as DATASETS.TRAIN has data sets, with MODEL.LOAD_PROPOSALS",

@@ -40,6 +40,18 @@ def draw(mapper: DatasetMapper, seed: int) -> list[T.Transform]:
     return [transform for transform in found if isinstance(transform, wanted)]
 
 
+@pytest.mark.parametrize("kind", ["relative", "relative_range"])
+def test_a_crop_has_a_pixel_at_least(cfg, kind):
+    cfg.INPUT.CROP_BRANCH.ENABLED, cfg.INPUT.CROP.ENABLED = False, True
+    cfg.INPUT.CROP.TYPE, cfg.INPUT.CROP.SIZE = kind, [0.3, 0.3]
+    mapper = build_mapper(cfg, is_train=True)
+    for seed in range(20):
+        with seeded(seed, 0):
+            view = T.AugInput(np.zeros((1, 3000, 3), np.uint8))
+            mapper.augmentations(view)
+        assert min(view.image.shape) > 0
+
+
 def test_half_of_the_images_are_cropped(cfg):
     mapper = build_mapper(cfg, is_train=True)
     draws = [draw(mapper, seed) for seed in range(200)]

@@ -128,6 +128,7 @@ WRONG_TOGETHER = [
      , "[9, 5]"),
     ("INPUT.CROP.ENABLED", ["INPUT.CROP_BRANCH.ENABLED", "True"], "True"),
     ("MODEL.PIXEL_MEAN", ["INPUT.FORMAT", "L"], "[1.0, 2.0, 3.0]"),
+    ("TEST.PRECISE_BN.ENABLED", ["SOLVER.EMA.ENABLED", "True"], "True"),
     ("MODEL.MASK_ON", ["MODEL.META_ARCHITECTURE", "SetDetector"], "True"),
     ("MODEL.KEYPOINT_ON", ["MODEL.META_ARCHITECTURE", "DynamicDETR"], "True"),
     ("DATASETS.PROPOSAL_FILES_TRAIN", ["MODEL.LOAD_PROPOSALS", "True"], "('a', 'b')"),

@@ -31,10 +31,13 @@ class Detector(nn.Module):
 
     def __init__(self, fpn: bool = True):
         super().__init__()
-        bottom_up = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 1), "conv2_offset": nn.Conv2d(4, 2, 1)})
+        bottom_up = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 1)})
         self.backbone = nn.ModuleDict({"bottom_up": bottom_up} if fpn else dict(bottom_up.items()))
         self.backbone["lateral"] = nn.Conv2d(4, 4, 1)
-        self.encoder = nn.ModuleDict({"offset": nn.Conv2d(4, 27, 3), "norm": nn.GroupNorm(2, 4)})
+        self.encoder = nn.ModuleDict(
+            {"offset": nn.Conv2d(4, 27, 3), "sampling_offsets": nn.Linear(4, 2)}
+        )
+        self.encoder["norm"] = nn.GroupNorm(2, 4)
         self.head = nn.Linear(4, 4)
         self.tied = nn.Linear(4, 4)
         self.tied.weight = self.head.weight
@@ -60,12 +63,12 @@ def test_groups_give_every_parameter_its_rate_and_decay():
     assert settings == {
         "backbone.bottom_up.conv1.weight": (0.1, 0.1),
         "backbone.bottom_up.conv1.bias": (0.1, 0.05),
-        "backbone.bottom_up.conv2_offset.weight": (0.05, 0.1),
-        "backbone.bottom_up.conv2_offset.bias": (0.05, 0.05),
         "backbone.lateral.weight": (1.0, 0.1),  # an FPN's own layers are not pretrained
         "backbone.lateral.bias": (1.0, 0.05),
-        "encoder.offset.weight": (0.5, 0.1),
-        "encoder.offset.bias": (0.5, 0.05),
+        "encoder.offset.weight": (1.0, 0.1),  # of a deformable convolution
+        "encoder.offset.bias": (1.0, 0.05),
+        "encoder.sampling_offsets.weight": (0.5, 0.1),
+        "encoder.sampling_offsets.bias": (0.5, 0.05),
         "encoder.norm.weight": (1.0, 0.0),
         "encoder.norm.bias": (1.0, 0.05),
         "head.weight": (1.0, 0.1),
@@ -234,6 +237,41 @@ def test_weights_stay_those_from_before_a_step_that_is_not_finite():
     assert non_finite_losses(error.value.losses) == "loss_a (stage 2)"
 
 
+class Normed(Scripted):
+    """The same with a batch norm, whose statistics another thread may save during the step."""
+
+    def __init__(self, *factors: float):
+        super().__init__(*factors)
+        self.norm = nn.BatchNorm2d(2)
+
+    def forward(self, batch):
+        before = {name: value.clone() for name, value in self.norm.state_dict().items()}
+        self.norm(torch.rand(4, 2, 3, 3))
+        assert not torch.equal(self.norm.running_mean, before["running_mean"])
+        if self.saving_step is not None:
+            with self.saving_step.seen_from_another_thread():
+                torch.testing.assert_close(self.norm.state_dict(), before, rtol=0, atol=0)
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("from_outside", [False, True])
+def test_statistics_of_batch_norms_stay_those_from_before_it(from_outside):
+    model = Normed(1.0, math.inf, math.nan)
+    step = _step(model)
+    model.saving_step = step if from_outside else None
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with EventStorage(0):
+        step.run_step()
+        assert model.norm.num_batches_tracked == (0 if from_outside else 1)
+        before = {name: value.clone() for name, value in model.norm.state_dict().items()}
+        step.run_step()  # skipped
+        torch.testing.assert_close(model.norm.state_dict(), before, rtol=0, atol=0)
+        step.scaler = None
+        with pytest.raises(NonFiniteStep):
+            step.run_step()
+    torch.testing.assert_close(model.norm.state_dict(), before, rtol=0, atol=0)
+
+
 def test_an_infinite_gradient_of_a_finite_loss_is_noticed():
     class Root(Scripted):
         def forward(self, batch):
@@ -331,6 +369,8 @@ def test_schedule_scales_with_the_number_of_processes(cfg):
     line = describe_schedule(scaled, 2, seed=1, images=160)
     assert "400 iterations x 4 images (2 on each of 2 processes, cuda) = 10 epochs" in line
     assert "at 240, 320, warm-up" in line and "\n" not in line
+    cfg.merge_from_list(["SOLVER.REFERENCE_WORLD_SIZE", 1, "TEST.EVAL_PERIOD", 4])
+    assert scale_schedule(cfg, 16).TEST.EVAL_PERIOD == 1  # 0 would mean no evaluation
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,24 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
         return transform
 
 
+class RandomCrop(T.RandomCrop):
+    """Detectron2's `RandomCrop` with results of at least 1 × 1 pixel."""
+
+    def get_crop_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        height, width = super().get_crop_size(image_size)
+        return max(height, 1), max(width, 1)
+
+
+def _of_a_pixel(augmentation: T.Augmentation) -> T.Augmentation:
+    """Return the augmentation of this file in place of Detectron2's."""
+    if type(augmentation) is T.ResizeShortestEdge:
+        names = ("short_edge_length", "max_size", "sample_style", "interp")
+        return ResizeShortestEdge(*(getattr(augmentation, name) for name in names))
+    if type(augmentation) is T.RandomCrop:
+        return RandomCrop(augmentation.crop_type, augmentation.crop_size)
+    return augmentation
+
+
 def crop_branch(resize: list[int], size: list[int]) -> T.Augmentation:
     """Return an augmentation that resizes and crops half of the images.
 
@@ -41,12 +59,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper:
         ValueError: both INPUT.CROP and INPUT.CROP_BRANCH are enabled.
     """
     options = DatasetMapper.from_config(cfg, is_train)
-    options["augmentations"] = [
-        ResizeShortestEdge(aug.short_edge_length, aug.max_size, aug.sample_style, aug.interp)
-        if type(aug) is T.ResizeShortestEdge
-        else aug
-        for aug in options["augmentations"]
-    ]
+    options["augmentations"] = [_of_a_pixel(each) for each in options["augmentations"]]
     branch = cfg.INPUT.CROP_BRANCH
     if is_train and branch.ENABLED:
         if cfg.INPUT.CROP.ENABLED:

@@ -13,10 +13,9 @@ from torch import nn
 
 from ..errors import UserError
 
-# Names of modules that predict sampling locations: `offset` convolutions of the dynamic encoder,
-# `sampling_offsets` and `reference_points` of deformable attention, and `conv2_offset` of a
-# backbone's deformable convolution (Detectron2's name).
-OFFSET_MODULES = ("offset", "sampling_offsets", "reference_points", "conv2_offset")
+# Names of modules of deformable attention that predict sampling locations (Deformable DETR, section
+# 5). The offsets of deformable convolutions keep the rate of the other layers.
+OFFSET_MODULES = ("sampling_offsets", "reference_points")
 
 
 def is_normalisation(module: nn.Module) -> bool:
@@ -30,10 +29,7 @@ def is_normalisation(module: nn.Module) -> bool:
 def learning_rate_factor(
     name: str, pretrained_prefix: str, backbone_multiplier: float, offsets_multiplier: float
 ) -> float:
-    """Return the multiple of the base learning rate for a parameter.
-
-    Both multipliers apply to offset layers of the backbone.
-    """
+    """Return the multiple of the base learning rate for a parameter."""
     factor = backbone_multiplier if name.startswith(pretrained_prefix) else 1.0
     if any(part in OFFSET_MODULES for part in name.split(".")):
         factor *= offsets_multiplier

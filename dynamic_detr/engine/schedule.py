@@ -32,9 +32,14 @@ def scale_schedule(cfg: CfgNode, world_size: int, scale_to: int | None = None) -
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} does not divide among the "
             f"SOLVER.REFERENCE_WORLD_SIZE {reference} processes"
         )
+    period = cfg.TEST.EVAL_PERIOD
     cfg = DefaultTrainer.auto_scale_workers(cfg, scale_to or world_size)
     if reference and scale_to not in (None, world_size):
         logger.info(f"The schedule stays that of the {scale_to} processes of the run's start")
+    if period and not cfg.TEST.EVAL_PERIOD:  # 0 would turn evaluations off
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TEST.EVAL_PERIOD = 1
     solver = cfg.SOLVER
     if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % world_size:
         raise UserError(
