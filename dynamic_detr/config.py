@@ -324,7 +324,7 @@ _DYNAMIC_DECODER_KEYS = (
     Key(
         _DECODER + "CANONICAL_SIZE",
         224,
-        number(0, open_ends="("),
+        whole(1),
         "Square root of the area, in pixels, of boxes that are pooled from stride 16; smaller "
         "boxes are pooled from finer levels.",
     ),

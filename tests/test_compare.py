@@ -12,6 +12,7 @@ from tiny_run import write_config, write_data
 
 from dynamic_detr.engine.step import seed_step
 from dynamic_detr.engine.trainer import Trainer
+from dynamic_detr.errors import UserError
 
 PROJECT = Path(__file__).parents[1]
 sys.path.insert(0, str(PROJECT / "tools"))
@@ -66,6 +67,15 @@ def test_another_backbone_keeps_its_own_start(tmp_path):
     cfg, terms = compose(FASTER, read_first(PRETRAIN, [], 10, 1, tmp_path), [])
     assert cfg.MODEL.WEIGHTS.endswith("MSRA/R-50.pkl") and cfg.INPUT.FORMAT == "BGR"
     assert terms.start == "own: R-50.pkl"
+
+
+def test_another_optimizer_needs_its_own_rate(tmp_path):
+    keys = ["SOLVER.OPTIMIZER", "ADAMW"]
+    first = read_first(PRETRAIN, keys, 10, 1, tmp_path)
+    with pytest.raises(UserError, match="has a learning rate for SGD.*set SOLVER.BASE_LR too"):
+        compose(FASTER, first, keys)
+    cfg, terms = compose(FASTER, first, [*keys, "SOLVER.BASE_LR", "0.0004"])
+    assert pytest.approx(0.0004) == cfg.SOLVER.BASE_LR and terms.rule == "as given"
 
 
 def test_backbone_multiplier_is_one_for_random_weights(tmp_path):
@@ -294,6 +304,7 @@ def test_comparison_from_runs_to_page(tiny, capsys, monkeypatch):
         (["--config-file", "none.yaml"], "none.yaml does not exist"),
         (["--config-file", "tiny.yaml"], "DATASETS.TEST is empty"),
         (["--config-file", "tiny.yaml", "DATASETS.TEST", "('x',)"], "which is not registered"),
+        (["--config-file", "tiny.yaml", "DATASETS.TEST", "('x', 'y')"], "a comparison has one"),
         (["--config-file", "tiny.yaml", "--config-file", "a/tiny.yaml"], "have the same name"),
         (["--config-file", "tiny.yaml", "--val-json", "x"], "--train-json is missing"),
         (["--config-file", "tiny.yaml", "SOLVER.MAX_ITER", "9"], "is set by --iterations"),

@@ -26,7 +26,7 @@ from conversions.resnet import resnet_rules
 CHANNELS = 24
 
 
-def config(depth: int = 50, **levels: object) -> CfgNode:
+def config(depth: int = 50, dilation: int = 1, **levels: object) -> CfgNode:
     """Return the configuration of a narrow network with values for `MODEL.LEVELS`."""
     cfg = get_cfg()
     add_dynamic_detr_config(cfg)
@@ -34,7 +34,7 @@ def config(depth: int = 50, **levels: object) -> CfgNode:
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
     resnets = cfg.MODEL.RESNETS
     resnets.DEPTH, resnets.NORM, resnets.OUT_FEATURES = depth, "GN", levels.pop("OUT_FEATURES")
-    resnets.STEM_OUT_CHANNELS = 32
+    resnets.STEM_OUT_CHANNELS, resnets.RES5_DILATION = 32, dilation
     resnets.RES2_OUT_CHANNELS = 64 if depth < 50 else 128
     resnets.WIDTH_PER_GROUP = 64 if depth < 50 else 32
     cfg.MODEL.LEVELS.OUT_CHANNELS = CHANNELS
@@ -150,6 +150,7 @@ def test_dc5_with_deformable_convolution():
     [
         ({"OUT_FEATURES": ["res4"], "DC5": True}, 'requires "res5" in MODEL.RESNETS.OUT_FEATURES'),
         ({"depth": 18, "OUT_FEATURES": ["res5"], "DC5": True}, "requires MODEL.RESNETS.DEPTH"),
+        ({"OUT_FEATURES": ["res5"], "DC5": True, "dilation": 2}, "requires .*RES5_DILATION 1"),
         ({"OUT_FEATURES": ["res5"], "NUM_EXTRA": -1}, "MODEL.LEVELS.NUM_EXTRA is -1"),
     ],
 )

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynamic_detr
 from dynamic_detr import Pyramid
+from dynamic_detr.errors import UserError
 from dynamic_detr.files.config_file import read_config
 from dynamic_detr.files.model_file import read_model
 
@@ -86,6 +87,7 @@ def test_export_rejects_invalid_checkpoints_and_arguments(checkpoint, tmp_path, 
         ([huge, target], "--config-file is missing"),
         ([huge, "out.pth"], "must end in .safetensors"),
         (["quickstart", target, "--threshold", "2"], "--threshold is 2"),
+        (["quickstart", target, "--config-file", DETR], "are not of one model"),
     ):
         with pytest.raises(SystemExit) as stop:
             export_weights.main(list(map(str, arguments)))
@@ -96,7 +98,7 @@ def test_export_rejects_invalid_checkpoints_and_arguments(checkpoint, tmp_path, 
 
 def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
     weights, output = export(checkpoint, tmp_path / "weights.safetensors"), tmp_path / "out"
-    options = ["--output", output, "--weights", weights, "--scenes", "8"]
+    options = ["--output", output, "--weights", weights, "--scenes", "1"]
     done = subprocess.run(
         [
             *(sys.executable, PROJECT / "tools" / "quickstart.py", *options),
@@ -123,6 +125,14 @@ def test_quickstart_names_the_folder_that_cannot_be_written(tmp_path, capsys, mo
         quickstart.main(["--output", str(tmp_path)])
     assert stop.value.code == 2
     assert "DETECTRON2_DATASETS" in capsys.readouterr().err
+
+
+def test_quickstart_keeps_a_fine_tuning_with_other_keys(tmp_path):
+    start, folder = ["weights", "content", "SOLVER.MAX_ITER", "100"], tmp_path / "finetune"
+    for _ in range(2):
+        quickstart._require_same_start(folder, start)
+    with pytest.raises(UserError, match="with other weights or keys; add --fresh"):
+        quickstart._require_same_start(folder, [*start[:3], "200"])
 
 
 def test_quickstart_names_missing_weights(tmp_path, capsys):
@@ -172,6 +182,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
         (["--machine", "two\nlines"], "is not a name on one line"),
         (["--json", "nowhere/times.json"], "--json: the folder nowhere does not exist"),
         (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
+        (["--config-file", "a/x.yaml", "--config-file", "b/x.yaml"], "have the name x"),
     ],
 )
 def test_benchmark_rejects_wrong_arguments_first(options, reason, capsys):

@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import platform
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
@@ -238,6 +239,9 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError("--dtype float16 requires a GPU; use bfloat16 on the CPU")
         if args.json and not args.json.parent.is_dir():
             raise UserError(f"--json: the folder {args.json.parent} does not exist")
+        names = Counter(Path(config).stem for config in (*args.config_file, *args.peer))
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise UserError(f"two configurations have the name {twice[0]}; rename one")
         for config in (*args.config_file, *args.peer):
             find_config(config)
         versions = ", ".join(f"{key} {result[key]}" for key in VERSIONS)

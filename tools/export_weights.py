@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.data.scenes import register_scenes_of
+from dynamic_detr.engine.build import build_detector
 from dynamic_detr.engine.model_writer import describe_model, write_model
 from dynamic_detr.errors import UserError
 from dynamic_detr.files.config_file import find_config, read_config
@@ -45,7 +46,9 @@ def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Te
     if is_model_file(source):
         info, weights = read_model(source)
         if config_file:
-            info = replace(info, config=describe_config(read_config(find_config(config_file), [])))
+            cfg = read_config(find_config(config_file), ["MODEL.DEVICE", "cpu"])
+            _require_fit(weights, build_detector(cfg).state_dict(), f"{source} and {config_file}")
+            info = replace(info, config=describe_config(cfg))
         return info, weights
     from dynamic_detr.inference.building import build_with_weights
 
@@ -56,6 +59,15 @@ def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Te
     if names := rest.get("class_names"):
         info = replace(info, class_names=names, category_ids=[])
     return info, model.state_dict()
+
+
+def _require_fit(weights: dict[str, Tensor], wanted: dict[str, Tensor], what: str) -> None:
+    """Check that weights have the names and shapes of a model; `what` names both."""
+    shapes, others = ({k: tuple(v.shape) for k, v in each.items()} for each in (weights, wanted))
+    if misfits := dict(shapes.items() ^ others.items()):
+        raise UserError(
+            f"{what} are not of one model: {len(misfits)} tensors, such as {min(misfits)}"
+        )
 
 
 def convert(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

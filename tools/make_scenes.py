@@ -21,7 +21,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def _at_least(least: int) -> Callable[[str], int]:
+def at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {least}")
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--families", nargs="+", choices=names, default=names, help="default: all")
     splits = ["train", "val"]
     parser.add_argument("--splits", nargs="+", choices=splits, default=splits, help="default: both")
-    parser.add_argument("--images", type=_at_least(1), help="number of scenes per split")
+    parser.add_argument("--images", type=at_least(1), help="number of scenes per split")
     parser.add_argument(
         "--sizes",
         nargs="+",
@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         metavar="WIDTHxHEIGHT",
         help="possible sizes of a scene (default: 128x128)",
     )
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of the dataset")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the dataset")
     parser.add_argument(
-        "--processes", type=_at_least(1), default=os.cpu_count(), help="default: number of cores"
+        "--processes", type=at_least(1), default=os.cpu_count(), help="default: number of cores"
     )
     args = parser.parse_args(argv)
     try:

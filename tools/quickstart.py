@@ -6,6 +6,7 @@ the evaluation and the pictures are made again.
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import shlex
@@ -24,6 +25,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 from detectron2.utils.logger import setup_logger
+from make_scenes import at_least
 from tabulate import tabulate
 
 from dynamic_detr import compat
@@ -74,9 +76,10 @@ def make_scenes(images: int | None) -> None:
         print(f"{root / family}, {split}: {'made' if written else 'already there'}")
 
 
-def config(name: str, weights: str, output: Path) -> CfgNode:
+def config(file: Path, weights: str, output: Path) -> CfgNode:
+    """Read a configuration, or that of a model file, and set weights, device and output folder."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg = read_config(str(CONFIGS / name), [])
+    cfg = read_config(str(file), [])
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = device, weights, str(output)
     return cfg
 
@@ -98,10 +101,28 @@ def finetune(weights: str, output: Path, opts: list[str]) -> None:
         *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *devices, "--resume"),
         *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), *opts),
     ]
+    content = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
+    _require_same_start(output, [weights, content, *opts])
     print("python", shlex.join(command), flush=True)
     status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
     if status:
         raise UserError(f"fine-tuning stopped with exit code {status}; see its last lines")
+
+
+def _require_same_start(folder: Path, words: list[str]) -> None:
+    """Check that the fine-tuning in a folder has the same weights and keys; note them there.
+
+    Raises:
+        UserError: it has others.
+    """
+    note = folder / "quickstart.txt"
+    if note.is_file() and note.read_text() != "\n".join(words):
+        raise UserError(
+            f"{folder} has a fine-tuning with other weights or keys; add --fresh to replace it, or "
+            "choose another --output"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text("\n".join(words))
 
 
 def truth(record: dict) -> Instances:
@@ -125,7 +146,8 @@ def draw(cfg: CfgNode, folder: Path) -> list[Path]:
     detector = Detector.from_config(cfg)
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)
-    records = [r for r in DatasetCatalog.get(name) if len(r["annotations"]) > 2][:SHOWN]
+    records = sorted(DatasetCatalog.get(name), key=lambda record: len(record["annotations"]) < 3)
+    records = records[:SHOWN]  # the first ones with several objects
     images = [read_image(record["file_name"]) for record in records]
     rows = [draw_detections(i, truth(r), metadata) for i, r in zip(images, records, strict=True)]
     found = detector(images)
@@ -142,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("output/quickstart"))
     parser.add_argument("--weights", default="quickstart", help="a model file or its name")
-    parser.add_argument("--scenes", type=int, help="number of scenes per split")
+    parser.add_argument("--scenes", type=at_least(1), help="number of scenes per split")
     parser.add_argument("--fresh", action="store_true", help="fine-tune again from the start")
     parser.add_argument("opts", nargs="*", help="keys for the fine-tuning: SOLVER.MAX_ITER 100 ...")
     args = parser.parse_args(argv)
@@ -161,14 +183,14 @@ def main(argv: list[str] | None = None) -> None:
         if not torch.cuda.is_available():
             print(choose_threads())
         step("2/5  the shipped detector on held-out scenes of its own classes")
-        shipped = config("pretrain.yaml", weights, output / "shipped")
+        shipped = config(CONFIGS / "pretrain.yaml", weights, output / "shipped")
         table = {"shipped, its own classes": evaluate(shipped)}
         step("3/5  the shipped detector on new classes, with random class layers")
-        new = config("finetune.yaml", weights, output / "before")
+        new = config(CONFIGS / "finetune.yaml", weights, output / "before")
         table["new classes, before fine-tuning"] = evaluate(new)
         step("4/5  fine-tuning on the new classes")
         finetune(weights, tuned, args.opts)
-        new = config("finetune.yaml", str(model), output / "after")
+        new = config(model, str(model), output / "after")
         table["new classes, after fine-tuning"] = evaluate(new)
         step("5/5  pictures")
         pictures = draw(shipped, output) + draw(new, output)

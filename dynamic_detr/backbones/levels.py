@@ -90,7 +90,7 @@ def dilate_res5(resnet: ResNet) -> None:
     features.
 
     Raises:
-        ValueError: the network has no res5, or res5 has no bottleneck blocks.
+        ValueError: the network has no res5, or res5 has no bottleneck blocks or is dilated already.
     """
     if "res5" not in resnet.stage_names:
         raise ValueError(
@@ -101,6 +101,10 @@ def dilate_res5(resnet: ResNet) -> None:
         if isinstance(block, BasicBlock):
             raise ValueError(
                 "MODEL.LEVELS.DC5 is True, which requires MODEL.RESNETS.DEPTH of 50 or more."
+            )
+        if block.conv2.dilation != (1, 1):
+            raise ValueError(
+                "MODEL.LEVELS.DC5 is True, which requires MODEL.RESNETS.RES5_DILATION 1."
             )
         for convolution in (block.conv1, block.conv2, block.shortcut):
             if convolution is not None:

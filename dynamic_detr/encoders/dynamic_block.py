@@ -5,7 +5,8 @@
 The neighbours of a level are the finer level, the level itself and the coarser level. Each level
 predicts one set of offsets and modulations for its three deformable convolutions DCN_k (equation
 4). The scale weight s_k is predicted from the mean of the k-th result (equation 5). The DyReLU
-(equation 6) of the weighted mean is the new level (equation 7). All levels share the weights of the
+(equation 6) of the weighted mean is the new level (equation 7). Section 3.2 and equation 3 have the
+sum, Dynamic Head's code the mean of the neighbours that exist. All levels share the weights of the
 block.
 
 `plain_forward` computes this operation by operation. `forward` computes the same, with one fused

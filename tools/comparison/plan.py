@@ -169,6 +169,10 @@ class Plan:
                 raise UserError(
                     f"DATASETS.{split} is empty; set it to a data set, or pass JSON files"
                 )
+        if len(cfg.DATASETS.TEST) > 1:
+            raise UserError(
+                f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} data sets; a comparison has one"
+            )
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
             if name not in DatasetCatalog.list():
                 raise UserError(

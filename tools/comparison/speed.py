@@ -47,9 +47,9 @@ def measure_speed(
     steps = turns("training step", lambda run: run.train)
     return {
         name: {
-            "inference_ms": 1000 * inference[name].median / IMAGES,
+            "inference_ms": 1000 * inference[name].median / len(runs[name].images),
             "inference_spread": inference[name].spread,
-            "step_s": steps[name].median / BATCHES,
+            "step_s": steps[name].median / len(runs[name].batches),
             "step_spread": steps[name].spread,
             "size": tuple(runs[name].images[0][0]["image"].shape[-2:]),
         }

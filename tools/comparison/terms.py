@@ -168,6 +168,11 @@ def compose(config_file: str, first: CfgNode, keys: list[str]) -> tuple[CfgNode,
     if not cfg.MODEL.WEIGHTS:  # the multiplier is for pretrained weights
         cfg.SOLVER.BACKBONE_MULTIPLIER = 1.0
     optimizer = cfg.SOLVER.OPTIMIZER
+    if optimizer != recipe.OPTIMIZER and "SOLVER.BASE_LR" not in keys[::2]:
+        raise UserError(
+            f"{path} has a learning rate for {recipe.OPTIMIZER}; with {optimizer}, set "
+            "SOLVER.BASE_LR too"
+        )
     batch = cfg.SOLVER.IMS_PER_BATCH
     cfg.SOLVER.BASE_LR = scaled_rate(recipe.BASE_LR, recipe.IMS_PER_BATCH, batch, optimizer)
     cfg.merge_from_list(keys)
