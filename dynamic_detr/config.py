@@ -552,7 +552,8 @@ _SMCA_DECODER_KEYS = (
         "4 divides them: a larger scale is a narrower prior. The paper does not state the input of "
         "the layers that predict scales, offsets and reference points; as in the released code, it "
         "is the layer norm of the content plus position of the query, and only the first layer "
-        "predicts reference points. Initial scales of 1 and offsets of 0 are our choice.",
+        "predicts reference points, with three linear layers where equation 3 has two. Initial "
+        "scales of 1 and offsets of 0 are our choice.",
     ),
     Key(
         _SMCA_DECODER + "HEAD_SHARED",
