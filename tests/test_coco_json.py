@@ -153,9 +153,9 @@ CASES = {
     "box without area": _each("annotations", "bbox", [1, 2, 0, 4], [1, 2, 5, -4]),
     "box outside the image": _each("annotations", "bbox", [40, 2, 5, 5], [2, -9, 5, 5]),
     "box partly outside the image": _each("annotations", "bbox", [35, 2, 15, 8], [-2, 2, 9, 8]),
-    "missing, duplicate or zero annotation id": [
+    "missing, duplicate or non-positive annotation id": [
         _set("annotations", 1, id=1),
-        _set("annotations", 0, id=0),
+        *_each("annotations", "id", 0, -3),
         _without("annotations", 0, "id"),
     ],
     "id that is not an integer": [

@@ -285,6 +285,7 @@ def test_test_data_are_checked_before_the_training(tmp_path):
     data = tmp_path / "data"
     register_json("tiny_absent", data / "absent.json", data, NAMES)
     register_json("tiny_turned", data / "boxes.json", data, NAMES[::-1])
+    register_json("tiny_remote", "https://example.com/a.json", data, NAMES)
     for name, message in (
         ("tiny_absent", "tiny_absent does not exist .no .*absent.json"),
         ("tiny_turned", f"class 0 is '{NAMES[1]}' in the data set tiny_turned and '{NAMES[0]}'"),
@@ -293,6 +294,7 @@ def test_test_data_are_checked_before_the_training(tmp_path):
         args = build_parser().parse_args([*config, "DATASETS.TEST", f"('{name}',)"])
         with pytest.raises(UserError, match=message):
             load_config(args)
+    load_config(build_parser().parse_args([*config, "DATASETS.TEST", "('tiny_remote',)"]))
 
 
 def test_more_classes_in_the_data_than_in_the_model_are_refused(tmp_path):

@@ -10,12 +10,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
-from detectron2.utils.file_io import PathManager
 
 from ..config import class_count
 from ..data.coco_json import apply_json_datasets
 from ..data.loader import missing_data_set
-from ..data.scenes import register_scenes
+from ..data.scenes import register_scenes, remedy
 from ..engine.class_names import check_test_sets, data_class_names, weights_class_names
 from ..errors import UserError, did_you_mean, is_text
 from ..files.config_file import find_config, model_among, read_config
@@ -89,7 +88,8 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     if any((args.train_json, args.train_images, args.val_json, args.val_images)):
         apply_json_datasets(cfg, args, names)
     _check_data(cfg, need_train=not args.eval_only)
-    names = names if args.eval_only else data_class_names(cfg)
+    if not args.eval_only and class_count(cfg) is not None:
+        names = data_class_names(cfg)
     if names:
         check_test_sets(cfg, names)
     cfg.freeze()
@@ -154,6 +154,7 @@ def _check_data(cfg: CfgNode, need_train: bool) -> None:
             )
     for name in cfg.DATASETS.TEST if need_train else ():  # before hours of training
         metadata = MetadataCatalog.get(name)
-        paths = [metadata.get(key) for key in ("json_file", "image_root")]
-        if absent := [path for path in paths if path and not PathManager.exists(path)]:
-            raise missing_data_set([name], f"no {absent[0]}")
+        paths = [metadata.get(key) or "" for key in ("json_file", "image_root")]
+        local = [path for path in paths if path and "://" not in path]
+        if absent := [path for path in local if not os.path.exists(path)]:
+            raise missing_data_set([name], f"no {absent[0]}{remedy(name)}")

@@ -205,9 +205,11 @@ def _check_annotations(
         if box is None:
             continue
         number = annotation.get("id")
-        # COCOeval takes an annotation with the id 0 for none.
+        # COCOeval takes the id 0 for no annotation, and so does `best_threshold` a negative one.
         if not _is_whole_id(number) or number < 1 or number in numbers:
-            report.add("missing, duplicate or zero annotation id", f"{where} of image {image_id}")
+            report.add(
+                "missing, duplicate or non-positive annotation id", f"{where} of image {image_id}"
+            )
             renumber = True
         else:
             numbers.add(number)

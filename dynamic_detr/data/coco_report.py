@@ -58,7 +58,7 @@ KINDS: dict[str, tuple[Severity, str]] = {
     "box without area": (_R, "left out"),
     "box outside the image": (_R, "left out"),
     "box partly outside the image": (_R, "clipped"),
-    "missing, duplicate or zero annotation id": (_R, "renumbered"),
+    "missing, duplicate or non-positive annotation id": (_R, "renumbered"),
     "id that is not an integer": (_R, "renumbered"),
     "missing or invalid area": (_R, "taken from the box"),
     "missing or invalid iscrowd": (_R, "set to 1 if it means true, else 0"),

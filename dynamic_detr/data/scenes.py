@@ -172,7 +172,7 @@ def register_scenes() -> None:
                 continue
             json_file = scenes / family.name / "annotations" / f"instances_{split}.json"
             image_root = scenes / family.name / split
-            DatasetCatalog.register(name, partial(_load, name, json_file, image_root, scenes))
+            DatasetCatalog.register(name, partial(_load, name, json_file, image_root))
             MetadataCatalog.get(name).set(
                 json_file=str(json_file),
                 image_root=str(image_root),
@@ -187,10 +187,14 @@ def register_scenes_of(cfg: CfgNode) -> None:
         register_scenes()
 
 
-def _load(name: str, json_file: Path, image_root: Path, scenes: Path) -> list[dict]:
+def remedy(name: str) -> str:
+    """Return how to make a missing data set, as the end of a message; empty for other ones."""
+    if not name.startswith("scenes_"):
+        return ""
+    return f"; make it with: python tools/make_scenes.py --output {datasets_root() / 'scenes'}"
+
+
+def _load(name: str, json_file: Path, image_root: Path) -> list[dict]:
     if not json_file.is_file():
-        raise FileNotFoundError(
-            f"dataset {name}: {json_file} does not exist; "
-            f"make it with: python tools/make_scenes.py --output {scenes}"
-        )
+        raise FileNotFoundError(f"no {json_file}{remedy(name)}")
     return load_coco_json(str(json_file), str(image_root), name)

@@ -34,6 +34,12 @@ class RunningStatistics:
         for buffer, kept in zip(self._buffers(), self._kept, strict=False):
             buffer.copy_(kept)
 
+    def freeze(self) -> None:
+        """Restore the statistics for good, while another thread may be in a forward pass."""
+        for norm in self._norms:
+            norm.eval()
+        self.restore()
+
     def forget(self) -> None:
         """Accept the present statistics."""
         self._kept = []

@@ -51,6 +51,6 @@ def check_test_sets(cfg: CfgNode, names: list[str]) -> None:
             pair = [part[at] if at < len(part) else "no class" for part in (own, names)]
             raise UserError(
                 f"class {at} is {pair[0]!r} in the data set {data_set} and {pair[1]!r} in the "
-                "detector; evaluate on its file with --val-json and --val-images, which pair "
-                "classes by name"
+                "detector; give both the same classes, or name its file with --val-json and "
+                "--val-images, which pair classes by name"
             )

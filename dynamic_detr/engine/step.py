@@ -163,15 +163,15 @@ class TrainStep(SimpleTrainer):
         """Read the state after the last update on a new stream, from another thread.
 
         The stream of the main thread may be blocked by a process that is gone. A step that has
-        begun will not be finished, so the statistics of batch norms are reset to its beginning.
+        begun will not be finished: the statistics of batch norms stay those from before it.
         """
         if self._updated is None:
-            self.statistics.restore()
+            self.statistics.freeze()
             yield
             return
         with torch.cuda.device(self._device), torch.cuda.stream(torch.cuda.Stream()):
             torch.cuda.current_stream().wait_event(self._updated)
-            self.statistics.restore()
+            self.statistics.freeze()
             yield
 
     def _forward(self, batch: list[dict]) -> dict[str, Tensor]:
