@@ -176,7 +176,11 @@ def open_results(
 def run_images(args: argparse.Namespace) -> int:
     """Draw all readable pictures; return the exit code."""
     listing = list_pictures(args.input, args.images)
-    images = listing.paths
+    ids = defaultdict(list)  # an image may be listed under several ids
+    numbers = listing.image_ids or [None] * len(listing.paths)
+    for path, number in zip(listing.paths, numbers, strict=True):
+        ids[path].append(number)
+    images = list(ids)
     targets = output_paths(images, args.output) if args.output else [None] * len(images)
     window = None if args.output or args.json else Window(TITLE)
     detector = load_detector(args)
@@ -186,9 +190,6 @@ def run_images(args: argparse.Namespace) -> int:
         drawn = target is None or os.path.exists(target)
         return args.resume and drawn and (results is None or str(path) in results.done)
 
-    ids = defaultdict(list)  # an image may be listed under several ids
-    for path, number in zip(images, listing.image_ids or [None] * len(images), strict=True):
-        ids[path].append(number)
     todo = {p: t for p, t in zip(images, targets, strict=True) if not is_done(p, t)}
     if args.resume:
         tell(f"already done: {len(images) - len(todo)} of {len(images)} pictures")

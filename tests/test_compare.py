@@ -309,6 +309,7 @@ def test_comparison_from_runs_to_page(tiny, capsys, monkeypatch):
         (["--config-file", "tiny.yaml", "--val-json", "x"], "--train-json is missing"),
         (["--config-file", "tiny.yaml", "SOLVER.MAX_ITER", "9"], "is set by --iterations"),
         (["--config-file", "tiny.yaml", "--page-only"], "run without --page-only"),
+        (["--config-file", "tiny.yaml", "--note", "\udcff"], "is not text in UTF-8"),
     ],
 )
 def test_wrong_commands_are_refused(argv, reason, tiny, capsys):
@@ -328,6 +329,8 @@ def test_a_comparison_keeps_its_terms(tiny, capsys):
         ([], "cuda"),
         (["--num-gpus", "8"], "cuda"),
         (["--num-gpus", "0"], "cpu"),
+        (["--num-gpus", "0", "--num-processes", "1"], "cpu"),
+        (["--num-processes", "1"], "cuda"),
         (["--num-processes", "2"], "cpu"),
     ],
 )

@@ -296,6 +296,9 @@ def test_the_demo_detects_an_image_under_each_of_its_ids(scene, tmp_path):
     found = json.loads(results.read_text())
     first, second = ([{**r, "image_id": 0} for r in found if r["image_id"] == n] for n in (1, 2))
     assert first == second != []
+    drawn = tmp_path / "drawn"
+    demo.main(["--model", "quickstart", *argv[:4], "--output", str(drawn)])
+    assert [path.name for path in drawn.iterdir()] == [scene.name]
 
 
 def test_the_demo_resumes(detector, scenes, tmp_path, monkeypatch, capsys):

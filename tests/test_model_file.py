@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,25 @@ def test_a_worse_model_is_not_the_best(run, tmp_path):
     other.keep(trainer.detector, {"bbox": {"AP": 5.0}}, 1)
     assert read_header(str(tmp_path / "model_best.safetensors")).metrics == {"AP": 5.0}
     assert read_header(str(tmp_path / "model_best_1.safetensors")).metrics == {"AP": 30.0}
+
+
+def test_keys_that_inference_does_not_use_may_be_unknown(run, tmp_path):
+    folder, _ = run
+    info, weights = read_model(str(folder / "output" / "model_final.safetensors"))
+    path = tmp_path / "model.safetensors"
+    for old, new, known in (
+        ("    LOSS:\n", "    LOSS:\n      REMOVED: 1.0\n", True),
+        ("SOLVER:\n", "SOLVER:\n  REMOVED: 1\n", True),
+        ("MODEL:\n", "MODEL:\n  REMOVED: 1\n", False),
+    ):
+        assert info.config.count(old) == 1
+        changed = replace(info, config=info.config.replace(old, new))
+        path.write_bytes(encode_model(weights, changed))
+        if known:
+            read_config(str(path), [])
+        else:
+            with pytest.raises(UserError, match="MODEL.REMOVED"):
+                read_config(str(path), [])
 
 
 def test_the_file_alone_is_evaluated(run, tmp_path):

@@ -88,6 +88,7 @@ def test_export_rejects_invalid_checkpoints_and_arguments(checkpoint, tmp_path, 
         ([huge, "out.pth"], "must end in .safetensors"),
         (["quickstart", target, "--threshold", "2"], "--threshold is 2"),
         (["quickstart", target, "--config-file", DETR], "are not of one model"),
+        (["quickstart", target, "--note", "\udcff"], "--note is '\\udcff'"),
     ):
         with pytest.raises(SystemExit) as stop:
             export_weights.main(list(map(str, arguments)))
@@ -128,11 +129,16 @@ def test_quickstart_names_the_folder_that_cannot_be_written(tmp_path, capsys, mo
 
 
 def test_quickstart_keeps_a_fine_tuning_with_other_keys(tmp_path):
-    start, folder = ["weights", "content", "SOLVER.MAX_ITER", "100"], tmp_path / "finetune"
-    for _ in range(2):
-        quickstart._require_same_start(folder, start)
+    weights = tmp_path / "weights"
+    weights.write_text("")
+    start, other = (quickstart.start_of(str(weights), ["SOLVER.MAX_ITER", n]) for n in "12")
+    quickstart.require_same_start(tmp_path, start)  # nothing was trained
+    (tmp_path / quickstart.NOTE).write_text(start)
+    quickstart.require_same_start(tmp_path, other)
+    (tmp_path / "model_0000001.pth").touch()
+    quickstart.require_same_start(tmp_path, start)
     with pytest.raises(UserError, match="with other weights or keys; add --fresh"):
-        quickstart._require_same_start(folder, [*start[:3], "200"])
+        quickstart.require_same_start(tmp_path, other)
 
 
 def test_quickstart_names_missing_weights(tmp_path, capsys):

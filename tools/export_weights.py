@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dynamic_detr.cli.exits import report_user_errors
+from dynamic_detr.config import set_class_count
 from dynamic_detr.data.scenes import register_scenes_of
 from dynamic_detr.engine.build import build_detector
 from dynamic_detr.engine.model_writer import describe_model, write_model
@@ -47,6 +48,8 @@ def read_weights(source: str, config_file: str) -> tuple[ModelInfo, dict[str, Te
         info, weights = read_model(source)
         if config_file:
             cfg = read_config(find_config(config_file), ["MODEL.DEVICE", "cpu"])
+            if info.class_names:
+                set_class_count(cfg, len(info.class_names))
             _require_fit(weights, build_detector(cfg).state_dict(), f"{source} and {config_file}")
             info = replace(info, config=describe_config(cfg))
         return info, weights

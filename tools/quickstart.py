@@ -54,6 +54,7 @@ from dynamic_detr.visualization import (
 PROJECT = Path(__file__).resolve().parents[1]
 CONFIGS = PROJECT / "configs" / "quickstart"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm")  # scenes are too small for large objects
+NOTE = "quickstart.txt"  # in the folder of the fine-tuning: what it started with
 SHOWN = 6  # number of scenes of each family in the pictures
 
 
@@ -101,28 +102,31 @@ def finetune(weights: str, output: Path, opts: list[str]) -> None:
         *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *devices, "--resume"),
         *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), *opts),
     ]
-    content = hashlib.sha256(Path(weights).read_bytes()).hexdigest()
-    _require_same_start(output, [weights, content, *opts])
+    output.mkdir(parents=True, exist_ok=True)
+    (output / NOTE).write_text(start_of(weights, opts))
     print("python", shlex.join(command), flush=True)
     status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
     if status:
         raise UserError(f"fine-tuning stopped with exit code {status}; see its last lines")
 
 
-def _require_same_start(folder: Path, words: list[str]) -> None:
-    """Check that the fine-tuning in a folder has the same weights and keys; note them there.
+def start_of(weights: str, opts: list[str]) -> str:
+    """Return what a fine-tuning starts with: a hash of the weights, and the keys."""
+    return "\n".join([hashlib.sha256(Path(weights).read_bytes()).hexdigest(), *opts])
+
+
+def require_same_start(folder: Path, start: str) -> None:
+    """Check that a fine-tuning to continue or to evaluate again has the same start.
 
     Raises:
-        UserError: it has others.
+        UserError: it has another.
     """
-    note = folder / "quickstart.txt"
-    if note.is_file() and note.read_text() != "\n".join(words):
+    note = folder / NOTE
+    if any(folder.glob("model_*")) and not (note.is_file() and note.read_text() == start):
         raise UserError(
             f"{folder} has a fine-tuning with other weights or keys; add --fresh to replace it, or "
             "choose another --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    note.write_text("\n".join(words))
 
 
 def truth(record: dict) -> Instances:
@@ -176,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
         model = tuned / "model_final.safetensors"
         if args.fresh:
             shutil.rmtree(tuned, ignore_errors=True)
+        require_same_start(tuned, start_of(weights, args.opts))
 
         step("1/5  scenes")
         make_scenes(args.scenes)

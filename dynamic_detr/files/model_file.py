@@ -16,6 +16,7 @@ other types are encoded as JSON.
 Nothing in the file is executed.
 """  # noqa: E501
 
+import contextlib
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import UserError, did_you_mean, one_line
+from ..errors import UserError, did_you_mean, is_text, one_line
 from ..version import __version__
 
 __all__ = [
@@ -51,7 +52,7 @@ SUFFIX = ".safetensors"
 PROJECT = "dynamic_detr"
 FORMAT = 1
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
-# Keys outside these nodes do not affect inference; unknown ones are ignored.
+# Other keys, such as those of losses, do not affect inference; unknown ones are ignored.
 _USED_NODES = ("MODEL", "INPUT", "TEST")
 
 
@@ -93,7 +94,7 @@ class ModelInfo:
             or (_are([self.threshold], float | int) and 0 <= self.threshold <= 1),
             "metrics": _are(numbers, float | int),
             "iteration": _are([self.iteration], int) and self.iteration >= 0,
-            "note": isinstance(self.note, str),
+            "note": isinstance(self.note, str) and is_text(self.note),
             "version": isinstance(self.version, str),
         }
         if wrong := [name for name, is_right in checks.items() if not is_right]:
@@ -160,7 +161,10 @@ def merge_described_config(cfg: CfgNode, path: str) -> None:
             del described[name]
         elif isinstance(described[name], dict):
             _drop_unknown(described[name], cfg[name])
-    cfg.merge_from_other_cfg(CfgNode(described))
+    described = CfgNode(described)
+    with contextlib.suppress(AttributeError, TypeError):  # the merge names what is wrong
+        _drop_unknown(described.MODEL.SET_DETECTOR.LOSS, cfg.MODEL.SET_DETECTOR.LOSS)
+    cfg.merge_from_other_cfg(described)
     cfg.MODEL.WEIGHTS = path
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

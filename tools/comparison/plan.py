@@ -20,7 +20,7 @@ from detectron2.data import DatasetCatalog
 
 from dynamic_detr.data.coco_json import apply_json_datasets
 from dynamic_detr.data.scenes import register_scenes_of
-from dynamic_detr.errors import UserError
+from dynamic_detr.errors import UserError, is_text
 from dynamic_detr.files.config_file import read_config
 
 from .runs import Run
@@ -95,6 +95,8 @@ class Plan:
         Raises:
             UserError: the command line is incomplete, or contradicts the plan in the folder.
         """
+        if not is_text(args.note or ""):
+            raise UserError(f"--note {args.note!a} is not text in UTF-8")
         configs: dict[str, str] = {}
         for config_file in args.config_file or []:
             name = Path(config_file).stem
@@ -161,6 +163,8 @@ class Plan:
             cfg: gets the names of the datasets and the number of classes.
         """
         if self.data:
+            if (key := "DATALOADER.FILTER_EMPTY_ANNOTATIONS") in self.keys:
+                raise UserError(f"{key} is set by --train-json in a comparison; omit the key")
             cfg.OUTPUT_DIR = str(self.folder)
             apply_json_datasets(cfg, argparse.Namespace(**self.data, eval_only=False))
         register_scenes_of(cfg)
@@ -214,7 +218,8 @@ class Plan:
     @property
     def device(self) -> str:
         """Return the type of device that the runs train on, for measurements in this process."""
-        on_cpu = "--num-processes" in self.devices or self.devices == ["--num-gpus", "0"]
+        flags = dict(zip(self.devices[::2], self.devices[1::2], strict=True))
+        on_cpu = flags.get("--num-gpus") == "0" or int(flags.get("--num-processes", 1)) > 1
         return "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
 
     def config(self, name: str) -> Path:
