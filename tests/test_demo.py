@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from detectron2.data import detection_utils
 from detectron2.modeling import build_model
 from helpers import small_config
 from PIL import Image
@@ -188,10 +189,6 @@ def test_the_command_itself(detector, pictures, tmp_path):
             "another number of classes",
         ),
         (
-            ["--input", "{picture}", "--output", "o", "--opts", "INPUT.FORMAT", "YUV-BT.601"],
-            "it must be RGB or BGR",
-        ),
-        (
             ["--input", "{picture}", "--output", "o", "--stages", "--opts"]
             + ["MODEL.META_ARCHITECTURE", "RetinaNet"],
             "SetDetector, got RetinaNet",
@@ -262,15 +259,17 @@ class Recorder(torch.nn.Module):
         return [{"proposals": []}]
 
 
-@pytest.mark.parametrize(("image_format", "first"), [("RGB", 200), ("BGR", 10)])
-def test_pictures_reach_the_detector_as_detectron2_gives_them(image_format, first):
+@pytest.mark.parametrize("image_format", ["RGB", "BGR", "L", "YUV-BT.601"])
+def test_pictures_reach_the_detector_as_detectron2_gives_them(image_format, tmp_path):
     image = np.full((20, 40, 3), (200, 100, 10), np.uint8)
+    Image.fromarray(image).save(tmp_path / "image.png")
+    wanted = detection_utils.read_image(str(tmp_path / "image.png"), image_format)[0, 0]
     model = Recorder()
     with pytest.raises(UserError, match="outputs instances, got proposals"):
         Detector(model, min_size=10, max_size=100, image_format=image_format)(image)
-    assert model.shown["image"].shape == (3, 10, 20)
+    assert model.shown["image"].shape == (len(wanted), 10, 20)
     assert model.shown["image"].dtype == torch.float32
-    assert model.shown["image"][:, 0, 0].tolist() == [first, 100, 210 - first]
+    assert model.shown["image"][:, 0, 0].tolist() == pytest.approx(wanted.tolist())
     assert (model.shown["height"], model.shown["width"]) == (20, 40)
 
 

@@ -20,7 +20,9 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.catalog import Metadata
+from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.structures import Instances
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -101,12 +103,13 @@ class Detector:
         threshold: minimum score of a detection.
         min_size: the shorter side is scaled to this size in pixels; 0 for no scaling.
         max_size: upper bound of the longer side after scaling.
-        image_format: channel order that the model expects, "RGB" or "BGR".
+        image_format: format that the model expects, as in INPUT.FORMAT: "RGB", "BGR", "L" or
+            "YUV-BT.601".
         cfg: configuration of the model; `evaluate` needs it.
         info: header of the model file, if there is one.
 
     Raises:
-        UserError: threshold or image_format is out of range.
+        UserError: threshold is out of range.
     """
 
     def __init__(
@@ -122,8 +125,6 @@ class Detector:
         cfg: CfgNode | None = None,
         info: ModelInfo | None = None,
     ) -> None:
-        if image_format not in ("RGB", "BGR"):
-            raise UserError(f"INPUT.FORMAT is {image_format!r}; it must be RGB or BGR")
         if not 0 <= threshold <= 1:
             raise UserError(f"threshold is {threshold}; it must be between 0 and 1")
         self.model = model.eval()
@@ -331,8 +332,7 @@ class Detector:
             return Trainer.test(cfg, self.model)["bbox"]
 
     def _input(self, image: np.ndarray) -> dict:
-        if self.image_format == "BGR":
-            image = image[:, :, ::-1]
+        image = convert_PIL_to_numpy(Image.fromarray(image), self.image_format)
         height, width = image.shape[:2]
         transform = self.resize.get_transform(image)
         pixels = np.ascontiguousarray(transform.apply_image(image).transpose(2, 0, 1))
