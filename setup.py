@@ -8,7 +8,7 @@ import runpy
 
 from setuptools import find_packages, setup
 
-DRAWING = ["matplotlib", "opencv-python-headless"]
+DRAWING = ["matplotlib>=3.6", "opencv-python-headless"]
 
 setup(
     name="dynamic-detr",
