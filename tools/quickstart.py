@@ -102,8 +102,6 @@ def finetune(weights: str, output: Path, opts: list[str]) -> None:
         *("train_net.py", "--config-file", str(CONFIGS / "finetune.yaml"), *devices, "--resume"),
         *("MODEL.WEIGHTS", weights, "OUTPUT_DIR", str(output), *opts),
     ]
-    output.mkdir(parents=True, exist_ok=True)
-    (output / NOTE).write_text(start_of(weights, opts))
     print("python", shlex.join(command), flush=True)
     status = subprocess.run([sys.executable, *command], cwd=PROJECT).returncode
     if status:
@@ -180,7 +178,8 @@ def main(argv: list[str] | None = None) -> None:
         model = tuned / "model_final.safetensors"
         if args.fresh:
             shutil.rmtree(tuned, ignore_errors=True)
-        require_same_start(tuned, start_of(weights, args.opts))
+        start = start_of(weights, args.opts)
+        require_same_start(tuned, start)
 
         step("1/5  scenes")
         make_scenes(args.scenes)
@@ -194,6 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         new = config(CONFIGS / "finetune.yaml", weights, output / "before")
         table["new classes, before fine-tuning"] = evaluate(new)
         step("4/5  fine-tuning on the new classes")
+        tuned.mkdir(parents=True, exist_ok=True)
+        (tuned / NOTE).write_text(start)
         finetune(weights, tuned, args.opts)
         new = config(model, str(model), output / "after")
         table["new classes, after fine-tuning"] = evaluate(new)

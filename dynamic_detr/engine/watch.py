@@ -228,7 +228,7 @@ class Watch:
         for rank in self._gone():
             self._report(rank, "has ended without a word")
         now = time.monotonic()
-        if now - self._looked > _SUSPENDED_SECONDS:  # it may have been, as a whole
+        if now - self._looked > _SUSPENDED_SECONDS:  # the run may have been suspended
             self._observer = Observer()
         self._looked = now
         if self.hang_seconds and self.rank < 2:
