@@ -230,7 +230,7 @@ def frame_drawer(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return a function that draws a frame; an object keeps its colour across frames."""
     if args.stages:
-        return lambda frame: detector(frame).draw(stages=True)
+        return lambda frame: chosen(detector(frame), args).draw(stages=True)
     from detectron2.utils.video_visualizer import VideoVisualizer
 
     visualizer = VideoVisualizer(detector.metadata)
@@ -339,6 +339,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("json", "resume", "images"):
             if getattr(args, name) and not args.input:
                 raise UserError(f"--{name} goes with --input")
+        if args.resume and not (args.output or args.json):
+            raise UserError("--resume goes with --output or --json")
         new_canvas(np.zeros((1, 1, 3), np.uint8))  # fails if packages are missing
         if args.webcam:
             return run_webcam(args)

@@ -162,6 +162,7 @@ def test_the_command_itself(detector, pictures, tmp_path):
         (["--input", "{picture}", "--json", "{picture}/x.json"], "cannot be written"),
         (["--input", "{picture}", "--output", "{picture}/out"], "cannot be written"),
         (["--input", "{picture}"], "there is no display"),
+        (["--input", "{picture}", "--resume"], "--resume goes with --output or --json"),
         (["--webcam", "--output", "out"], "leave --output out"),
         (["--webcam"], "there is no display"),
         (["--webcam", "--json", "x.json"], "--json goes with --input"),

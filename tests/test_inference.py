@@ -252,6 +252,10 @@ def test_stages_follow_the_same_queries(detector, scene):
     assert len(found.stages) == 4
     assert {len(stage) for stage in found.stages} == {len(found.stages[-1])}
     assert found.draw(stages=True).shape[1] == 4 * 384 + 5 * 8
+    some = found.names[:1]
+    chosen = found.where(classes=detector.class_names).where(classes=some)
+    assert 0 < len(chosen.stages[-1]) < len(found.stages[-1])
+    assert set(chosen.without_image().stages[-1].names) == set(some)
 
 
 def test_shipped_detector_finds_most_objects(detector, scenes):

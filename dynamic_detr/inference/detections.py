@@ -44,6 +44,7 @@ class Detections:
         found: all instances, in pixels of the image, on the CPU.
         threshold: minimum score of a detection.
         image: pixels (H, W, 3) uint8, RGB; None to read them when needed.
+        wanted: indices of the classes of `found`; None for all.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class Detections:
         found: Instances,
         threshold: float,
         image: np.ndarray | None = None,
+        wanted: set[int] | None = None,
     ) -> None:
         self._detector, self._picture = detector, picture
-        self._found, self._image = found, image
+        self._found, self._image, self._wanted = found, image, wanted
         self.threshold = threshold
 
     @property
@@ -116,7 +118,9 @@ class Detections:
 
     def without_image(self) -> Detections:
         """Return a copy that does not keep the pixels but reads them when needed."""
-        return Detections(self._detector, self._picture, self._found, self.threshold)
+        return Detections(
+            self._detector, self._picture, self._found, self.threshold, wanted=self._wanted
+        )
 
     def where(
         self, *, threshold: float | None = None, classes: Sequence[str] | None = None
@@ -130,12 +134,13 @@ class Detections:
         Raises:
             UserError: a class does not exist.
         """
-        found = self._found
+        found, wanted = self._found, self._wanted
         if classes is not None:
-            wanted = self._detector.class_indices(classes)
+            named = self._detector.class_indices(classes)
+            wanted = named if wanted is None else named & wanted
             found = found[[k in wanted for k in found.pred_classes.tolist()]]
         threshold = self.threshold if threshold is None else threshold
-        return Detections(self._detector, self._picture, found, threshold, self._image)
+        return Detections(self._detector, self._picture, found, threshold, self._image, wanted)
 
     @cached_property
     def stages(self) -> list[Detections]:
@@ -144,7 +149,7 @@ class Detections:
         Raises:
             UserError: the detector has no decoder stages.
         """
-        stages = self._detector.follow(self.image, self.threshold)
+        stages = self._detector.follow(self.image, self.threshold, self._wanted)
         return [Detections(self._detector, self._picture, s, 0.0, self._image) for s in stages]
 
     def draw(self, *, stages: bool = False) -> np.ndarray:

@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -265,12 +265,15 @@ class Detector:
                 )
         return [output["instances"].to("cpu") for output in outputs]
 
-    def follow(self, image: np.ndarray, threshold: float) -> list[Instances]:
+    def follow(
+        self, image: np.ndarray, threshold: float, wanted: Collection[int] | None = None
+    ) -> list[Instances]:
         """Return the same queries at every decoder stage, as `follow_queries` does.
 
         Args:
             image: (H, W, 3) uint8, RGB.
             threshold: minimum score at the last stage.
+            wanted: indices of the classes at the last stage; None for all.
 
         Raises:
             UserError: the detector has no decoder stages.
@@ -283,6 +286,7 @@ class Detector:
             self.model.class_head,
             threshold,
             nms_threshold=self.model.nms_threshold,
+            wanted=wanted,
         )
 
     def class_indices(self, names: Sequence[str]) -> set[int]:

@@ -3,7 +3,7 @@
 The scores of the last stage select the queries. Each query has one colour in all stages.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ def follow_queries(
     threshold: float = 0.5,
     limit: int = MAX_QUERIES,
     nms_threshold: float = 1.0,
+    wanted: Collection[int] | None = None,
 ) -> list[Instances]:
     """Return the same queries at every stage, selected by their score at the last stage.
 
@@ -39,6 +40,7 @@ def follow_queries(
         limit: largest number of queries.
         nms_threshold: IoU at the last stage above which the lower-scoring of two queries of the
             same class is left out; 1 for no non-maximum suppression.
+        wanted: indices of the classes at the last stage; None for all.
 
     Returns:
         N instances per stage, in the order of their scores at the last stage, with queries
@@ -62,6 +64,8 @@ def follow_queries(
         corners = box_cxcywh_to_xyxy(boxes[queries])
         kept = batched_nms(corners, final[queries], classes[queries], nms_threshold)
         queries = queries[kept]
+    if wanted is not None:
+        queries = queries[[k in wanted for k in stages[-1][1][queries].tolist()]]
     queries = queries[:limit]
     height, width = image_size
     size = torch.tensor([width, height, width, height])
