@@ -4,6 +4,7 @@ import atexit
 import errno
 import json
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ from torch import nn
 
 from dynamic_detr.cli.console import logging_to
 from dynamic_detr.cli.output_dir import require_output_dir
+from dynamic_detr.cli.signals import listening
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
-from dynamic_detr.engine.stopping import TrainingStopped
+from dynamic_detr.engine.evaluation import BoxEvaluator
+from dynamic_detr.engine.stopping import TrainingStopped, stop_request
 from dynamic_detr.engine.writers import PatientWriter
 from dynamic_detr.errors import UserError
 
@@ -120,6 +123,21 @@ def test_a_full_disk_in_an_evaluation_of_training(tmp_path):
         train(cfg)
     assert "inference cannot be written (the disk is full)" in stop.value.message
     assert (Path(cfg.OUTPUT_DIR) / "model_0000001.pth").exists()
+
+
+@needs_full
+def test_a_full_disk_after_a_signal(tmp_path, monkeypatch):
+    cfg = make_config(tmp_path, "TEST.EVAL_PERIOD", 1, "DATASETS.TEST", ("tiny_train",))
+
+    def process(*_) -> None:
+        _full(Path(cfg.OUTPUT_DIR) / ".model_0000000.pth.part")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(BoxEvaluator, "process", process)
+    with pytest.raises(TrainingStopped) as stop, listening(stop_request):
+        train(cfg)
+    assert stop.value.code == 2
+    assert "model_0000000.pth (the disk is full)" in stop.value.message
 
 
 def test_resuming_beyond_the_last_iteration(tmp_path):

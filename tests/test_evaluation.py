@@ -1,6 +1,7 @@
 """Evaluation pairs classes by name, and finds the threshold with the best F1."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ from dynamic_detr.cli.train_net import evaluate
 from dynamic_detr.data.scenes import write_scenes
 from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
+from dynamic_detr.engine.evaluation import EvaluationInterrupted, Interruptible
+from dynamic_detr.engine.stopping import stop_request
 from dynamic_detr.engine.threshold import best_threshold
 from dynamic_detr.errors import UserError
 from dynamic_detr.files.model_file import read_model
@@ -165,3 +168,17 @@ def test_the_names_in_a_checkpoint_are_read_alone():
     assert SafeCheckpointer(torch.nn.Module()).read(SHIPPED)["class_names"] == list(
         FAMILIES["shapes"].classes
     )
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGTERM])
+def test_a_signal_that_also_ends_a_data_worker_is_told_as_a_signal(monkeypatch, number):
+    class Images:
+        def __iter__(self):
+            yield [{}]
+            monkeypatch.setattr(stop_request, "signal", number)
+            raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Terminated.")
+
+    images = iter(Interruptible(Images()))
+    next(images)
+    with pytest.raises(EvaluationInterrupted if number else RuntimeError):
+        next(images)

@@ -46,10 +46,14 @@ class Interruptible:
 
     def __iter__(self) -> Iterator[list[dict]]:
         _poll()
-        for index, inputs in enumerate(self.loader):
-            current_watch().progress(f"evaluating its image {index}")
-            yield inputs
+        try:
+            for index, inputs in enumerate(self.loader):
+                current_watch().progress(f"evaluating its image {index}")
+                yield inputs
+                _poll()
+        except RuntimeError:  # a signal to the whole process group also ends data workers
             _poll()
+            raise
 
 
 def build_evaluator(

@@ -25,7 +25,7 @@ EXIT_INTERRUPTED = 130
 
 
 class TrainingStopped(SystemExit):
-    """Training ends early, with its state saved.
+    """A run ends early; the message says whether its state was saved.
 
     It is a ``SystemExit``, so that Detectron2's training loop calls the hooks' ``after_train`` and
     reports no failure.

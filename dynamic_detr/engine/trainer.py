@@ -209,7 +209,7 @@ class Trainer(DefaultTrainer):
         """Train from ``start_iter`` to ``max_iter``.
 
         Raises:
-            TrainingStopped: a signal or a non-finite loss stopped it; the state is saved.
+            TrainingStopped: a signal or an error stopped it.
         """
         if self._train_loader is None or self._train_loader.start_iter != self.start_iter:
             self._build_train_loader()
@@ -313,8 +313,10 @@ class Trainer(DefaultTrainer):
         # A signal to the whole process group also ends data workers and other processes.
         by_signal = self.stop and isinstance(error, RuntimeError)
         if by_signal or isinstance(error, EvaluationInterrupted):
+            if self.watch.world_size == 1:
+                self._save_and_stop()
             saved = self.watch.fail(self.stop.exit_code, save)
-            message = f"{self._stopped_by_signal()}; {saved}"
+            message = "; ".join(filter(None, (self._stopped_by_signal(), saved)))
             self._stop(message, self.stop.exit_code, agreed=False)
         what, code = describe_error(error, self.cfg, self.watch.world_size, self.detector.training)
         saved = self.watch.fail(code, save)
