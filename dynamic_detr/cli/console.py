@@ -120,7 +120,7 @@ def start_logging(
         logging.getLogger(record.name).handle(record)
     device = cfg.MODEL.DEVICE
     if device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
+        device = torch.cuda.get_device_name(device)
     logger.info(
         f"PyTorch {torch.__version__}, Detectron2 {detectron2.__version__}, {device}, processes: "
         f"{comm.get_world_size()}; environment, configuration and model: {cfg.OUTPUT_DIR}/log.txt"

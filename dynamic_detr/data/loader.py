@@ -16,6 +16,7 @@ from detectron2.data import (
     get_detection_dataset_dicts,
 )
 from detectron2.data.common import DatasetFromList
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader
 
@@ -23,7 +24,7 @@ from .. import compat
 from ..errors import UserError, one_line
 from ..files.plain_pickle import plain_pickles
 from .augmentation import build_mapper
-from .batches import BatchSchedule, aspect_ratio_groups, repeat_factors
+from .batches import BatchSchedule, aspect_ratio_groups
 from .mapper import Failure, GuardedMapper, Mapper, SeededDataset
 
 __all__ = [
@@ -184,8 +185,11 @@ def _repeats(cfg: CfgNode, records: list[dict]) -> Sequence[float] | None:
     if name == "TrainingSampler":
         return None
     if name == "RepeatFactorTrainingSampler":
-        sqrt = cfg.DATALOADER.get("REPEAT_SQRT", True)
-        return repeat_factors(records, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt)
+        # Detectron2 0.5 always takes the square root; compat.py refuses the key there.
+        options = {} if cfg.DATALOADER.get("REPEAT_SQRT", True) else {"sqrt": False}
+        return RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            records, cfg.DATALOADER.REPEAT_THRESHOLD, **options
+        )
     raise UserError(
         f"DATALOADER.SAMPLER_TRAIN is {name!r}; it must be 'TrainingSampler' or "
         "'RepeatFactorTrainingSampler'"

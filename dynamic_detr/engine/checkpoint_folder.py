@@ -113,8 +113,8 @@ class CheckpointFolder:
                 logger.warning(f"{error}; falling back to the checkpoint before it")
                 errors.append(error)
         raise BrokenCheckpoint(
-            f"none of the {len(errors)} checkpoints in {self.folder} can be read (the last one: "
-            f"{errors[-1]}); start again without --resume"
+            f"no checkpoint of the latest run in {self.folder} can be read (the last of "
+            f"{len(errors)}: {errors[-1]}); start again without --resume"
         )
 
     def go_on(self, run: dict[str, Any] | None) -> None:

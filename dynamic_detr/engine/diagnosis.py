@@ -1,8 +1,4 @@
-"""Likely causes of failed training steps, in one line with what to try.
-
-All processes check the same reduced losses and gradient norm before their optimisers step. They
-stop at the same iteration, and the weights in memory are those from before it.
-"""
+"""Likely causes of failed training steps, in one line with what to try."""
 
 import math
 import re

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import COCOEvaluator
 
 from .. import compat
 from ..errors import UserError
@@ -58,7 +58,7 @@ class Interruptible:
 
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_folder: str | None = None
-) -> DatasetEvaluator:
+) -> COCOEvaluator:
     """Build the COCO evaluator of a data set.
 
     Args:
@@ -77,11 +77,13 @@ def build_evaluator(
         )
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     with as_user_error(folder):
-        return _SafeEvaluator(BoxEvaluator(dataset_name, folder), folder)
+        return BoxEvaluator(dataset_name, folder)
 
 
 class BoxEvaluator(COCOEvaluator):
     """Detectron2's evaluator, with the score threshold of the best F1 ("threshold" and "F1").
+
+    It waits for all processes before it evaluates, and reports errors of writing in one line.
 
     Args:
         dataset_name: name in Detectron2's catalogues.
@@ -93,6 +95,12 @@ class BoxEvaluator(COCOEvaluator):
         fast = compat.has_compiled_ops()
         super().__init__(dataset_name, output_dir=output_dir, use_fast_impl=fast)
 
+    def evaluate(self, img_ids=None) -> dict | None:
+        current_watch().meet(_poll)
+        current_watch().progress("gathering and scoring the detections")
+        with as_user_error(f"the detections in {self._output_dir}"):
+            return super().evaluate(img_ids)
+
     def _derive_coco_results(self, coco_eval, iou_type: str, class_names=None) -> dict:
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         if iou_type == "bbox":
@@ -101,23 +109,3 @@ class BoxEvaluator(COCOEvaluator):
                 found = best_threshold(coco_eval.cocoGt, coco_eval.cocoDt)
             results["threshold"], results["F1"] = found
         return results
-
-
-class _SafeEvaluator(DatasetEvaluator):
-    """Evaluator that waits for all processes and reports errors of writing in one line.
-
-    Args:
-        evaluator: evaluator that writes detections when it evaluates.
-        folder: folder of the detections.
-    """
-
-    def __init__(self, evaluator: DatasetEvaluator, folder: str) -> None:
-        self.evaluator = evaluator
-        self.folder = folder
-        self.reset, self.process = evaluator.reset, evaluator.process
-
-    def evaluate(self) -> dict | None:
-        current_watch().meet(_poll)
-        current_watch().progress("gathering and scoring the detections")
-        with as_user_error(f"the detections in {self.folder}"):
-            return self.evaluator.evaluate()

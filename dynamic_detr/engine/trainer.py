@@ -211,7 +211,7 @@ class Trainer(DefaultTrainer):
         Raises:
             TrainingStopped: a signal or an error stopped it.
         """
-        if self._train_loader is None or self._train_loader.start_iter != self.start_iter:
+        if self._train_loader is None:
             self._build_train_loader()
         self._open_writers()
         images = len(self._train_loader.dataset)
