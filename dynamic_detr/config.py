@@ -490,7 +490,7 @@ _DEFORMABLE_DECODER_KEYS = (
         False,
         FLAG,
         "The initial queries and boxes are the best proposals of all positions of the pyramid. "
-        "Needs REFINE_BOXES and more than one level.",
+        "Needs REFINE_BOXES, more than one level and CLASS_HEAD focal.",
     ),
 )
 

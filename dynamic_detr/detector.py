@@ -10,6 +10,7 @@ from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from . import compat
 from .backbones import checkpoint_resnet_stages, freeze_unused
@@ -22,7 +23,7 @@ from .losses import SetCriterion, Target
 from .runtime.compilation import compile_network
 from .runtime.cuda_graphs import GraphCache
 from .runtime.transfers import to_device
-from .structures import Prediction, Pyramid, box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
+from .structures import Prediction, Pyramid
 
 __all__ = ["DynamicDETR", "SetDetector", "UnknownClassError"]
 
@@ -272,7 +273,7 @@ class SetDetector(nn.Module):
             corners = instances.gt_boxes.tensor
             size = corners.new_tensor([width, height, width, height])
             labels.append(instances.gt_classes)
-            boxes.append(box_xyxy_to_cxcywh(corners / size))
+            boxes.append(box_convert(corners / size, "xyxy", "cxcywh"))
         counts = [len(part) for part in labels]
         # one transfer for the labels of all images, and one for the boxes
         labels = to_device(torch.cat(labels), self.device).split(counts)
@@ -300,7 +301,7 @@ class SetDetector(nn.Module):
         num_classes = scores.shape[-1]
         limits = torch.tensor([(w, h, w, h) for h, w in sizes], dtype=logits.dtype)
         limits = to_device(limits, logits.device)[:, None]
-        corners = box_cxcywh_to_xyxy(prediction.pred_boxes.float()) * limits
+        corners = box_convert(prediction.pred_boxes.float(), "cxcywh", "xyxy") * limits
         finite = corners.isfinite().all(dim=-1) & scores.isfinite().all(dim=-1)  # (B, Q)
         corners = torch.minimum(corners.clamp(min=0), limits)
         kept = finite & (corners[..., 2:] > corners[..., :2]).all(dim=-1)

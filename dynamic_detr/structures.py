@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 
-__all__ = ["Prediction", "Pyramid", "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh"]
+__all__ = ["Prediction", "Pyramid"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,10 @@ class Pyramid:
 
     def sizes(self, level: int) -> Tensor:
         """Return the true (height, width) of a level: (B, 2) integers, at least 1."""
-        return (self.image_sizes + self.strides[level] - 1).div(
-            self.strides[level], rounding_mode="floor"
+        stride = self.strides[level]
+        return self.cached(
+            ("sizes", level),
+            lambda: (self.image_sizes + stride - 1).div(stride, rounding_mode="floor"),
         )
 
     def valid_mask(self, level: int) -> Tensor:
@@ -232,7 +233,6 @@ class Prediction:
         pred_logits: (B, Q, K), or (B, Q, K + 1) with a softmax head, with "no object" last.
         pred_boxes: (B, Q, 4) cx, cy, w, h, normalised by the size of the unpadded image.
         is_proposal: True for the proposals of a two-stage decoder.
-        valid_mask: (B, Q) bool, False for predictions of the padding. None if there are none.
         true_logits: (B, T, K) or (B, T, K + 1), in training the logits of the true boxes of each
             image, padded to the largest number T. None if they are not classified.
         noised_boxes: (B, N, 4) cx, cy, w, h, normalised, in training the refined boxes of N noised
@@ -244,17 +244,6 @@ class Prediction:
     pred_logits: Tensor
     pred_boxes: Tensor
     is_proposal: bool = False
-    valid_mask: Tensor | None = None
     true_logits: Tensor | None = None
     noised_boxes: Tensor | None = None
     noised_objects: Tensor | None = None
-
-
-def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Convert boxes (..., 4) from centre and size to corners."""
-    return box_convert(boxes, "cxcywh", "xyxy")
-
-
-def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Convert boxes (..., 4) from corners to centre and size."""
-    return box_convert(boxes, "xyxy", "cxcywh")

@@ -96,7 +96,6 @@ DECODERS = [
     Row("DeformableDecoder"),
     Row("DeformableDecoder", {"REFINE_BOXES": True}),
     Row("DeformableDecoder", TWO_STAGE, one_level=False),
-    Row("DeformableDecoder", TWO_STAGE, "softmax", one_level=False),
     Row("SMCADecoder"),
     Row("SMCADecoder", {"SCALE_SELECTION": False}),
 ]

@@ -73,7 +73,7 @@ class Network(nn.Module):
         self.runs += 1
         logits = images * self.weight
         boxes = images + sizes.sum()
-        return [Prediction(logits, boxes, is_proposal=True, valid_mask=images > 1)]
+        return [Prediction(logits, boxes, is_proposal=True, true_logits=images + 1)]
 
 
 def cached(size: int = 2) -> tuple[Network, FakeCache]:
@@ -90,7 +90,7 @@ def assert_same(found: list[Prediction], wanted: list[Prediction]) -> None:
         assert a.is_proposal == b.is_proposal
         torch.testing.assert_close(a.pred_logits, b.pred_logits, rtol=0, atol=0)
         torch.testing.assert_close(a.pred_boxes, b.pred_boxes, rtol=0, atol=0)
-        torch.testing.assert_close(a.valid_mask, b.valid_mask, rtol=0, atol=0)
+        torch.testing.assert_close(a.true_logits, b.true_logits, rtol=0, atol=0)
 
 
 @torch.no_grad()

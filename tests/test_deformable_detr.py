@@ -315,6 +315,7 @@ def test_stages_pass_boxes_without_gradient():
         (decoder, {"two_stage": True}, "REFINE_BOXES is False; it must be True with TWO_STAGE"),
         (decoder, {"variant": "two_stage", "num_levels": 1}, "must be False with one level"),
         (decoder, {"class_head": "sigmoid"}, "CLASS_HEAD is 'sigmoid'"),
+        (decoder, {"variant": "two_stage", "class_head": "softmax"}, "must be 'focal' with .*TWO_"),
     ],
 )
 def test_wrong_options_raise_one_line(make, options, reason):

@@ -8,8 +8,7 @@ import torch
 from helpers import batch_pyramid, dynamic_decoder, model_without_memory, random_levels
 from published import sparse_rcnn, sparse_rcnn_stage, weights_of
 from reference.sparse_rcnn import head
-
-from dynamic_detr.structures import box_cxcywh_to_xyxy
+from torchvision.ops import box_convert
 
 PROJECT = Path(__file__).parents[1]
 CONFIGS = PROJECT / "configs" / "Sparse-RCNN"
@@ -52,7 +51,7 @@ def test_decoder_equals_the_reference():
     scale = torch.tensor([IMAGE[1], IMAGE[0]] * 2).double()
     losses = [0, 0]
     for prediction, (logits, boxes) in zip(predictions, wanted, strict=True):
-        found = box_cxcywh_to_xyxy(prediction.pred_boxes)
+        found = box_convert(prediction.pred_boxes, "cxcywh", "xyxy")
         torch.testing.assert_close(prediction.pred_logits, logits, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(found, boxes / scale, rtol=1e-8, atol=1e-8)
         losses[0] += prediction.pred_logits.square().sum() + found.square().sum()

@@ -168,7 +168,7 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
     assert ours["parameters_m"] == models[BASELINE]["parameters_m"]
     parts = sum(ours["gmac"][part] for part in ("backbone", "encoder", "decoder"))
     assert parts == pytest.approx(ours["gmac"]["all"], rel=1e-3)
-    assert len(result["operators"]) == 13
+    assert len(result["operators"]) == 11
     for row in result["operators"]:
         assert row["times_bound"] * row["share_of_bound"] == pytest.approx(1)
     assert [len(rows) for rows in result["profile"].values()] == [12, 12]

@@ -98,7 +98,7 @@ class DeformableDecoder(nn.Module):
 
     Raises:
         ValueError: an argument is out of range, the heads do not divide the channels, or
-            `two_stage` is True with one level or without `refine_boxes`.
+            `two_stage` is True with one level, with "softmax" or without `refine_boxes`.
     """
 
     @configurable
@@ -136,10 +136,8 @@ class DeformableDecoder(nn.Module):
         )
         check_heads("MODEL.DEFORMABLE_DECODER", num_heads, channels)
         if two_stage:
-            _check_two_stage(num_levels, refine_boxes)
-            self.queries = ProposedQueries(
-                channels, num_classes, class_head=class_head, num_queries=num_queries
-            )
+            _check_two_stage(num_levels, class_head, refine_boxes)
+            self.queries = ProposedQueries(channels, num_classes, num_queries=num_queries)
         else:
             self.queries = LearnedQueries(channels, num_queries)
         self.refine_boxes = refine_boxes
@@ -189,11 +187,16 @@ class DeformableDecoder(nn.Module):
         return predictions
 
 
-def _check_two_stage(num_levels: int, refine_boxes: bool) -> None:
+def _check_two_stage(num_levels: int, class_head: str, refine_boxes: bool) -> None:
     if not refine_boxes:
         raise ValueError(
             "MODEL.DEFORMABLE_DECODER.REFINE_BOXES is False; it must be True with TWO_STAGE, whose "
             "proposals are boxes to refine."
+        )
+    if class_head != "focal":
+        raise ValueError(
+            f"MODEL.SET_DETECTOR.CLASS_HEAD is {class_head!r}; it must be 'focal' with "
+            "MODEL.DEFORMABLE_DECODER.TWO_STAGE."
         )
     if num_levels < 2:
         raise ValueError(

@@ -1,12 +1,11 @@
 """Dynamic filters of the decoder (equations 10 and 11).
 
-A query generates the weights of 1×1 convolutions, which are applied to the region of its box.
+A query generates the weights of 1×1 convolutions for the region of its box. Each is one matrix
+product of the positions (P, C_in) and the filter (C_in, C_out).
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from ..ops import dynamic_conv
 
 __all__ = [
     "DYNAMIC_FILTERS",
@@ -38,9 +37,9 @@ class _TwoFilters(nn.Module):
         """Return the output of the second filter, (B, Q, P, C)."""
         reduce, expand = self.filters(queries).chunk(2, dim=-1)
         channels = queries.shape[-1]
-        regions = dynamic_conv(regions, reduce.unflatten(-1, (channels, -1)))
+        regions = regions @ reduce.unflatten(-1, (channels, -1))
         regions = F.relu(self.norm_reduce(regions))
-        return dynamic_conv(regions, expand.unflatten(-1, (-1, channels)))
+        return regions @ expand.unflatten(-1, (-1, channels))
 
 
 class BottleneckInteraction(_TwoFilters):
@@ -102,7 +101,7 @@ class SingleInteraction(nn.Module):
     def forward(self, queries: Tensor, regions: Tensor) -> Tensor:
         """Map queries (B, Q, C) and their regions (B, Q, P, C) to (B, Q, C)."""
         filters = self.filters(queries).unflatten(-1, (queries.shape[-1], -1))
-        return self.readout(F.relu(self.norm(dynamic_conv(regions, filters))))
+        return self.readout(F.relu(self.norm(regions @ filters)))
 
 
 DYNAMIC_FILTERS = {

@@ -9,11 +9,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from ..config import check_arguments
 from ..layers import ClassHead, check_heads
 from ..ops import pyramid_roi_align
-from ..structures import Pyramid, box_cxcywh_to_xyxy
+from ..structures import Pyramid
 from .dynamic_interaction import DYNAMIC_FILTERS
 
 __all__ = ["DynamicDecoderStage", "apply_box_deltas"]
@@ -141,7 +142,7 @@ class DynamicDecoderStage(nn.Module):
             pyramid.shapes,
             pyramid.strides,
             pyramid.image_sizes,
-            box_cxcywh_to_xyxy(boxes) * scale,
+            box_convert(boxes, "cxcywh", "xyxy") * scale,
             self.pooling_size,
             self.sampling_ratio,
             self.canonical_size,

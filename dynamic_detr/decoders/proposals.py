@@ -32,18 +32,15 @@ class ProposedQueries(nn.Module):
     Args:
         channels: C, even.
         num_classes: K.
-        class_head: "focal" or "softmax", see `ClassHead`.
         num_queries: Q.
     """
 
-    def __init__(
-        self, channels: int, num_classes: int, *, class_head: str, num_queries: int
-    ) -> None:
+    def __init__(self, channels: int, num_classes: int, *, num_queries: int) -> None:
         super().__init__()
         self.num_queries = num_queries
         self.memory = nn.Linear(channels, channels)
         self.memory_norm = nn.LayerNorm(channels)
-        self.class_head = ClassHead(channels, num_classes, class_head)
+        self.class_head = ClassHead(channels, num_classes, "focal")
         self.box_head = MLP(channels, 4, num_layers=3)
         self.box_embed = nn.Linear(2 * channels, 2 * channels)
         self.box_embed_norm = nn.LayerNorm(2 * channels)
@@ -66,16 +63,13 @@ class ProposedQueries(nn.Module):
         boxes = self._best(box_logits, logits, valid).sigmoid().detach()
         embedded = sine_embedding(boxes, pyramid.channels // 2).to(table.dtype)  # (B, Q, 2C)
         positions, content = self.box_embed_norm(self.box_embed(embedded)).chunk(2, dim=-1)
-        logits = torch.where(valid[..., None], logits, self._nothing(logits))
-        proposals = Prediction(logits, box_logits.sigmoid(), is_proposal=True, valid_mask=valid)
+        logits = torch.where(valid[..., None], logits, NEVER)
+        proposals = Prediction(logits, box_logits.sigmoid(), is_proposal=True)
         return Queries(content, positions, boxes, [proposals])
 
     def _best(self, box_logits: Tensor, logits: Tensor, valid: Tensor) -> Tensor:
         """Return the box logits of the best proposals, (B, Q, 4), by score; the padding is last."""
-        scores = logits[..., 0]
-        if self.class_head.class_head == "softmax":
-            scores = logits.log_softmax(dim=-1)[..., 0]
-        scores = scores.detach().masked_fill(~valid, -float("inf"))
+        scores = logits[..., 0].detach().masked_fill(~valid, -float("inf"))
         lacking = max(0, self.num_queries - scores.shape[1])
         if lacking:
             scores = F.pad(scores, (0, lacking), value=-float("inf"))
@@ -91,10 +85,3 @@ class ProposedQueries(nn.Module):
             for level, centers in enumerate(pyramid.level_centers())
         ]
         return torch.cat(levels, dim=1)
-
-    def _nothing(self, logits: Tensor) -> Tensor:
-        """Return the logits of the padding, (K,) or (K + 1,): "no object" with certainty."""
-        nothing = logits.new_full(logits.shape[-1:], NEVER)
-        if self.class_head.class_head == "softmax":
-            nothing[-1] = 0
-        return nothing

@@ -31,12 +31,7 @@ class ClassHead(nn.Linear):
     def __init__(self, channels: int, num_classes: int, class_head: str) -> None:
         check_arguments("MODEL.SET_DETECTOR", num_classes=num_classes, class_head=class_head)
         super().__init__(channels, num_classes + (class_head == "softmax"))
-        self.class_head = class_head
-        self.reset_bias()
-
-    def reset_bias(self) -> None:
-        """Reset the bias: sigmoid logits to a probability of 0.01, softmax logits to 0."""
-        prior = PRIOR if self.class_head == "focal" else 0.5
+        prior = PRIOR if class_head == "focal" else 0.5
         nn.init.constant_(self.bias, math.log(prior / (1 - prior)))
 
 

@@ -63,13 +63,13 @@ class FocalClassLoss:
         place = rows * entries.shape[-1] + labels
         return negatives.flatten().index_put((place,), positives).view_as(negatives).sum((1, 2, 3))
 
-    def normalizer(self, objects: int, matched: int, queries: int | Tensor) -> float | Tensor:
+    def normalizer(self, objects: int, matched: int, queries: int) -> float:
         """Return the divisor of the sum on one process: the number of objects.
 
         Args:
             objects: number of objects in the batch.
             matched: number of matched queries, at most `objects`.
-            queries: number of valid queries in the batch, at most B · Q.
+            queries: number of queries in the batch, B · Q.
         """
         return objects
 
@@ -122,7 +122,7 @@ class SoftmaxClassLoss:
         matched = -entries.flatten(0, 2)[rows, labels]
         return negatives.flatten().index_put((rows,), matched).view_as(negatives).sum((1, 2))
 
-    def normalizer(self, objects: int, matched: int, queries: int | Tensor) -> float | Tensor:
+    def normalizer(self, objects: int, matched: int, queries: int) -> float:
         """Return the sum of the weights of all queries; see `FocalClassLoss.normalizer`."""
         return matched + self.no_object_weight * (queries - matched)
 

@@ -34,14 +34,12 @@ class _Group:
         logits: (S, B, Q, K) float32.
         boxes: (S, B, Q, 4) float32.
         labels: (T,) target class of each object.
-        queries: number of valid predictions of one stage in the batch.
     """
 
     suffixes: list[str]
     logits: Tensor
     boxes: Tensor
     labels: Tensor
-    queries: int | Tensor
 
 
 class SetCriterion(nn.Module):
@@ -189,19 +187,13 @@ class SetCriterion(nn.Module):
         objects = sum(counts)
         totals = [float(objects)]
         for group in groups:
-            matched = sum(min(count, group.logits.shape[2]) for count in counts)
-            totals.append(self.costs.class_loss.normalizer(objects, matched, group.queries))
-        on_host = not any(isinstance(total, Tensor) for total in totals)
-        if on_host and comm.get_world_size() == 1:  # floats cost the device nothing
+            images, queries = group.logits.shape[1:3]
+            matched = sum(min(count, queries) for count in counts)
+            totals.append(self.costs.class_loss.normalizer(objects, matched, images * queries))
+        if comm.get_world_size() == 1:  # floats cost the device nothing
             return [max(total, 1.0) for total in totals]
         device = groups[0].logits.device
-        if on_host:
-            return list(_mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
-        totals = [  # filled on the device; a copy of a number would wait for it
-            total.float() if isinstance(total, Tensor) else torch.full((), total, device=device)
-            for total in totals
-        ]
-        return list(_mean_over_processes(torch.stack(totals)).unbind())
+        return list(_mean_over_processes(to_device(torch.tensor(totals), device)).unbind())
 
 
 def _mean_over_processes(totals: Tensor) -> Tensor:
@@ -209,11 +201,8 @@ def _mean_over_processes(totals: Tensor) -> Tensor:
 
     All processes must call this function. The maximum avoids a division by 0.
     """
-    world = comm.get_world_size()
-    if world > 1:
-        totals = totals.clone()
-        torch.distributed.all_reduce(totals)
-    return totals.clamp(min=1) / world
+    torch.distributed.all_reduce(totals)
+    return totals.clamp(min=1) / comm.get_world_size()
 
 
 def _by_stage(losses: dict[str, Tensor], suffixes: Collection[str]) -> dict[str, Tensor]:
@@ -249,11 +238,9 @@ def _groups(predictions: list[Prediction], labels: Tensor) -> Iterator[_Group]:
         together.setdefault(key, []).append((suffix, prediction))
     for (is_proposal, _), members in together.items():
         suffixes, group = zip(*members, strict=True)
-        mask = group[0].valid_mask
         yield _Group(
             list(suffixes),
             torch.stack([p.pred_logits for p in group]).float(),
             torch.stack([p.pred_boxes for p in group]).float(),
             torch.zeros_like(labels) if is_proposal else labels,
-            group[0].pred_logits[..., 0].numel() if mask is None else mask.sum(),
         )

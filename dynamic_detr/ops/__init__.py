@@ -5,7 +5,6 @@ gradient, and dispatches to the file of the same name in `plain` (PyTorch) or `k
 """
 
 from .deform_conv import deform_conv2d
-from .dynamic_conv import dynamic_conv
 from .fuse_levels import FusionWeights, fuse_levels
 from .ms_deform_attn import ms_deform_attn
 from .plain.roi_align import assign_levels
@@ -15,7 +14,6 @@ __all__ = [
     "FusionWeights",
     "assign_levels",
     "deform_conv2d",
-    "dynamic_conv",
     "fuse_levels",
     "ms_deform_attn",
     "pyramid_roi_align",

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances
+from torchvision.ops import box_convert
 
 from ..layers import class_scores
-from ..structures import Prediction, box_cxcywh_to_xyxy
+from ..structures import Prediction
 from .draw import color, draw_boxes, labels, rescaled, resized
 from .sheet import contact_sheet
 
@@ -61,7 +62,7 @@ def follow_queries(
     queries = queries[final[queries] >= threshold]
     if nms_threshold < 1:
         _, classes, boxes = stages[-1]
-        corners = box_cxcywh_to_xyxy(boxes[queries])
+        corners = box_convert(boxes[queries], "cxcywh", "xyxy")
         kept = batched_nms(corners, final[queries], classes[queries], nms_threshold)
         queries = queries[kept]
     if wanted is not None:
@@ -71,7 +72,7 @@ def follow_queries(
     size = torch.tensor([width, height, width, height])
     followed = []
     for scores, classes, boxes in stages:
-        corners = Boxes(box_cxcywh_to_xyxy(boxes[queries]) * size)
+        corners = Boxes(box_convert(boxes[queries], "cxcywh", "xyxy") * size)
         corners.clip(image_size)
         followed.append(
             Instances(

@@ -16,7 +16,6 @@ from dynamic_detr.losses import HungarianMatcher, SetCosts
 from dynamic_detr.ops import (
     FusionWeights,
     deform_conv2d,
-    dynamic_conv,
     fuse_levels,
     ms_deform_attn,
     pyramid_roi_align,
@@ -43,7 +42,6 @@ __all__ = [
 CHANNELS = 256
 STRIDES = (4, 8, 16, 32, 64)
 QUERIES = 300
-DYNAMIC_DIM = 64
 POOLING = (7, 2, 224.0)  # bins on each side, samples on each side of a bin, canonical size
 HEADS, POINTS = 8, 4
 GROUPS = 16
@@ -92,7 +90,6 @@ def measure_operators(args: argparse.Namespace, device: str) -> list[dict]:
         _grouped_deform_conv,
         _fuse_levels,
         _roi_align,
-        _dynamic_conv,
         attention_case,
         _matching,
     ):
@@ -266,18 +263,6 @@ def _roi_align(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
         ours,
         ("copy of the result", *_copy(QUERIES * bins * CHANNELS, dtype, device)),
         ("Detectron2's ROIPooler", baseline),
-    )
-
-
-def _dynamic_conv(size: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
-    positions = POOLING[0] ** 2
-    regions = torch.randn(QUERIES, positions, CHANNELS, dtype=dtype, device=device)
-    filters = torch.randn(QUERIES, CHANNELS, DYNAMIC_DIM, dtype=dtype, device=device)
-    return Case(
-        f"dynamic convolution, {QUERIES} queries, {CHANNELS} → {DYNAMIC_DIM}",
-        (regions, filters),
-        dynamic_conv,
-        ("matrix product", torch.bmm, (regions, filters)),
     )
 
 

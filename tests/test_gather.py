@@ -1,9 +1,8 @@
-"""Weighted gather and dynamic convolution against loops."""
+"""Weighted gather against a loop."""
 
 import pytest
 import torch
 
-from dynamic_detr.ops import dynamic_conv
 from dynamic_detr.ops.plain import gather
 from dynamic_detr.ops.plain.gather import add_table_gradient, weight_gradient, weighted_gather
 
@@ -48,22 +47,3 @@ class TestWeightedGather:
         assert grad_weight.dtype == wide
         torch.testing.assert_close(grad_table, (1 + expected[0]).to(wide), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad_weight, expected[1].to(wide), rtol=1e-5, atol=1e-5)
-
-
-class TestDynamicConv:
-    def test_is_the_loop(self):
-        features, filters = torch.randn(2, 3, 9, 4), torch.randn(2, 3, 4, 5)
-        out = dynamic_conv(features, filters)
-        for image in range(2):
-            for query in range(3):
-                for position in range(9):
-                    expected = features[image, query, position] @ filters[image, query]
-                    torch.testing.assert_close(out[image, query, position], expected)
-
-    @pytest.mark.parametrize(
-        ("features", "filters"),
-        [((2, 3, 9, 4), (2, 3, 5, 4)), ((2, 3, 9, 4), (2, 2, 4, 5)), ((3, 9, 4), (2, 3, 4, 5))],
-    )
-    def test_wrong_shapes_are_named(self, features, filters):
-        with pytest.raises(ValueError, match="^dynamic_conv: expected .* got "):
-            dynamic_conv(torch.zeros(features), torch.zeros(filters))
