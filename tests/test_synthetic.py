@@ -218,5 +218,5 @@ def test_command_makes_scenes_once(make_scenes, tmp_path, capsys):
 def test_command_explains_wrong_arguments(make_scenes, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         make_scenes(["--output", str(tmp_path), *arguments])
-    told = capsys.readouterr().err + str(stop.value.code)
-    assert message in told and "Traceback" not in told
+    told = capsys.readouterr().err
+    assert stop.value.code == 2 and message in told and "Traceback" not in told

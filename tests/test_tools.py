@@ -33,7 +33,6 @@ from benchmarks.costs import (  # noqa: E402
     count_parameters,
 )
 from benchmarks.models import BASELINE, BOUND  # noqa: E402
-from benchmarks.page import put_section  # noqa: E402
 from benchmarks.products import PlainProducts, dtypes_of, record_products  # noqa: E402
 
 PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
@@ -148,12 +147,10 @@ def test_quickstart_names_missing_weights(tmp_path, capsys):
     assert "none.pth does not exist, neither as a file nor" in capsys.readouterr().err
 
 
-def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
-    target, page = tmp_path / "times.json", tmp_path / "page.md"
-    page.write_text("# How fast it is\n")
-    monkeypatch.setattr(benchmark, "PAGE", page)
+def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys):
+    target = tmp_path / "times.json"
     configs = ["--config-file", str(PRETRAIN), "--config-file", str(FINETUNE)]
-    options = ["--size", "64x64", "--repeats", "1", "--batch", "2", "--machine", "A CPU"]
+    options = ["--size", "64x64", "--repeats", "1", "--batch", "2"]
     benchmark.main([*configs, *options, "--json", str(target)])
     result = json.loads(target.read_text())
     models = {row["model"]: row for row in result["models"]}
@@ -175,17 +172,23 @@ def test_benchmark_prints_ratios_and_writes_them(tmp_path, capsys, monkeypatch):
     assert all(0 < row["share"] < 1 for rows in result["profile"].values() for row in rows)
     printed = capsys.readouterr().out
     assert f"× {PEERS[0]}" in printed and "torchvision" in printed
-    title, section = page.read_text().split("\n\n", 2)[1:]
-    assert title == "## A CPU: float32" and section.strip() == printed.strip()
+
+
+def test_benchmark_compares_with_hugging_face(tmp_path):
+    pytest.importorskip("transformers")
+    target = tmp_path / "times.json"
+    options = ["--size", "64x96", "--repeats", "1", "--json", str(target)]
+    benchmark.main(["transformers", *options])
+    rows = json.loads(target.read_text())["transformers"]
+    assert len(rows) == 4 and all(row["ours_s"] > 0 < row["theirs_s"] for row in rows)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--repeats", "0"], "--repeats: '0' is not a positive integer"),
+        (["--repeats", "0"], "--repeats: '0' is not an integer >= 1"),
         (["--size", "800"], "--size: '800' is not HEIGHTxWIDTH"),
         (["--size", "32x800"], "--size: '32x800' is too small"),
-        (["--machine", "two\nlines"], "is not a name on one line"),
         (["--json", "nowhere/times.json"], "--json: the folder nowhere does not exist"),
         (["--config-file", "none.yaml"], "the configuration none.yaml does not exist"),
         (["--config-file", "a/x.yaml", "--config-file", "b/x.yaml"], "have the name x"),
@@ -223,14 +226,6 @@ def test_dtypes_are_those_of_the_arithmetic():
     assert dtypes_of(run) == "bfloat16 53 %, float32 47 %"
     assert dtypes_of(lambda: half.float() * 2) == "float32"
     assert dtypes_of(lambda: half + half) == "bfloat16"
-
-
-def test_a_machine_has_one_section_of_a_page():
-    page = put_section("# Page\n\ntext\n", "A", "one\n")
-    page = put_section(page, "A (2)", "two")
-    assert page == "# Page\n\ntext\n\n## A\n\none\n\n## A (2)\n\ntwo\n"
-    assert put_section(page, "A", "one") == put_section(page, "A (2)", "two") == page
-    assert put_section(page, "A", "new\n\n### part") == page.replace("one", "new\n\n### part")
 
 
 def test_benchmark_counts_the_encoder_as_the_convolutions_it_is_made_of():
@@ -308,6 +303,9 @@ def test_plot_draws_the_later_of_two_values(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         plot_metrics.main([str(tmp_path / "none")])
     assert stop.value.code == 2 and "none does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plot_metrics.main([str(tmp_path), "--output", str(tmp_path / "curve.gif")])
+    assert "curve.gif must end in .svg, .png, .pdf" in capsys.readouterr().err
 
 
 def test_plot_shows_runs_of_one_point(tmp_path, capsys):

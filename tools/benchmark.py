@@ -7,7 +7,6 @@ python tools/benchmark.py models --no-naive          # without the baseline oper
 python tools/benchmark.py models --config-file A.yaml --config-file B.yaml
 python tools/benchmark.py transformers               # DETR, Deformable DETR and Hugging Face's
 python tools/benchmark.py peers                      # operators of deformops and other packages
-python tools/benchmark.py --machine "A name"         # also into docs/benchmarks.md
 
 Operators are compared with operators of torchvision, Detectron2, PyTorch and SciPy (the baseline),
 and detectors with the same model on these operators and with Detectron2's detectors. The lower
@@ -36,8 +35,8 @@ import torchvision
 from benchmarks.hugging_face import measure_hugging_face
 from benchmarks.models import measure_models, profile_model
 from benchmarks.operators import measure_operators
-from benchmarks.page import put_section
 from benchmarks.peers import measure_peers
+from make_scenes import at_least
 from tabulate import tabulate
 
 from dynamic_detr import compat
@@ -47,7 +46,6 @@ from dynamic_detr.files.config_file import find_config
 from dynamic_detr.runtime.threads import choose_threads
 
 PROJECT = Path(__file__).resolve().parents[1]
-PAGE = PROJECT / "docs" / "benchmarks.md"
 OURS = PROJECT / "configs" / "COCO-Detection" / "dynamic_detr_R_50_1x.yaml"
 PEERS = ("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", "COCO-Detection/retinanet_R_50_FPN_1x.yaml")
 
@@ -63,18 +61,6 @@ def size(text: str) -> tuple[int, int]:
     if min(int(height), int(width)) < SMALLEST:
         raise argparse.ArgumentTypeError(f"{text!r} is too small; use {SMALLEST} pixels or more")
     return int(height), int(width)
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
-
-
-def machine_name(text: str) -> str:
-    if not text.strip() or not text.isprintable():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a name on one line")
-    return text.strip()
 
 
 def machine(device: str) -> dict[str, str]:
@@ -209,18 +195,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--size", type=size, default=(800, 1216), metavar="HEIGHTxWIDTH")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    count = at_least(1)
     parser.add_argument("--batch", type=count, default=8, help="images per batch of throughput")
     parser.add_argument("--train-batch", type=count, default=2, help="images per training step")
     parser.add_argument("--repeats", type=count, default=7, help="measured calls of each function")
     parser.add_argument("--budget", type=float, default=60, help="seconds for each function")
     parser.add_argument("--no-naive", action="store_true", help="skip the baseline operators")
-    parser.add_argument(
-        "--machine",
-        type=machine_name,
-        metavar="NAME",
-        help=f"name of the machine; also write the tables to docs/{PAGE.name}, replacing those of "
-        "this name and dtype",
-    )
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args(argv)
     args.config_file = args.config_file or [str(OURS)]
@@ -245,16 +225,14 @@ def main(argv: list[str] | None = None) -> None:
         for config in (*args.config_file, *args.peer):
             find_config(config)
         versions = ", ".join(f"{key} {result[key]}" for key in VERSIONS)
-        parts = [
-            f"{result['machine']}; load average before: {result['load']}; {versions}; "
-            f"{args.size[0]} × {args.size[1]}, {args.dtype}"
-        ]
 
         def show(part: str) -> None:
-            parts.append(part)
             print(f"\n{part}", flush=True)
 
-        print(parts[0])
+        print(
+            f"{result['machine']}; load average before: {result['load']}; {versions}; "
+            f"{args.size[0]} × {args.size[1]}, {args.dtype}"
+        )
         if args.what in ("all", "operators"):
             result["operators"] = measure_operators(args, device)
             show(operator_table(result["operators"]))
@@ -271,9 +249,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.what == "peers":
             result["peers"] = measure_peers(args, device)
             show(peers_table(result["peers"]))
-        if args.machine:
-            title = f"{args.machine}: {args.dtype}"
-            PAGE.write_text(put_section(PAGE.read_text(), title, "\n\n".join(parts)))
         if args.json:
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 

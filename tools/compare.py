@@ -24,7 +24,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
 
-from benchmark import count, machine
+from benchmark import machine
 from comparison.page import write_page
 from comparison.pictures import truth_boxes, wrong_or_right
 from comparison.plan import DATA, Plan
@@ -32,6 +32,7 @@ from comparison.results import METRICS, detections, gather, measure, threshold, 
 from comparison.runs import train_all
 from detectron2.data import MetadataCatalog
 from detectron2.utils.logger import setup_logger
+from make_scenes import at_least
 from tabulate import tabulate
 
 from dynamic_detr import compat
@@ -61,10 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
         kind = "FILE" if name.endswith("json") else "DIR"
         parser.add_argument(f"--{name.replace('_', '-')}", metavar=kind, help="as for train_net.py")
     parser.add_argument(
-        "--iterations", type=count, help="per run (default: those of the first configuration)"
+        "--iterations", type=at_least(1), help="per run (default: those of the first configuration)"
     )
-    parser.add_argument("--evaluations", type=count, help="per run (default: 5)")
-    parser.add_argument("--seeds", type=count, help="number of runs per detector (default: 1)")
+    parser.add_argument("--evaluations", type=at_least(1), help="per run (default: 5)")
+    parser.add_argument("--seeds", type=at_least(1), help="number of runs per detector (default: 1)")
     parser.add_argument("--num-gpus", type=int, help="per run, as for train_net.py")
     parser.add_argument("--num-processes", type=int, help="per run, as for train_net.py")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")

@@ -6,12 +6,13 @@ python tools/make_scenes.py --output datasets/scenes
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.data.scenes import datasets_root, write_scenes
 from dynamic_detr.data.synthetic import FAMILIES, SceneOptions
+from dynamic_detr.errors import UserError, one_line
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -28,6 +29,24 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def make(args: argparse.Namespace) -> None:
+    """Draw the scenes of all families and splits."""
+    options = SceneOptions(sizes=tuple(args.sizes))
+    for family in args.families:
+        for split in args.splits:
+            written = write_scenes(
+                args.output,
+                FAMILIES[family],
+                split,
+                args.images,
+                args.seed,
+                options,
+                args.processes,
+            )
+            folder = args.output / family / split
+            print(f"{folder}: {'made' if written else 'already there'}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,23 +75,11 @@ def main(argv: list[str] | None = None) -> None:
         "--processes", type=at_least(1), default=os.cpu_count(), help="default: number of cores"
     )
     args = parser.parse_args(argv)
-    try:
-        options = SceneOptions(sizes=tuple(args.sizes))
-        for family in args.families:
-            for split in args.splits:
-                written = write_scenes(
-                    args.output,
-                    FAMILIES[family],
-                    split,
-                    args.images,
-                    args.seed,
-                    options,
-                    args.processes,
-                )
-                folder = args.output / family / split
-                print(f"{folder}: {'made' if written else 'already there'}")
-    except (OSError, ValueError) as error:
-        sys.exit(f"make_scenes: {error}")
+    with report_user_errors("make_scenes.py"):
+        try:
+            make(args)
+        except (OSError, ValueError) as error:
+            raise UserError(one_line(error)) from error
 
 
 if __name__ == "__main__":

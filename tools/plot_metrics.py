@@ -14,6 +14,7 @@ from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.errors import UserError
 
 METRICS = ("bbox/AP", "total_loss")
+FORMATS = (".svg", ".png", ".pdf")
 Curve = tuple[list[int], list[float]]
 
 
@@ -96,9 +97,11 @@ def plot(runs: list[Path], output: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs="+", help="OUTPUT_DIR of a run, or a metrics.json")
-    parser.add_argument("--output", type=Path, default=Path("metrics.svg"), help=".svg, .png, .pdf")
+    parser.add_argument("--output", type=Path, default=Path("metrics.svg"), help=", ".join(FORMATS))
     args = parser.parse_args(argv)
     with report_user_errors("plot_metrics.py"):
+        if args.output.suffix not in FORMATS:
+            raise UserError(f"--output {args.output} must end in {', '.join(FORMATS)}")
         plot(args.runs, args.output)
         print(args.output)
 

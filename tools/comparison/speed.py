@@ -17,7 +17,6 @@ from dynamic_detr.inference.building import build_with_weights
 __all__ = ["measure_speed"]
 
 IMAGES = 4  # of the validation set, in every call
-BATCHES = 1
 
 
 def measure_speed(
@@ -49,7 +48,7 @@ def measure_speed(
         name: {
             "inference_ms": 1000 * inference[name].median / len(runs[name].images),
             "inference_spread": inference[name].spread,
-            "step_s": steps[name].median / len(runs[name].batches),
+            "step_s": steps[name].median,
             "step_spread": steps[name].spread,
             "size": tuple(runs[name].images[0][0]["image"].shape[-2:]),
         }
@@ -71,7 +70,7 @@ class _Timed:
         self.device = device.type
         test, train = build_test_loader(cfg, cfg.DATASETS.TEST[0]), build_train_loader(cfg, seed=1)
         self.images = [batch for batch, _ in zip(test, range(IMAGES), strict=False)]
-        self.batches = [batch for batch, _ in zip(train, range(BATCHES), strict=False)]
+        self.batch = next(iter(train))
 
     @torch.no_grad()
     def infer(self) -> None:
@@ -81,10 +80,9 @@ class _Timed:
 
     def train(self) -> None:
         self.model.train()
-        for batch in self.batches:
-            enabled = self.dtype is not None
-            with EventStorage(), torch.autocast(self.device, self.dtype, enabled=enabled):
-                loss = sum(self.model(batch).values())
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            self.optimizer.step()
+        enabled = self.dtype is not None
+        with EventStorage(), torch.autocast(self.device, self.dtype, enabled=enabled):
+            loss = sum(self.model(self.batch).values())
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
