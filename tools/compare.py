@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--iterations", type=at_least(1), help="per run (default: those of the first configuration)"
     )
     parser.add_argument("--evaluations", type=at_least(1), help="per run (default: 5)")
-    parser.add_argument("--seeds", type=at_least(1), help="number of runs per detector (default: 1)")
+    parser.add_argument("--seeds", type=at_least(1), help="runs per detector (default: 1)")
     parser.add_argument("--num-gpus", type=int, help="per run, as for train_net.py")
     parser.add_argument("--num-processes", type=int, help="per run, as for train_net.py")
     parser.add_argument("--output", type=Path, default=Path("output/comparison"), metavar="DIR")
