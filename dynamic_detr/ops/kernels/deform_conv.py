@@ -19,6 +19,9 @@ __all__ = ["backward", "forward"]
 
 PACKED_CHANNELS = 64  # most input or output channels of several groups packed into one
 WEIGHT_SPLITS = 8  # split-K of the weight gradient: number of partial sums over the positions
+# arguments that depend on the size of the image, see launch.py
+SIZES = ["positions", "height", "width", "out_height", "out_width"]
+SIZES += ["so_image", "so_row", "sm_image", "sm_row"]  # strides of offset and mask
 
 
 @triton.jit
@@ -73,7 +76,7 @@ def _columns(
     return columns
 
 
-@triton.jit(do_not_specialize=["positions", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=SIZES)
 def _forward_kernel(
     input, offset, mask, weight, bias, out,
     positions, height, width, out_height, out_width, channels_out,
@@ -117,7 +120,7 @@ def _forward_kernel(
     tl.store(at, total.to(out.dtype.element_ty), mask=exists[:, None] & n_exists[None, :])
 
 
-@triton.jit(do_not_specialize=["positions", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=SIZES)
 def _sample_grad_kernel(
     grad_out, input, offset, mask, weight, grad_input, grad_offset, grad_mask,
     positions, height, width, out_height, out_width, channels, channels_out,
@@ -190,9 +193,7 @@ def _sample_grad_kernel(
             tl.store(grad_mask + index * TAPS + tap, value, mask=exists)
 
 
-@triton.jit(
-    do_not_specialize=["positions", "height", "width", "out_height", "out_width", "tiles_per_split"]
-)
+@triton.jit(do_not_specialize=[*SIZES, "tiles_per_split"])
 def _weight_grad_kernel(
     grad_out, input, offset, mask, grad_weight,
     positions, height, width, out_height, out_width, channels_out, tiles_per_split,
