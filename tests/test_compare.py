@@ -1,32 +1,28 @@
 """tools/compare.py: equal terms, kinds of errors, runs and page."""
 
 import json
-import sys
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
+import compare
 import pytest
 import torch
+from comparison import results, runs
+from comparison.errors import KINDS, classify, error_table
+from comparison.page import write_page
+from comparison.plan import Plan
+from comparison.results import spread
+from comparison.terms import compose, read_first, scaled_rate
+from conftest import ROOT
 from tiny_run import write_config, write_data
 
 from dynamic_detr.engine.step import seed_step
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "tools"))
-
-import compare  # noqa: E402
-from comparison import results, runs  # noqa: E402
-from comparison.errors import KINDS, classify, error_table  # noqa: E402
-from comparison.page import write_page  # noqa: E402
-from comparison.plan import Plan  # noqa: E402
-from comparison.results import spread  # noqa: E402
-from comparison.terms import compose, read_first, scaled_rate  # noqa: E402
-
-PRETRAIN = str(PROJECT / "configs" / "quickstart" / "pretrain.yaml")
-OTHERS = sorted((PROJECT / "configs" / "quickstart" / "comparison").glob("*.yaml"))
+PRETRAIN = str(ROOT / "configs" / "quickstart" / "pretrain.yaml")
+OTHERS = sorted((ROOT / "configs" / "quickstart" / "comparison").glob("*.yaml"))
 FASTER = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 
 
@@ -79,7 +75,7 @@ def test_another_optimizer_needs_its_own_rate(tmp_path):
 
 
 def test_backbone_multiplier_is_one_for_random_weights(tmp_path):
-    config = str(PROJECT / "configs" / "DETR" / "detr_R_50.yaml")
+    config = str(ROOT / "configs" / "DETR" / "detr_R_50.yaml")
     pretrained = tmp_path / "R-50.pth"
     torch.save({"model": {"res2.0.conv1.weight": torch.ones(1)}}, pretrained)
     for weights, multiple in (("", 1.0), (str(pretrained), 0.1)):
@@ -230,7 +226,7 @@ class Page(HTMLParser):
 def tiny(tmp_path, monkeypatch):
     """Write data and configurations of two detectors and an invalid one; return the data flags."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(PROJECT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     write_config(tmp_path)
     Path("retina.yaml").write_text(
         "_BASE_: tiny.yaml\nMODEL: {META_ARCHITECTURE: RetinaNet, RETINANET: {IN_FEATURES: [res2], "

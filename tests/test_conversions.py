@@ -3,24 +3,19 @@
 import argparse
 import os
 import pathlib
-import sys
 from pathlib import Path
 
+import convert_weights
 import pytest
 import torch
+from conversions import rename, select_coco_classes
+from conversions.resnet import resnet_rules
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
 from torch import nn
 from torchvision.models import resnet50
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "tools"))
-
-import convert_weights  # noqa: E402
-from conversions import rename, select_coco_classes  # noqa: E402
-from conversions.resnet import resnet_rules  # noqa: E402
-
-from dynamic_detr.errors import UserError  # noqa: E402
+from dynamic_detr.errors import UserError
 
 THINGS = [c for c in COCO_CATEGORIES if c["isthing"]]
 

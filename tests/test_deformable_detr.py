@@ -2,11 +2,12 @@
 
 import math
 import re
-import sys
-from pathlib import Path
 
+import convert_weights
 import pytest
 import torch
+from conftest import ROOT
+from conversions import deformable_detr as conversion
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from helpers import (
@@ -29,12 +30,8 @@ from dynamic_detr.encoders import DeformableEncoder
 from dynamic_detr.engine.optimizer import build_optimizer
 from dynamic_detr.files.config_file import read_config
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "Deformable-DETR"
-sys.path.insert(0, str(ROOT / "tools"))
 
-import convert_weights  # noqa: E402
-from conversions import deformable_detr as conversion  # noqa: E402
 
 CLASSES, QUERIES, CHANNELS = 5, 12, 64
 NARROW = [

@@ -1,11 +1,13 @@
 """DETR: equality with Hugging Face's class and a small reference, and published weights."""
 
-import sys
 from pathlib import Path
 
+import convert_weights
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
+from conversions import detr as conversion
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from helpers import (
@@ -26,12 +28,8 @@ from dynamic_detr.encoders import TransformerEncoder
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.files.config_file import read_config
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs" / "DETR"
-sys.path.insert(0, str(ROOT / "tools"))
 
-import convert_weights  # noqa: E402
-from conversions import detr as conversion  # noqa: E402
 
 CLASSES, QUERIES, CHANNELS = 5, 12, 32
 NARROW = [

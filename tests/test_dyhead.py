@@ -1,10 +1,10 @@
 """DyHead in a Detectron2 backbone: arithmetic and names of the released code, and integration."""
 
-import sys
-from pathlib import Path
-
+import convert_weights
 import pytest
 import torch
+from conftest import ROOT
+from conversions.dyhead import convert
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
@@ -17,13 +17,9 @@ from dynamic_detr.encoders import EncodedFPN
 from dynamic_detr.engine.optimizer import parameter_groups
 from dynamic_detr.files.config_file import read_config
 
-PROJECT = Path(__file__).parents[1]
-CONFIGS = PROJECT / "configs" / "DyHead"
+CONFIGS = ROOT / "configs" / "DyHead"
 FASTER_RCNN, RETINANET = "faster_rcnn_R_50_FPN_dyhead", "retinanet_R_50_FPN_dyhead"
-sys.path.insert(0, str(PROJECT / "tools"))
 
-import convert_weights  # noqa: E402
-from conversions.dyhead import convert  # noqa: E402
 
 CHANNELS, GROUPS = 8, 4
 

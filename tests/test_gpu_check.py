@@ -3,15 +3,11 @@
 import sys
 from pathlib import Path
 
+import benchmark
+import gpu_check
 import pytest
 import torch
-
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "tools"))
-
-import benchmark  # noqa: E402
-import gpu_check  # noqa: E402
-from benchmarks.peers import measure_peers  # noqa: E402
+from benchmarks.peers import measure_peers
 
 # A stand-in with the layouts that deformops 3.0.1 documents; its attention fails.
 DEFORMOPS = """

@@ -6,14 +6,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import compile_table
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import compile_table  # noqa: E402
+from conftest import ROOT
 
 TABLE = ROOT / "docs" / "kernels.md"
 SHARED_MEMORY = {80: 99 * 1024, 90: 227 * 1024}  # per block: smallest GPU since Ampere, H100

@@ -2,12 +2,12 @@
 
 import itertools
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torchvision
+from conversions import rename
+from conversions.resnet import resnet_rules
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_backbone, build_model
@@ -17,11 +17,6 @@ from torch import nn
 
 from dynamic_detr import add_dynamic_detr_config
 from dynamic_detr.backbones import dilate_res5, freeze_unused
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-from conversions import rename
-from conversions.resnet import resnet_rules
 
 CHANNELS = 24
 

@@ -2,14 +2,13 @@
 
 import json
 import os
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import export_weights
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file, safe_open, save_file
 from tiny_run import NAMES, make_config, train
 
@@ -25,10 +24,6 @@ from dynamic_detr.files.model_file import (
     read_model,
     require_model,
 )
-
-sys.path.insert(0, str(ROOT / "tools"))
-
-import export_weights
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """SMCA: encoder and decoder against loops written from the paper, and the released names."""
 
 import re
-import sys
-from pathlib import Path
 
+import convert_weights
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from conversions import smca as conversion
 from helpers import batch_pyramid, defaults, model_without_memory, random_levels, shake
 from published import smca as published_shapes
 from published import weights_of
@@ -20,12 +21,8 @@ from dynamic_detr.decoders.spatial_prior import SpatialPrior
 from dynamic_detr.encoders import SMCAEncoder
 from dynamic_detr.files.config_file import read_config
 
-PROJECT = Path(__file__).resolve().parents[1]
-CONFIGS = PROJECT / "configs" / "SMCA"
-sys.path.insert(0, str(PROJECT / "tools"))
+CONFIGS = ROOT / "configs" / "SMCA"
 
-import convert_weights  # noqa: E402
-from conversions import smca as conversion  # noqa: E402
 
 CHANNELS, HEADS, CLASSES = 8, 2, 3
 STRIDES = (16, 32, 64)

@@ -1,21 +1,17 @@
 """Sparse R-CNN: equality of the dynamic decoder with its head, and published weights."""
 
-import sys
-from pathlib import Path
-
+import convert_weights
 import pytest
 import torch
+from conftest import ROOT
+from conversions.sparse_rcnn import convert
 from helpers import batch_pyramid, dynamic_decoder, model_without_memory, random_levels
 from published import sparse_rcnn, sparse_rcnn_stage, weights_of
 from reference.sparse_rcnn import head
 from torchvision.ops import box_convert
 
-PROJECT = Path(__file__).parents[1]
-CONFIGS = PROJECT / "configs" / "Sparse-RCNN"
-sys.path.insert(0, str(PROJECT / "tools"))
+CONFIGS = ROOT / "configs" / "Sparse-RCNN"
 
-import convert_weights  # noqa: E402
-from conversions.sparse_rcnn import convert  # noqa: E402
 
 C, CLASSES, QUERIES, DYNAMIC, BINS, FFN, HEADS, STAGES = 16, 3, 6, 4, 3, 24, 8, 3
 STRIDES, IMAGE = (4, 8, 16, 32), (128, 192)

@@ -6,8 +6,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import benchmark
+import export_weights
+import fill_config_table
+import plot_metrics
 import pytest
+import quickstart
 import torch
+from benchmarks.baselines import baseline_operators
+from benchmarks.costs import config_costs, config_products, count_gmac, count_parameters
+from benchmarks.models import BASELINE, BOUND
+from benchmarks.products import PlainProducts, dtypes_of, record_products
+from conftest import ROOT
 from detectron2.modeling import build_model
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -17,26 +27,8 @@ from dynamic_detr.errors import UserError
 from dynamic_detr.files.config_file import read_config
 from dynamic_detr.files.model_file import read_model
 
-PROJECT = Path(__file__).parents[1]
-sys.path.insert(0, str(PROJECT / "tools"))
-
-import benchmark  # noqa: E402
-import export_weights  # noqa: E402
-import fill_config_table  # noqa: E402
-import plot_metrics  # noqa: E402
-import quickstart  # noqa: E402
-from benchmarks.baselines import baseline_operators  # noqa: E402
-from benchmarks.costs import (  # noqa: E402
-    config_costs,
-    config_products,
-    count_gmac,
-    count_parameters,
-)
-from benchmarks.models import BASELINE, BOUND  # noqa: E402
-from benchmarks.products import PlainProducts, dtypes_of, record_products  # noqa: E402
-
-PRETRAIN = PROJECT / "configs" / "quickstart" / "pretrain.yaml"
-DETR = PROJECT / "configs" / "DETR" / "detr_R_50.yaml"
+PRETRAIN = ROOT / "configs" / "quickstart" / "pretrain.yaml"
+DETR = ROOT / "configs" / "DETR" / "detr_R_50.yaml"
 FINETUNE = PRETRAIN.with_name("finetune.yaml")
 PEERS = ["faster_rcnn_R_50_FPN_1x", "retinanet_R_50_FPN_1x"]
 
@@ -101,7 +93,7 @@ def test_quickstart_ends_with_table_and_pictures(checkpoint, tmp_path):
     options = ["--output", output, "--weights", weights, "--scenes", "1"]
     done = subprocess.run(
         [
-            *(sys.executable, PROJECT / "tools" / "quickstart.py", *options),
+            *(sys.executable, ROOT / "tools" / "quickstart.py", *options),
             *("SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"),
         ],
         env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path / "data")},
