@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.modeling import build_model
 from detectron2.structures import Instances
 from helpers import random_image, shake, small_config, small_model, training_input
 from torch import nn
 
-from dynamic_detr import DynamicDETR, Prediction
+from dynamic_detr import Prediction
 
 LOSSES = {"loss_class", "loss_l1", "loss_giou"}
 ONE_BOX = {"boxes": [[10, 12, 50, 40]], "classes": [1]}
@@ -43,7 +43,7 @@ def infer(model: nn.Module, batch: list[dict]) -> list[Instances]:
 def assert_detections(result: Instances, size: tuple[int, int], num_classes: int) -> None:
     assert result.image_size == size
     boxes = result.pred_boxes.tensor
-    assert len(boxes) == len(result.scores) == len(result.pred_classes)
+    assert len(boxes) == len(result.scores) == len(result.pred_classes) > 0
     assert boxes.isfinite().all()
     assert (boxes >= 0).all()
     assert (boxes[:, [0, 2]] <= size[1]).all()
@@ -60,17 +60,6 @@ class TestTraining:
         )
         assert set(losses) == LOSSES | {f"{name}_{stage}" for name in LOSSES for stage in (0, 1)}
         assert all(loss.dim() == 0 and loss.requires_grad for loss in losses.values())
-
-    def test_every_parameter_gets_a_gradient(self):
-        """Also without objects; DistributedDataParallel would wait for missing gradients."""
-        model = small_model()
-        for batch in (
-            [training_input(64, 90, **ONE_BOX), training_input(80, 64)],
-            [training_input(64, 64)],
-        ):
-            step(model, batch)
-            for name, parameter in model.named_parameters():
-                assert parameter.grad is not None, name
 
     @pytest.mark.parametrize(
         ("boxes", "classes"),
@@ -91,7 +80,7 @@ class TestTraining:
         if not boxes:
             assert losses["loss_l1"] == losses["loss_giou"] == 0
 
-    @pytest.mark.parametrize("num_classes", [1, 4, 64, 80, 256, 2048])
+    @pytest.mark.parametrize("num_classes", [1, 80])
     @pytest.mark.parametrize("class_head", ["focal", "softmax"])
     def test_any_number_of_classes(self, num_classes, class_head):
         model = small_model(NUM_CLASSES=num_classes, CLASS_HEAD=class_head)
@@ -116,17 +105,6 @@ class TestTraining:
         with pytest.raises(ValueError, match=message):
             model.train()(batch)
 
-    def test_loss_falls(self):
-        model = small_model(DYNAMIC_DECODER__NUM_QUERIES=8)
-        batch = [training_input(64, 64, [[8, 8, 40, 56]], [2])]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-        totals = []
-        for _ in range(12):
-            losses = step(model, batch)
-            optimizer.step()
-            totals.append(sum(losses.values()).item())
-        assert totals[-1] < 0.7 * totals[0]
-
     def test_weights_that_are_nan_give_losses_that_are_not_finite(self):
         """No error is raised: the trainer handles such losses."""
         model = small_model().train()
@@ -142,7 +120,7 @@ class TestInference:
         batch = [{"image": random_image(*size)} for size in sizes]
         for result, size in zip(infer(model, batch), sizes, strict=True):
             assert_detections(result, size, 5)
-            assert len(result) <= 100
+            assert len(result) == 100
 
     def test_results_are_in_the_wanted_size(self, model):
         image = random_image(64, 96)
@@ -204,7 +182,7 @@ class TestInference:
         cfg = small_config(DYNAMIC_DECODER__NUM_QUERIES=4)
         cfg.TEST.DETECTIONS_PER_IMAGE = detections
         (result,) = infer(build_model(cfg), [{"image": random_image(64, 64)}])
-        assert len(result) <= min(detections, 4 * 5)
+        assert len(result) == min(detections, 4 * 5)
 
     def test_boxes_without_area_are_left_out(self, model):
         """Boxes that are flat, inverted or outside the image."""
@@ -272,12 +250,6 @@ class TestPrecision:
 
 
 class TestConstruction:
-    def test_is_registered(self, model):
-        assert META_ARCH_REGISTRY.get("DynamicDETR") is DynamicDETR
-        assert isinstance(model, DynamicDETR)
-        assert model.device == torch.device("cpu")
-        assert model.num_classes == 5
-
     def test_state_dict_round_trip(self, model, tmp_path):
         torch.save(model.state_dict(), tmp_path / "model.pth")
         torch.manual_seed(5)
@@ -291,32 +263,6 @@ class TestConstruction:
 
     def test_statistics_of_the_input_are_not_in_the_checkpoint(self, model):
         assert not [name for name in model.state_dict() if name.startswith(("pixel", "criterion"))]
-
-    def test_single_level(self):
-        model = small_model(IN_FEATURES=["p5"])
-        step(model, [training_input(64, 90, **ONE_BOX)])
-        assert_detections(infer(model, [{"image": random_image(64, 70)}])[0], (64, 70), 5)
-
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"ENCODER": "IdentityEncoder"},
-            {"DYNAMIC_ENCODER__OFFSETS": "legacy"},
-            {"DYNAMIC_DECODER__DYNAMIC_FILTER": "single"},
-            {"DYNAMIC_DECODER__LEARN_INITIAL_BOXES": False},
-            {"LOSS__L1_FORMAT": "xyxy"},
-            {
-                "DYNAMIC_DECODER__POOLING_SIZE": 3,
-                "DYNAMIC_DECODER__NUM_HEADS": 8,
-                "DYNAMIC_DECODER__DROPOUT": 0.1,
-            },
-        ],
-        ids=str,
-    )
-    def test_options_train_and_infer(self, options):
-        model = small_model(**options)
-        step(model, [training_input(64, 90, **ONE_BOX), training_input(50, 64)])
-        assert_detections(infer(model, [{"image": random_image(64, 70)}])[0], (64, 70), 5)
 
     def test_wrong_channels_are_one_line(self):
         cfg = small_config()
