@@ -5,8 +5,6 @@ import itertools
 import pytest
 import torch
 import torchvision
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone
@@ -233,57 +231,6 @@ def test_freezing_reaches_deformable_stages() -> None:
         assert parameter.requires_grad == name.startswith(("res4", "res5")), name
     assert isinstance(network.res3[0].conv2.norm, FrozenBatchNorm2d)
     assert isinstance(network.res4[0].conv2.norm, nn.BatchNorm2d)
-
-
-def test_deformable_checkpoint_of_detectron2_loads(tmp_path) -> None:
-    """A checkpoint of Detectron2's deformable ResNet loads into the FPN backbone."""
-    cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[False, True, True, True], DEFORM_MODULATED=True)
-    theirs = randomise(build(cfg, "build_resnet_backbone"))
-    path = tmp_path / "dcn.pth"
-    torch.save({"model": theirs.state_dict(), "matching_heuristics": True}, path)
-    model = nn.Module()
-    model.backbone = build(cfg, "build_resnet_deform_fpn_backbone")
-    DetectionCheckpointer(model).load(str(path))
-    loaded = model.backbone.bottom_up.state_dict()
-    expected = theirs.state_dict()
-    assert loaded.keys() == expected.keys()
-    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
-
-
-def test_caffe2_names_of_imagenet_weights_match() -> None:
-    """ImageNet weights match all parameters except the offsets, which stay at zero."""
-    cfg = config(**SMALL, DEFORM_ON_PER_STAGE=[False, True, True, True])
-    network = build(cfg, "build_resnet_deform_backbone")
-    source = randomise(build(config(**SMALL), "build_resnet_backbone")).state_dict()
-    caffe2 = {}
-    for name, value in source.items():
-        if name.endswith(("running_mean", "running_var")):
-            continue  # folded into an affine layer
-        name = name.replace("stem.conv1.norm.", "res_conv1_bn.").replace("stem.conv1.", "conv1.")
-        for own, branch in (("shortcut", "branch1"), ("conv1", "branch2a"), ("conv2", "branch2b")):
-            name = name.replace(f".{own}.", f".{branch}.") if name[:3] == "res" else name
-        name = name.replace(".conv3.", ".branch2c.").replace(".norm.", "_bn.")
-        name = name.replace("bn.weight", "bn_s").replace("bn.bias", "bn_b")
-        caffe2[name.replace(".weight", "_w").replace(".", "_")] = value
-    state = network.state_dict()
-    matched = align_and_update_state_dicts(state, caffe2)
-    state = matched if matched is not None else state  # older versions change it in place
-    for name, value in source.items():
-        if not name.endswith(("running_mean", "running_var")):
-            assert torch.equal(torch.as_tensor(state[name]), value), name
-
-
-def test_resnet18_weights_load(r18_weights) -> None:
-    cfg = config(**R18)
-    model = nn.Module()
-    model.backbone = build(cfg, "build_resnet_deform_fpn_backbone")
-    DetectionCheckpointer(model).load(str(r18_weights))
-    stored = torch.load(r18_weights, weights_only=True)
-    stored = stored.get("model", stored)
-    name = "res4.1.conv2.weight"
-    (value,) = [value for key, value in stored.items() if key.endswith(name)]
-    loaded = model.backbone.bottom_up.state_dict()[name]
-    assert torch.equal(loaded, torch.as_tensor(value).float())
 
 
 @pytest.mark.parametrize(
