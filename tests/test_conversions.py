@@ -9,11 +9,7 @@ import convert_weights
 import pytest
 import torch
 from conversions import rename, select_coco_classes
-from conversions.resnet import resnet_rules
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
-from detectron2.modeling.backbone.resnet import BasicStem, BottleneckBlock, ResNet
-from torch import nn
-from torchvision.models import resnet50
 
 from dynamic_detr.errors import UserError
 
@@ -108,51 +104,3 @@ def test_weights_that_do_not_fit_raise(weights, reason):
     model = {"a": torch.zeros(2), "b": torch.zeros(3)}
     with pytest.raises(UserError, match=reason):
         convert_weights.fit({k: torch.zeros(s) for k, s in weights.items()}, model, 80)
-
-
-def shallow(model: nn.Module) -> nn.Module:
-    """Keep two blocks of each stage."""
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        del stage[2:]
-    return model
-
-
-def detectron2_resnet50() -> ResNet:
-    stem = BasicStem(norm="FrozenBN")
-    stages = ResNet.make_default_stages(50, norm="FrozenBN")
-    return ResNet(stem, stages, out_features=["res5"])
-
-
-def test_torchvision_resnet_equals_detectron2():
-    theirs = shallow(resnet50()).eval()
-    torch.nn.init.normal_(theirs.bn1.running_mean)
-    weights = {f"body.{k}": v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
-    ours = detectron2_resnet50()
-    for name, stage in zip(ours.stage_names, ours.stages, strict=True):
-        assert isinstance(stage[0], BottleneckBlock)
-        setattr(ours, name, stage[:2])
-    ours.stages = [getattr(ours, name) for name in ours.stage_names]
-    renamed = rename(weights, resnet_rules(r"body\.", ""))
-    assert renamed.keys() == ours.state_dict().keys()
-    ours.load_state_dict(renamed)
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        wanted = theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(image)))))
-        wanted = theirs.layer4(theirs.layer3(theirs.layer2(wanted)))
-        torch.testing.assert_close(ours.eval()(image)["res5"], wanted, rtol=1e-4, atol=1e-4)
-
-
-def test_hugging_face_resnet_equals_detectron2():
-    transformers = pytest.importorskip("transformers")
-    theirs = transformers.ResNetModel(transformers.ResNetConfig(depths=[2, 1, 1, 1])).eval()
-    ours = detectron2_resnet50()
-    names = ours.state_dict()
-    renamed = rename(theirs.state_dict(), resnet_rules("", ""))
-    assert renamed.keys() < names.keys()
-    assert all(names[name].shape == weight.shape for name, weight in renamed.items())
-    ours.load_state_dict(renamed, strict=False)
-    image = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        wanted = theirs.encoder.stages[0](theirs.embedder(image))
-        found = ours.stages[0][:2](ours.stem(image))
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
