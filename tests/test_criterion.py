@@ -39,47 +39,6 @@ def values(losses: dict[str, Tensor]) -> dict[str, float]:
 
 
 class TestByHand:
-    def test_focal(self):
-        """All probabilities are ½: one positive and three negatives; the GIoU is 1/3."""
-        losses = set_criterion()([simple_prediction()], [target([1], [OBJECT])])
-        positive, negative = 0.25 * 0.25 * math.log(2), 0.75 * 0.25 * math.log(2)
-        assert values(losses) == pytest.approx(
-            {
-                "loss_class": 2 * (positive + 3 * negative),
-                "loss_l1": 5 * 0.1,
-                "loss_giou": 2 * (1 - 1 / 3),
-            }
-        )
-
-    def test_l1_of_corners(self):
-        """Moving a box by 0.1 moves two of the four coordinates of its corners."""
-        losses = set_criterion(l1_format="xyxy")([simple_prediction()], [target([1], [OBJECT])])
-        assert losses["loss_l1"].item() == pytest.approx(5 * 0.2)
-
-    def test_softmax(self):
-        """Each query has the cross-entropy log 3; the weight of "no object" is 0.1."""
-        losses = set_criterion(class_head="softmax")(
-            [simple_prediction(3)], [target([1], [OBJECT])]
-        )
-        assert losses["loss_class"].item() == pytest.approx(2 * math.log(3))
-        prediction = simple_prediction(3)
-        prediction.pred_logits[0, 1, 1] = math.log(2)  # ¼, ½, ¼
-        losses = set_criterion(class_head="softmax")([prediction], [target([1], [OBJECT])])
-        expected = 2 * (math.log(2) + 0.1 * math.log(3)) / 1.1
-        assert losses["loss_class"].item() == pytest.approx(expected)
-
-    def test_varifocal(self):
-        """The IoU is 1/3. The boxes get no gradient from the class loss."""
-        boxes = torch.tensor([BOXES], requires_grad=True)
-        prediction = Prediction(torch.tensor([[[0.0, 0.0], [0.0, 1.0]]]), boxes)
-        loss = set_criterion(class_target="iou")([prediction], [target([1], [OBJECT])])[
-            "loss_class"
-        ]
-        p = 1 / (1 + math.exp(-1))
-        positive = 1 / 3 * -(1 / 3 * math.log(p) + 2 / 3 * math.log(1 - p))
-        assert loss.item() == pytest.approx(2 * (positive + 3 * 0.75 * 0.25 * math.log(2)))
-        assert not loss.requires_grad
-
     def test_varifocal_of_the_true_boxes(self):
         """It is the focal loss: with the binary cross-entropy the boxes learn more slowly."""
         prediction = replace(simple_prediction(), true_logits=torch.tensor([[[0.0, 1.0]]]))
@@ -138,16 +97,6 @@ def test_equals_the_reference(l1_format):
                 expected["giou"] += 2 * (1 - giou(found[i], objects[j])) / sum(counts)
         for name, value in expected.items():
             assert losses[f"loss_{name}{suffix}"].item() == pytest.approx(value, rel=1e-5)
-
-
-def test_losses_of_every_stage():
-    predictions = [simple_prediction() for _ in range(3)]
-    losses = set_criterion()(predictions, [target([1], [OBJECT])])
-    names = [
-        f"loss_{kind}{stage}" for stage in ("_0", "_1", "") for kind in ("class", "l1", "giou")
-    ]
-    assert sorted(losses) == sorted(names)
-    assert len({round(loss.item(), 6) for loss in losses.values()}) == 3
 
 
 @pytest.mark.parametrize("class_head", ["focal", "softmax"])
