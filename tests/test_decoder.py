@@ -206,29 +206,11 @@ class TestBetweenStages:
         assert first.interaction.filters.weight.grad.any()
         assert model.query_embed.weight.grad.any()
 
-    def test_a_stage_reads_the_boxes_of_the_previous_one(self):
-        model = shake(decoder().double(), 0.1)
-        pyramid = pyramid_of()
-        with torch.no_grad():
-            first, second = model(pyramid)
-            queries = model.query_embed.weight[None]
-            queries, _, boxes = model.stages[0](pyramid, queries, model.initial_boxes[None])
-            torch.testing.assert_close(boxes, first.pred_boxes)
-            _, logits, boxes = model.stages[1](pyramid, queries, boxes)
-        torch.testing.assert_close(boxes, second.pred_boxes)
-        torch.testing.assert_close(logits, second.pred_logits)
-
     def test_initial_boxes_that_are_not_learned(self):
         model = decoder(learn_initial_boxes=False)
         assert "initial_boxes" not in dict(model.named_parameters())
         assert "initial_boxes" in model.state_dict()
         sum(p.pred_boxes.sum() for p in model(pyramid_of(dtype=torch.float32))).backward()
-
-    def test_stages_share_nothing(self):
-        model = decoder(num_stages=3)
-        pointers = [p.data_ptr() for stage in model.stages for p in stage.parameters()]
-        assert len(set(pointers)) == len(pointers)
-        assert len(model.stages) == 3
 
 
 @pytest.mark.parametrize("channels", [64, 256])

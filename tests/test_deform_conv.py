@@ -1,16 +1,14 @@
-"""Deformable convolution against a float64 loop and torchvision's operator, forward and backward.
+"""Deformable convolution against torchvision's operator, forward and backward.
 
 The kernels are compared with the plain path in float64; without a GPU they are interpreted.
 """
 
-import numpy as np
 import pytest
 import torch
 import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operators import check_float64, gradients, runs_plain_backward, use_kernels
-from reference.sampling import deform_conv
 from torch import Tensor
 
 from dynamic_detr.ops import deform_conv as deform_conv_module
@@ -138,17 +136,6 @@ class TestBothPaths:
 
 
 class TestDeformConv:
-    @pytest.mark.parametrize("geometry", GEOMETRIES)
-    @pytest.mark.parametrize("spread", [1.5, 40.0], ids=["near", "far outside"])
-    def test_is_the_loop(self, geometry, spread):
-        tensors = arguments(*geometry, spread=spread)
-        input, offset, mask, weight, bias = tensors
-        out = deform_conv2d(*tensors, *geometry[2:])
-        for image in range(2):
-            sampled = (t[image].numpy() for t in (input, offset, mask))
-            expected = deform_conv(*sampled, weight.numpy(), bias.numpy(), *geometry[2:])
-            np.testing.assert_allclose(out[image].numpy(), expected, rtol=1e-10, atol=1e-10)
-
     @pytest.mark.parametrize("geometry", GEOMETRIES)
     @pytest.mark.parametrize("with_mask", [True, False], ids=["mask", "no mask"])
     @pytest.mark.parametrize("spread", [1.5, 40.0], ids=["near", "far outside"])

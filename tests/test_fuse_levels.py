@@ -142,14 +142,6 @@ def test_is_the_reference(backend, shape, levels):
     check(arguments(size, 6, sizes[-images:], levels, groups=2), tolerance=1e-4)
 
 
-@pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("dyrelu", [False, True])
-@pytest.mark.parametrize("levels", [1, 3])
-def test_attentions_can_be_left_out(scale, dyrelu, levels):
-    given = arguments(levels=levels, scale=scale, dyrelu=dyrelu)
-    check(given.exact(), tolerance=1e-9)
-
-
 def test_an_image_may_claim_to_be_larger_than_its_map(backend):
     given = arguments((4, 4), 4, ((4, 4),))
     large = given._replace(sizes=[sizes + 5 for sizes in given.sizes])

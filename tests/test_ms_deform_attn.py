@@ -124,14 +124,6 @@ class TestBothPaths:
 
 
 class TestMsDeformAttn:
-    @pytest.mark.parametrize("shapes", PYRAMIDS, ids=str)
-    @pytest.mark.parametrize("spread", [0.3, 20.0], ids=["near", "far outside"])
-    def test_is_the_loop(self, shapes, spread):
-        tensors = arguments(shapes, spread=spread)
-        out = attend(tensors, shapes)
-        assert out.shape == (2, 5, 12)
-        np.testing.assert_allclose(out.numpy(), loop(tensors, shapes), rtol=1e-10, atol=1e-10)
-
     @pytest.mark.parametrize("fraction", [0.0, 0.5], ids=["on pixels", "between pixels"])
     def test_on_and_between_pixels(self, fraction):
         shapes, tensors = on_grid(fraction)
