@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch reads it: runtime/threads.py
@@ -47,6 +48,26 @@ def seed() -> int:
     np.random.seed(0)
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """Forget compiled graphs before and after a test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of six held-out scenes with the classes of the shipped detector."""
+    # not at the top, where TRITON_INTERPRET is not set yet
+    from dynamic_detr.data.scenes import write_scenes
+    from dynamic_detr.data.synthetic import FAMILIES
+
+    root = tmp_path_factory.mktemp("scenes")
+    write_scenes(root, FAMILIES["shapes"], "val", 6)
+    return root / "shapes"
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
@@ -17,6 +18,12 @@ from dynamic_detr.files.config_file import read_config
 from dynamic_detr.losses import HungarianMatcher, SetCosts, SetCriterion
 
 STRIDES = (4, 8, 16, 32, 64)
+SMALLEST = {  # options of `small_config`
+    "HIDDEN_DIM": 32,
+    "DYNAMIC_DECODER__NUM_QUERIES": 4,
+    "DYNAMIC_ENCODER__NUM_GROUPS": 8,
+    "DYNAMIC_DECODER__NUM_STAGES": 1,
+}
 
 
 def small_config(**options: object) -> CfgNode:
@@ -125,6 +132,10 @@ def training_input(
 
 def random_image(height: int, width: int) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+
+
+def numpy_weights(module: nn.Module) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in module.state_dict().items()}
 
 
 def level_size(image_size: Sequence[int], stride: int) -> tuple[int, int]:

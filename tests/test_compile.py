@@ -3,7 +3,7 @@ the device."""
 
 import pytest
 import torch
-from helpers import random_image, shake, small_config, small_model
+from helpers import SMALLEST, random_image, shake, small_config, small_model
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -12,23 +12,11 @@ from torch.overrides import TorchFunctionMode
 from dynamic_detr import DynamicDETR
 from dynamic_detr.runtime.compilation import CompilationError
 
-SMALL = {
-    "HIDDEN_DIM": 32,
-    "DYNAMIC_DECODER__NUM_QUERIES": 4,
-    "DYNAMIC_ENCODER__NUM_GROUPS": 8,
-    "DYNAMIC_DECODER__NUM_STAGES": 1,
-}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 def test_detector_is_compiled_at_inference_only():
-    model = shake(small_model(**SMALL, IN_FEATURES=["p4", "p5"]), 0.01).eval()
+    model = shake(small_model(**SMALLEST, IN_FEATURES=["p4", "p5"]), 0.01).eval()
     batches = [[{"image": random_image(*size)}] for size in ((100, 128), (150, 250), (100, 190))]
     wanted = [model.predict(batch)[1][-1] for batch in batches]
     counter = CompileCounterWithBackend("aot_eager")
@@ -53,7 +41,7 @@ def test_a_compiler_that_fails_is_one_line():
     def backend(graph, inputs):
         raise RuntimeError("no working C++ compiler\nfound")
 
-    model = small_model(**SMALL, IN_FEATURES=["p5"]).eval()
+    model = small_model(**SMALLEST, IN_FEATURES=["p5"]).eval()
     model.compile_backend = backend
     with pytest.raises(
         CompilationError, match=r"COMPILE is True, .* C\+\+ compiler found"
@@ -75,7 +63,7 @@ class StaysOnTheDevice(TorchFunctionMode):
 
 def test_the_host_does_not_wait_within_the_network():
     """On a GPU that is feigned: whoever asks it for a value, fails."""
-    model = small_model(**SMALL).eval()
+    model = small_model(**SMALLEST).eval()
     with FakeTensorMode(), torch.no_grad():
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):

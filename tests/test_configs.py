@@ -13,15 +13,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from conftest import ROOT
 from detectron2.checkpoint.catalog import ModelCatalog
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from helpers import training_input
 
 from dynamic_detr import add_dynamic_detr_config
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
 ABLATIONS = [name for name in NAMES if name.startswith("Ablations/")]
 COCO = ["Base-DynamicDETR.yaml", *(name for name in NAMES if name.startswith("COCO-Detection/"))]
@@ -77,13 +78,10 @@ def one_step(model_node: str) -> tuple[dict[str, float], dict[str, bool]]:
     cfg = get_cfg()
     cfg.MODEL = CfgNode.load_cfg(model_node)
     model = build_model(cfg)
-    height, width = 60, 64  # padded, to 64 × 64
-    instances = Instances((height, width))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 40.0, 50.0], [30.0, 10.0, 60.0, 28.0]]))
-    instances.gt_classes = torch.tensor([0, cfg.MODEL.SET_DETECTOR.NUM_CLASSES - 1])
-    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    classes = [0, cfg.MODEL.SET_DETECTOR.NUM_CLASSES - 1]
+    image = training_input(60, 64, [[4, 6, 40, 50], [30, 10, 60, 28]], classes)  # padded: 64 × 64
     with EventStorage():
-        losses = model.train()([{"image": image, "instances": instances}])
+        losses = model.train()([image])
     sum(losses.values()).backward()
     gradients = {
         name: parameter.grad is not None and bool(parameter.grad.isfinite().all())

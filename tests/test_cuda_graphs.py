@@ -8,18 +8,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import random_image, shake, small_model
+from helpers import SMALLEST, random_image, shake, small_model
 from torch import Tensor, nn
 
 from dynamic_detr import Prediction, detector
 from dynamic_detr.runtime.cuda_graphs import CapturedNetwork, GraphCache
-
-SMALL = {
-    "HIDDEN_DIM": 32,
-    "DYNAMIC_DECODER__NUM_QUERIES": 4,
-    "DYNAMIC_ENCODER__NUM_GROUPS": 8,
-    "DYNAMIC_DECODER__NUM_STAGES": 1,
-}
 
 
 class FakeGraph:
@@ -188,7 +181,7 @@ class TestDetector:
     @pytest.fixture
     def model(self, monkeypatch):
         monkeypatch.setattr(detector, "GraphCache", FakeCache)
-        model = shake(small_model(**SMALL), 0.01).eval()
+        model = shake(small_model(**SMALLEST), 0.01).eval()
         model.cuda_graphs = 2
         return model
 
@@ -229,7 +222,7 @@ def test_config_without_a_gpu_warns_and_does_nothing():
         r"INFERENCE\.CUDA_GRAPHS is 3, but MODEL\.DEVICE is 'cpu': the network runs without\.$"
     )
     with pytest.warns(UserWarning, match=message):
-        model = small_model(**SMALL, INFERENCE__CUDA_GRAPHS=3).eval()
+        model = small_model(**SMALLEST, INFERENCE__CUDA_GRAPHS=3).eval()
     assert model.cuda_graphs == 3
     assert len(model([{"image": random_image(64, 64)}])) == 1
 
@@ -237,7 +230,7 @@ def test_config_without_a_gpu_warns_and_does_nothing():
 @pytest.mark.filterwarnings("ignore:.*CUDA_GRAPHS")
 def test_a_negative_number_of_graphs_is_one_line():
     with pytest.raises(ValueError, match=r"^MODEL\.[\w.]*CUDA_GRAPHS is -1; it must be .* >= 0\.$"):
-        small_model(**SMALL, INFERENCE__CUDA_GRAPHS=-1)
+        small_model(**SMALLEST, INFERENCE__CUDA_GRAPHS=-1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,6 @@ from pycocotools.coco import COCO
 
 from dynamic_detr.cli.arguments import build_parser, load_config
 from dynamic_detr.cli.train_net import evaluate
-from dynamic_detr.data.scenes import write_scenes
 from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.engine.checkpoint import SafeCheckpointer
 from dynamic_detr.engine.evaluation import EvaluationInterrupted, Interruptible
@@ -25,14 +24,6 @@ from dynamic_detr.files.model_file import read_model
 
 PRETRAIN = str(ROOT / "configs" / "quickstart" / "pretrain.yaml")
 SHIPPED = "quickstart"
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    """Six held-out scenes of the shipped detector's classes."""
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, FAMILIES["shapes"], "val", 6)
-    return root / "shapes"
 
 
 def changed_json(scenes: Path, folder: Path, change) -> Path:

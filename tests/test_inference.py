@@ -16,8 +16,6 @@ from pycocotools.cocoeval import COCOeval
 import dynamic_detr
 from demo import demo
 from dynamic_detr import Detector
-from dynamic_detr.data.scenes import write_scenes
-from dynamic_detr.data.synthetic import FAMILIES
 from dynamic_detr.errors import UserError
 from dynamic_detr.inference.pictures import to_picture
 from dynamic_detr.visualization import read_image
@@ -27,14 +25,6 @@ from dynamic_detr.visualization.video import VideoWriter
 @pytest.fixture(scope="module")
 def detector() -> Detector:
     return dynamic_detr.load("quickstart", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory) -> Path:
-    """Six held-out scenes with the classes of the shipped detector."""
-    root = tmp_path_factory.mktemp("scenes")
-    write_scenes(root, FAMILIES["shapes"], "val", 6)
-    return root / "shapes"
 
 
 @pytest.fixture(scope="module")

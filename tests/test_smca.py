@@ -8,7 +8,14 @@ import pytest
 import torch
 from conftest import ROOT
 from conversions import smca as conversion
-from helpers import batch_pyramid, defaults, model_without_memory, random_levels, shake
+from helpers import (
+    batch_pyramid,
+    defaults,
+    model_without_memory,
+    numpy_weights,
+    random_levels,
+    shake,
+)
 from published import smca as published_shapes
 from published import weights_of
 from reference import smca as reference
@@ -53,10 +60,6 @@ def make_pyramid(
 
 def arrays(levels: list[Tensor]) -> list[np.ndarray]:
     return [level.detach().numpy() for level in levels]
-
-
-def numpy_weights(module: nn.Module) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in module.state_dict().items()}
 
 
 def outputs(found: Pyramid | list[Prediction]) -> list[Tensor]:
