@@ -1,4 +1,4 @@
-"""Two processes on the CPU train as one process with the whole batch does."""
+"""Two processes on the CPU: exit codes, statistics of norms, and signals, torchrun's restarts."""
 
 import os
 import signal
@@ -10,12 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_run import (
-    TWO_LEVELS,
-    losses_of,
-    make_config,
-    train,
-    train_and_report,
     write_config,
     write_data,
 )
@@ -25,9 +21,6 @@ from dynamic_detr.engine.batch_norm import RunningStatistics
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = [*TWO_LEVELS, "SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 4, "SOLVER.EMA.ENABLED", True]
-
 
 def _wait_for(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 600
@@ -35,25 +28,6 @@ def _wait_for(path: Path, process: subprocess.Popen) -> None:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.05)
-
-
-def _assert_same(result: dict, trainer) -> None:
-    expected = losses_of(trainer)
-    assert list(result["losses"]) == list(expected)
-    for iteration, loss in result["losses"].items():
-        assert loss == pytest.approx(expected[iteration], rel=1e-5), iteration
-    for name, value in trainer.detector.state_dict().items():
-        torch.testing.assert_close(result["model"][name], value, rtol=1e-5, atol=1e-5)
-
-
-def test_same_losses_and_updates_as_one_process(tmp_path):
-    # SGD, because the first steps of Adam are ±lr for any gradient, which would hide errors.
-    options = [*OPTIONS, "SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01]
-    torch.set_num_threads(1)
-    one = train(make_config(tmp_path / "one", *options))
-    cfg = make_config(tmp_path / "two", *options)
-    launch(train_and_report, 2, on_gpu=False, args=(cfg, tmp_path / "two"))
-    _assert_same(torch.load(tmp_path / "two" / "result.pth"), one)
 
 
 def _fail_on_the_second(code: int) -> None:

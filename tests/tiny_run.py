@@ -7,7 +7,6 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, build_resnet_backbone
-from detectron2.utils import comm
 from PIL import Image
 
 from dynamic_detr import add_dynamic_detr_config
@@ -122,15 +121,3 @@ def train(cfg: CfgNode, resume: bool = False) -> Trainer:
     trainer.resume_or_load(resume=resume)
     trainer.train()
     return trainer
-
-
-def train_and_report(cfg: CfgNode, folder: Path) -> None:
-    """Train in a separate process, and write losses and weights to a file in ``folder``."""
-    import torch
-
-    register_json("tiny_train", folder / "data" / "boxes.json", folder / "data", NAMES)
-    torch.set_num_threads(1)
-    trainer = train(cfg)
-    if comm.is_main_process():
-        result = {"losses": losses_of(trainer), "model": trainer.detector.state_dict()}
-        torch.save(result, folder / "result.pth")
