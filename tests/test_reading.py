@@ -79,9 +79,6 @@ def test_pickles_of_python_2_are_read():
     np.testing.assert_array_equal(load_plain_pickle(io.BytesIO(text))["conv_w"], [1.5, 2.0])
 
 
-_OBJECT_TYPE = Call(np.dtype, "O")
-
-
 @pytest.mark.parametrize(
     ("value", "refused"),
     [

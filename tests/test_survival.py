@@ -143,6 +143,7 @@ def fault(rank: int, site: str, kind: str, at: int = 3) -> dict:
 BAD_IMAGE = "error: process {rank}: the image 3.png cannot be read; stopped after {done} iterations"
 KILLED = "process {rank} on .* was ended by SIGKILL .* last seen"
 HUNG = "process {rank} on .* made no progress for 8 s .*last seen loading the data of iteration 3"
+FROZEN = "process 0 on .* made no progress for 8 s .*last seen loading the data of iteration"
 STOPPED = "stopped by {name} after {done} of 6 iterations"
 FAULTS = [  # the fault, options, exit code, the line, iterations in the checkpoint (None: the last)
     (fault(1, "data", "bad image"), (), 2, BAD_IMAGE, 3),
@@ -154,6 +155,7 @@ FAULTS = [  # the fault, options, exit code, the line, iterations in the checkpo
     (fault(0, "backward", "SIGKILL"), (), 4, KILLED + ".*from the last checkpoint", 2),
     (fault(1, "reduce", "SIGSEGV"), (), 4, "process 1 on .* was ended by SIGSEGV", 3),
     (fault(1, "data", "hang"), HANG, 4, HUNG, 3),
+    (fault(0, "data", "frozen"), (*WORKER, *HANG), 4, FROZEN, None),
     (fault(0, "forward", "SIGSTOP"), HANG, 4, "process 0 on .* not been heard of for 8 s", 2),
     (fault(1, "forward", "SIGTERM", 2), (), 0, STOPPED.replace("{name}", "SIGTERM"), None),
     (fault(1, "forward", "SIGINT", 2), (), 130, STOPPED.replace("{name}", "SIGINT"), None),
