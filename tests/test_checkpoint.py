@@ -65,7 +65,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old"
     write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
-    assert "file" in _names(tmp_path)
+    assert _names(tmp_path) == ["file"]
 
 
 def test_the_newest_few_are_kept(tmp_path):
@@ -187,10 +187,11 @@ def test_evaluation_refuses_other_classes(tmp_path):
         _checkpointer(tmp_path, Detector(classes=3), strict_classes=True).load(str(path))
 
 
-def test_resuming_refuses_another_model(tmp_path):
-    _save(_checkpointer(tmp_path, Detector(width=8)), 1)
+@pytest.mark.parametrize("other", [{"width": 8}, {"classes": 80}])
+def test_resuming_refuses_another_model(tmp_path, other):
+    _save(_checkpointer(tmp_path, Detector(**other)), 1)
     with pytest.raises(UserError, match="saved by another model"):
-        _checkpointer(tmp_path, Detector(width=4)).resume()
+        _checkpointer(tmp_path, Detector()).resume()
 
 
 def test_layers_of_another_width_are_named(tmp_path, caplog):

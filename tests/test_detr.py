@@ -209,14 +209,10 @@ def test_every_parameter_of_the_configs_gets_a_gradient(name):
     assert parameters_without_gradient(cfg) == []
 
 
-# Published parameters in millions, frozen ones included.
-@pytest.mark.parametrize(
-    ("name", "published"),
-    [("detr_R_50.yaml", 41), ("detr_DC5_plus_R_50.yaml", 41), ("detr_DC5_R_101.yaml", 60)],
-)
-def test_parameters(name, published):
-    model = model_without_memory(CONFIGS / name)
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(published, rel=0.02)
+def test_parameters_of_dc5_plus():
+    """41 million are published, frozen ones included."""
+    model = model_without_memory(CONFIGS / "detr_DC5_plus_R_50.yaml")
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(41e6, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -140,16 +140,6 @@ def test_a_full_disk_after_a_signal(tmp_path, monkeypatch):
     assert "model_0000000.pth (the disk is full)" in stop.value.message
 
 
-def test_resuming_beyond_the_last_iteration(tmp_path):
-    cfg = make_config(tmp_path, "SOLVER.MAX_ITER", 4)
-    train(cfg)
-    cfg.SOLVER.MAX_ITER = 2
-    with pytest.raises(UserError, match="4 iterations are done already and SOLVER.MAX_ITER is 2"):
-        train(cfg, resume=True)
-    cfg.SOLVER.MAX_ITER = 4
-    assert train(cfg, resume=True).finished == 3
-
-
 @needs_full
 def test_a_full_disk_at_the_end_of_a_process(tmp_path, monkeypatch, capsys):
     """Closing the log and flushing standard output at exit print no further errors."""

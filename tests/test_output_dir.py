@@ -136,8 +136,8 @@ def _contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["SOLVER.OPTIMIZER", "SGD"], "optimiser is AdamW"),
-        (["SOLVER.MAX_ITER", "1"], "2 iterations are done already"),
+        (["SOLVER.OPTIMIZER", "SGD"], "optimiser is AdamW and the configuration's SGD"),
+        (["SOLVER.MAX_ITER", "1"], "2 iterations are done already and SOLVER.MAX_ITER is 1"),
         (["DATALOADER.SAMPLER_TRAIN", "Random"], "SAMPLER_TRAIN"),
         (["MODEL.WEIGHTS", "absent.pth"], "absent.pth do not exist"),
     ],

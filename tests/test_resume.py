@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 
 from dynamic_detr.cli.signals import listening
@@ -17,7 +18,6 @@ from dynamic_detr.engine.stopping import TrainingStopped, stop_request
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 # The random numbers of a step, in the model and in the data, must be the same too.
 RANDOM = [*TWO_LEVELS, "MODEL.DYNAMIC_DECODER.DROPOUT", 0.2, "INPUT.MIN_SIZE_TRAIN", (48, 64)]
 EMA = ["SOLVER.EMA.ENABLED", True]
@@ -168,18 +168,10 @@ def test_resuming_takes_rate_and_momentum_of_the_configuration(tmp_path):
     assert {(group["lr"], group["momentum"]) for group in groups} == {(0.0004, 0.5)}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["SOLVER.OPTIMIZER", "SGD"], "optimiser is AdamW and the configuration's SGD"),
-        (["MODEL.SET_DETECTOR.NUM_CLASSES", 3], "saved by another model"),
-        (["SOLVER.WEIGHT_DECAY_NORM", 0.5], "optimiser has other parameters"),
-    ],
-)
-def test_resuming_with_another_configuration_is_refused(tmp_path, options, message):
+def test_resuming_with_other_groups_of_parameters_is_refused(tmp_path):
     train(make_config(tmp_path, "SOLVER.MAX_ITER", 2, "SOLVER.WEIGHT_DECAY_NORM", 1e-4))
-    cfg = make_config(tmp_path, "SOLVER.WEIGHT_DECAY_NORM", 1e-4, *options)
-    with pytest.raises(UserError, match=message):
+    cfg = make_config(tmp_path, "SOLVER.WEIGHT_DECAY_NORM", 0.5)
+    with pytest.raises(UserError, match="optimiser has other parameters"):
         Trainer(cfg).resume_or_load(resume=True)
 
 

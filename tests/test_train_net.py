@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
@@ -28,8 +29,6 @@ from dynamic_detr.engine.stopping import TrainingStopped
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.engine.tta import DetectorTTA
 from dynamic_detr.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def _arguments(folder: Path, *options: str) -> list[str]:
@@ -132,13 +131,6 @@ def test_several_gpus_are_not_ignored(tmp_path, monkeypatch, capsys, flags, keys
     config = ["--config-file", str(write_config(tmp_path))]
     assert _run(monkeypatch, "--num-gpus", "2", *flags, *config, *keys) == 2
     assert f"--num-gpus 2 contradicts {other}" in capsys.readouterr().err
-
-
-def test_wrong_weights_are_one_line(tmp_path, monkeypatch, capsys):
-    output = ("OUTPUT_DIR", str(tmp_path / "output"))
-    weights = ("MODEL.WEIGHTS", str(tmp_path / "absent.pth"))
-    assert _run(monkeypatch, *_arguments(tmp_path, *output, *weights)) == 2
-    assert "absent.pth do not exist" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_new_process_reports_in_one_line_without_a_traceback():
@@ -269,17 +261,6 @@ def test_an_unforeseen_error_saves_too(tmp_path, caplog):
     assert not (tmp_path / "output" / "inference").exists()  # no evaluation after the error
 
 
-def test_an_unreadable_image_stops_in_one_line_and_saves(tmp_path, monkeypatch, capsys):
-    arguments = _arguments(tmp_path, "OUTPUT_DIR", str(tmp_path / "output"))
-    args = build_parser().parse_args(arguments)
-    cfg = load_config(args)  # the check of the files has passed
-    (tmp_path / "data" / "3.png").write_text("not a picture any more")
-    with pytest.raises(TrainingStopped) as stop:
-        train(cfg)
-    assert stop.value.code == 2
-    assert "3.png" in stop.value.message and "\n" not in stop.value.message
-
-
 def test_test_data_are_checked_before_the_training(tmp_path):
     make_config(tmp_path)  # registers tiny_train
     data = tmp_path / "data"
@@ -326,8 +307,6 @@ class FromViews(nn.Module):
 
 
 def test_views_are_mapped_back_and_merged_by_class(tmp_path):
-    from PIL import Image
-
     cfg = get_cfg()
     cfg.TEST.AUG.MIN_SIZES, cfg.TEST.AUG.MAX_SIZE, cfg.TEST.AUG.FLIP = (32, 64), 200, True
     cfg.INPUT.FORMAT = "RGB"
