@@ -96,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="minimum score to draw (default: the model's own, else 0.5)",
     )
     parser.add_argument(
-        "--classes", metavar="A,B", help="names of the classes to draw (default: all)"
+        "--classes",
+        metavar="A,B",
+        help="names of the classes to draw, and to write to --json (default: all)",
     )
     parser.add_argument(
         "--stages",

@@ -17,6 +17,7 @@ import time
 import traceback
 
 import torch
+from detectron2.evaluation import COCOEvaluator
 from detectron2.utils import comm
 
 from dynamic_detr.cli import launch, train_net
@@ -65,7 +66,7 @@ SITES = {  # methods in which a fault can occur
     "reduce": (TrainStep, "_reduce"),
     "save": (torch, "save"),
     "image": (BoxEvaluator, "process"),
-    "scoring": (BoxEvaluator, "evaluate"),
+    "scoring": (COCOEvaluator, "evaluate"),
     "start": (SafeCheckpointer, "load_for_all"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.samplers import RepeatFactorTrainingSampler
 from detectron2.structures import BoxMode
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,13 @@ def test_batches_hold_one_group_and_every_position_once(schedule):
     # At most one incomplete batch per group is waiting.
     waiting = max(positions) + 1 - len(positions)
     assert waiting <= len(set(schedule.groups)) * (schedule.batch_size - 1)
+
+
+def test_no_position_is_lost_over_many_epochs():
+    batches = _first_batches(BatchSchedule([0, 1, 1] * 40 + [0], 7, seed=3), 3000)
+    positions = {position for batch in batches for position, _ in batch}
+    assert len(positions) == 3000 * 7
+    assert max(positions) + 1 - len(positions) <= 2 * 6
 
 
 @given(st.integers(1, 50), st.integers(0, 1000))
@@ -303,12 +311,21 @@ def test_wrong_settings_are_explained(cfg):
         build_train_loader(cfg, seed=0)
 
 
-def test_repeat_factor_sampler_is_used(cfg):
+def test_repeat_factor_sampler_is_used(cfg, monkeypatch):
     cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
     cfg.DATALOADER.REPEAT_THRESHOLD = 0.9
     schedule = build_train_loader(cfg, seed=0).schedule
     # 3 of the 7 images hold either class; the first holds none.
     assert schedule.repeats.tolist() == pytest.approx([1] + [(0.9 * 7 / 3) ** 0.5] * 6)
+
+    def newer(records: list, threshold: float, sqrt: bool = True) -> list[float]:
+        return [threshold if sqrt else 2.0] * len(records)
+
+    monkeypatch.setattr(
+        RepeatFactorTrainingSampler, "repeat_factors_from_category_frequency", staticmethod(newer)
+    )
+    cfg.DATALOADER.REPEAT_SQRT = False
+    assert build_train_loader(cfg, seed=0).schedule.repeats.tolist() == [2.0] * 7
 
 
 def test_absent_data_set_says_where_it_is_looked_for(cfg, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from conftest import ROOT
 from tiny_run import TWO_LEVELS, losses_of, make_config, train, write_config, write_data
 
 from dynamic_detr.cli.signals import listening
-from dynamic_detr.engine.evaluation import BoxEvaluator
+from dynamic_detr.engine.evaluation import BoxEvaluator, EvaluationInterrupted
 from dynamic_detr.engine.stopping import TrainingStopped, stop_request
 from dynamic_detr.engine.trainer import Trainer
 from dynamic_detr.errors import UserError
@@ -181,3 +181,18 @@ def test_resuming_a_finished_run_evaluates_and_ends(tmp_path):
     trainer = train(make_config(tmp_path, *options), resume=True)
     assert trainer.start_iter == 2 and trainer.finished == 1
     assert "bbox/AP" in trainer.storage.latest()
+
+
+def test_an_evaluation_of_a_run_that_has_ended_leaves_the_message_to_the_watch(
+    tmp_path, monkeypatch
+):
+    class GaveWay(Exception):
+        pass
+
+    def fail(code: int, save: bool = True) -> str:
+        raise GaveWay
+
+    trainer = Trainer(make_config(tmp_path))
+    monkeypatch.setattr(trainer.watch, "fail", fail)
+    with pytest.raises(GaveWay):
+        trainer._stop_for(EvaluationInterrupted())

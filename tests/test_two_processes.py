@@ -1,4 +1,4 @@
-"""Two processes on the CPU: exit codes, statistics of norms, and signals, torchrun's restarts."""
+"""Two processes on the CPU: exit codes, statistics of norms, signals, and restarts by torchrun."""
 
 import os
 import signal

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("metrics.svg"), help=", ".join(FORMATS))
     args = parser.parse_args(argv)
     with report_user_errors("plot_metrics.py"):
-        if args.output.suffix not in FORMATS:
+        if args.output.suffix.lower() not in FORMATS:
             raise UserError(f"--output {args.output} must end in {', '.join(FORMATS)}")
         plot(args.runs, args.output)
         print(args.output)

@@ -152,7 +152,7 @@ class DeformBottleneckBlock(CNNBlockBase):
 
     def _predict_offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         predicted = self.conv2_offset(x)
-        # sigmoid in float32, as the positions that the operator computes
+        # The operator computes positions in float32; the sigmoid is computed in it too.
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         if not self.deform_modulated:
             return predicted, None

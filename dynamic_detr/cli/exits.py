@@ -10,6 +10,9 @@
 | 130 | saved and stopped by Ctrl-C |
 | 128 + n | stopped by signal n with nothing to save: before the training, or ``--eval-only`` |
 
+If a signal interrupts an evaluation in a training of several processes, the code is 0 or 130 even
+if the state could not be saved; the line says so.
+
 All processes of a run end with the same code. The process that has the cause prints the line.
 """
 

@@ -166,7 +166,7 @@ class DynamicEncoderBlock(nn.Module):
         features, offset, mask = pyramid.features, None, None
         if self.offset is not None:
             predicted = self.offset(features[i])
-            # sigmoid and averages in float32, as the positions that the operator computes
+            # the operator computes positions in float32; so are sigmoid and averages here
             predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
             offset, mask = predicted[:, : 2 * TAPS], predicted[:, 2 * TAPS :].sigmoid()
         sampling = {"same": (features[i], offset, mask)}

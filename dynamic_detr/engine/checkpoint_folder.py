@@ -113,8 +113,8 @@ class CheckpointFolder:
                 logger.warning(f"{error}; falling back to the checkpoint before it")
                 errors.append(error)
         raise BrokenCheckpoint(
-            f"no checkpoint of the latest run in {self.folder} can be read (the last of "
-            f"{len(errors)}: {errors[-1]}); start again without --resume"
+            f"no checkpoint of the latest run in {self.folder} can be read ({len(errors)} tried; "
+            f"the last error: {errors[-1]}); start again without --resume"
         )
 
     def go_on(self, run: dict[str, Any] | None) -> None:

@@ -313,7 +313,7 @@ class Trainer(DefaultTrainer):
         # A signal to the whole process group also ends data workers and other processes.
         by_signal = self.stop and isinstance(error, RuntimeError)
         if by_signal or isinstance(error, EvaluationInterrupted):
-            if self.watch.world_size == 1:
+            if self.stop and self.watch.world_size == 1:
                 self._save_and_stop()
             saved = self.watch.fail(self.stop.exit_code, save)
             message = "; ".join(filter(None, (self._stopped_by_signal(), saved)))
