@@ -13,6 +13,7 @@ from dynamic_detr.cli.exits import report_user_errors
 from dynamic_detr.data.scenes import datasets_root, write_scenes
 from dynamic_detr.data.synthetic import FAMILIES, SceneOptions
 from dynamic_detr.errors import UserError, one_line
+from dynamic_detr.files.writing import as_user_error
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -77,8 +78,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with report_user_errors("make_scenes.py"):
         try:
-            make(args)
-        except (OSError, ValueError) as error:
+            with as_user_error(str(args.output)):
+                make(args)
+        except ValueError as error:
             raise UserError(one_line(error)) from error
 
 

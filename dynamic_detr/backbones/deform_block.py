@@ -152,7 +152,7 @@ class DeformBottleneckBlock(CNNBlockBase):
 
     def _predict_offsets(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         predicted = self.conv2_offset(x)
-        # The operator computes positions in float32; the sigmoid is computed in it too.
+        # The sigmoid is computed in float32, like the operator's positions.
         predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
         if not self.deform_modulated:
             return predicted, None

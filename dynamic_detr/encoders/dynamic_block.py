@@ -166,7 +166,7 @@ class DynamicEncoderBlock(nn.Module):
         features, offset, mask = pyramid.features, None, None
         if self.offset is not None:
             predicted = self.offset(features[i])
-            # the operator computes positions in float32; so are sigmoid and averages here
+            # the sigmoid and the averages are computed in float32, like the operator's positions
             predicted = predicted.to(torch.promote_types(predicted.dtype, torch.float32))
             offset, mask = predicted[:, : 2 * TAPS], predicted[:, 2 * TAPS :].sigmoid()
         sampling = {"same": (features[i], offset, mask)}

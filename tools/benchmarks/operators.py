@@ -1,5 +1,5 @@
 """Times of each operator, of a baseline made of public operators, and of a lower bound: the plain
-convolution or matrix product with the same arithmetic, or a copy of the same number of bytes."""
+convolution with the same arithmetic, a copy of the same number of bytes, or SciPy's assignment."""
 
 import argparse
 from collections.abc import Callable
